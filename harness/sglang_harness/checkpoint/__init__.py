@@ -1,0 +1,71 @@
+"""Torch checkpoints: which one a spec means, where it lies, how new ones are made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sglang_harness.errors import ModelError
+
+__all__ = ["check_folder", "locate"]
+
+
+def locate(model: str, say: Callable[[str], None]) -> Path | None:
+    """The folder of the checkpoint that ``model`` names; ``None`` for a name on the hub.
+
+    ``smollm2`` and ``tiny[:SEED]`` are made in the cache the first time.
+
+    Raises:
+        ModelError: a path that does not exist or holds no checkpoint.
+        MissingExtra: the model has to be made, and torch is not installed.
+    """
+    if model == "smollm2":
+        from sglang_harness.checkpoint import smollm2
+
+        return smollm2.folder(say)
+    if found := re.fullmatch(r"tiny(?::(\d{1,9}))?", model):
+        from sglang_harness.checkpoint import tiny
+
+        return tiny.folder(int(found[1] or 0))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return path.resolve()
+    if path.is_file():
+        raise ModelError(
+            f"The model {model} is a file, expected a folder.",
+            advice="Give the folder that holds its config.json.",
+        )
+    if model.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelError(
+            f"The model {model} is not there.",
+            advice="Give a folder with config.json and weights, a hub name (owner/name), "
+            "'smollm2' or 'tiny'.",
+        )
+    return None
+
+
+def check_folder(path: Path) -> None:
+    """Refuses a folder that SGLang could not load, before a server is started on it.
+
+    Raises:
+        ModelError: ``config.json``, weights or tokenizer are missing or broken.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{path} holds no config.json.", advice="Give a model folder.")
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config} cannot be read: {error}.") from None
+    if not isinstance(described, dict) or not described.get("architectures"):
+        raise ModelError(f"{config} names no architecture.", advice="Give a model folder.")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ModelError(
+            f"{path} holds no weights (*.safetensors or *.bin).",
+            advice="Give the folder that the weights are in.",
+        )
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"{path} holds no tokenizer.", advice="Save the tokenizer beside it.")

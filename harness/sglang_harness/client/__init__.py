@@ -1,0 +1,218 @@
+"""The HTTP remote control of one SGLang server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from sglang_harness.client import calls
+from sglang_harness.client.answers import ChatAnswer, Checksums, Chunk, Generation, Update
+from sglang_harness.client.call import Attempt, Call, Reply, RetryPolicy, error_words, understand
+from sglang_harness.client.transport import RequestsTransport, Transport
+from sglang_harness.errors import BadAnswer, Refused, RequestFailed, ServerDied, Unreachable
+from sglang_harness.runtime.death import DeathWatch
+
+__all__ = [
+    "Attempt",
+    "Call",
+    "ChatAnswer",
+    "Checksums",
+    "Chunk",
+    "Client",
+    "Generation",
+    "Reply",
+    "RequestsTransport",
+    "RetryPolicy",
+    "Transport",
+    "Update",
+]
+
+T = TypeVar("T")
+
+
+class Client:
+    """Calls one server. May be used from many threads.
+
+    Args:
+        transport: what sends.
+        watch: says whether the server still lives; a call that fails because it died raises
+            :class:`ServerDied` with the reason instead of a broken connection.
+        retry: when a failed call is sent again; by default never.
+
+    Raises, for every call: :class:`Refused`, :class:`BadAnswer`, :class:`Unreachable`,
+    :class:`NoAnswerInTime`, and :class:`ServerDied`.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        watch: DeathWatch | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self._transport = transport
+        self._watch = watch
+        self._retry = retry or RetryPolicy()
+        self.retries: list[Attempt] = []
+        self._routes: frozenset[tuple[str, str]] | None = None
+        self._lock = threading.Lock()
+
+    def send(self, call: Call[T]) -> T:
+        """The answer to ``call``; see the class for what it raises."""
+        failed = 0
+        while True:
+            try:
+                return understand(call, self._transport.send(call))
+            except RequestFailed as error:
+                self._raise_if_dead(error)
+                failed += 1
+                delay = self._retry.delay(call, failed, error)
+                if delay is None:
+                    raise
+                with self._lock:
+                    self.retries.append(Attempt(str(call), failed, str(error)))
+                self._pause(delay)
+
+    def events(self, call: Call[dict[str, Any]]) -> Iterator[tuple[float, dict[str, Any]]]:
+        """The events of a stream with the seconds since the request was sent.
+
+        Raises what :meth:`send` raises; :class:`Refused` also for an error inside the
+        stream, which SGLang sends as an event after 200, and :class:`BadAnswer` for a
+        stream that ends without ``[DONE]``.
+        """
+        started = time.monotonic()
+        finished = False
+        try:
+            lines = self._transport.stream(call)
+            status = int(next(lines))
+            if not 200 <= status < 300:
+                reason, kind = error_words(b"\n".join(lines))
+                raise Refused(str(call), status, reason, kind)
+            for line in lines:
+                if not line.startswith(b"data:"):
+                    continue
+                text = line[5:].strip()
+                if text == b"[DONE]":
+                    finished = True
+                    continue
+                data = json.loads(text)
+                if "error" in data:
+                    reason, kind = error_words(text)
+                    raise Refused(str(call), status, reason, kind)
+                yield time.monotonic() - started, data
+        except ValueError as error:
+            raise BadAnswer(str(call), f"an event that is no JSON ({error})") from None
+        except RequestFailed as error:
+            self._raise_if_dead(error)
+            raise
+        if not finished:
+            self._raise_if_dead(Unreachable(str(call), "the stream ended"))
+            raise BadAnswer(str(call), "the stream ended without [DONE]")
+
+    def _raise_if_dead(self, error: RequestFailed) -> None:
+        if self._watch is None or not isinstance(error, Unreachable | BadAnswer | Refused):
+            return
+        # A dying server breaks connections a moment before its process is gone; and one
+        # whose scheduler died answers 500 first (SGLang 0.5.23).
+        settles = 2.0 if isinstance(error, Unreachable) else 0.0
+        if isinstance(error, Refused) and error.status >= 500 and error.status != 503:
+            settles = 1.0
+        if death := self._watch.wait(settles):
+            raise ServerDied(death) from error
+
+    def _pause(self, seconds: float) -> None:
+        if self._watch is None:
+            time.sleep(seconds)
+        elif death := self._watch.wait(seconds):
+            raise ServerDied(death)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    # --- what the server can do, asked of it --------------------------------------------
+
+    def has_route(self, method: str, path: str) -> bool:
+        """Whether the server offers a route, by its ``/openapi.json``, asked once."""
+        if self._routes is None:
+            paths = self.send(calls.openapi())["paths"]
+            self._routes = frozenset((m.upper(), p) for p, ms in paths.items() for m in ms)
+        return (method.upper(), path) in self._routes
+
+    def generate(self, prompt: calls.Prompt, **options: Any) -> Generation:
+        """See :func:`calls.generate`."""
+        return self.send(calls.generate(prompt, **options))
+
+    def generate_batch(self, prompts: Sequence[calls.Prompt], **options: Any) -> list[Generation]:
+        """See :func:`calls.generate_batch`."""
+        return self.send(calls.generate_batch(prompts, **options))
+
+    def stream(self, prompt: calls.Prompt, **options: Any) -> Iterator[Chunk]:
+        """Events of a streamed generation; see :func:`calls.generate_stream`."""
+        call = calls.generate_stream(prompt, **options)
+        for seconds, data in self.events(call):
+            ids = tuple(int(i) for i in data.get("output_ids") or ())
+            yield Chunk(data.get("text", ""), ids, seconds, data)
+
+    def chat(self, messages: Sequence[dict[str, str]], **options: Any) -> ChatAnswer:
+        """See :func:`calls.chat`."""
+        return self.send(calls.chat(messages, **options))
+
+    def chat_streamed(self, messages: Sequence[dict[str, str]], **options: Any) -> ChatAnswer:
+        """The same answer, put together from its events (deltas, unlike ``stream``)."""
+        text, finish, chunks = "", "", 0
+        usage: dict[str, int] = {}
+        options = {"stream_options": {"include_usage": True}, **options}
+        for _, data in self.events(calls.chat_stream(messages, **options)):
+            chunks += 1
+            usage = data.get("usage") or usage
+            for choice in data.get("choices") or ():
+                text += choice["delta"].get("content") or ""
+                finish = choice.get("finish_reason") or finish
+        return ChatAnswer(
+            text, finish, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), chunks
+        )
+
+    def completions(self, prompt: str, **options: Any) -> ChatAnswer:
+        return self.send(calls.completions(prompt, **options))
+
+    def abort(self, request_id: str) -> None:
+        self.send(calls.abort(request_id))
+
+    def abort_all(self) -> None:
+        self.send(calls.abort_all())
+
+    def model_info(self) -> dict[str, Any]:
+        return self.send(calls.model_info())
+
+    def server_info(self) -> dict[str, Any]:
+        return self.send(calls.server_info())
+
+    def models(self) -> list[str]:
+        return self.send(calls.models())
+
+    def update_weights_from_disk(self, path: str, **options: Any) -> Update:
+        """See :func:`calls.update_weights_from_disk`. An answer is no evidence."""
+        return self.send(calls.update_weights_from_disk(path, **options))
+
+    def checksums(self) -> Checksums:
+        return self.send(calls.checksums())
+
+    def flush_cache(self) -> None:
+        self.send(calls.flush_cache())
+
+    def pause(self, mode: str = "abort") -> None:
+        self.send(calls.pause(mode))
+
+    def resume(self) -> None:
+        self.send(calls.resume())
+
+    def release_memory(self, tags: Sequence[str] | None = None) -> None:
+        self.send(calls.release_memory(tags))
+
+    def resume_memory(self, tags: Sequence[str] | None = None) -> None:
+        self.send(calls.resume_memory(tags))
+
+

@@ -1,0 +1,271 @@
+"""Every call of SGLang's HTTP remote control, each a small frozen record.
+
+Facts about the endpoints are from SGLang 0.5.23 (docs/sglang.md says what was seen live).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_harness.client.answers import ChatAnswer, Checksums, Generation, Update
+from sglang_harness.client.call import Call, Reply
+
+Prompt = str | Sequence[int]
+
+
+def _nothing(_: Reply) -> None:
+    return None
+
+
+def _object(reply: Reply) -> dict[str, Any]:
+    data = reply.json()
+    if not isinstance(data, dict):
+        raise TypeError(f"expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _is_text(prompt: Prompt) -> bool:
+    return isinstance(prompt, str)
+
+
+# --- is it up? -------------------------------------------------------------------------
+
+
+def ready() -> Call[None]:
+    """200 when the server takes requests; instant; from 0.5.20 on (404 before)."""
+    return Call("GET", "/ready", _nothing, repeatable=True, timeout=5.0)
+
+
+def health() -> Call[None]:
+    """200 after a one-token generation inside the server: takes 1 s at least, 20 s at most
+    before it answers 503 (``SGLANG_HEALTH_CHECK_TIMEOUT``)."""
+    return Call("GET", "/health", _nothing, repeatable=True, timeout=25.0)
+
+
+def openapi() -> Call[dict[str, Any]]:
+    """The server's own description of its routes; open even where a key is needed? No."""
+    return Call("GET", "/openapi.json", _object, repeatable=True)
+
+
+def model_info() -> Call[dict[str, Any]]:
+    """The served model as it is now: path, name, weight version, architecture."""
+    return Call("GET", "/model_info", _object, repeatable=True)
+
+
+def server_info() -> Call[dict[str, Any]]:
+    """Launch configuration and live scheduler state. Holds the API key (0.5.23): never
+    write it down uncleaned. Hangs when the scheduler is stuck."""
+    return Call("GET", "/server_info", _object, repeatable=True, timeout=30.0)
+
+
+def models() -> Call[list[str]]:
+    """Names of served models. Answers 200 before the server can generate."""
+    return Call("GET", "/v1/models", lambda r: [m["id"] for m in r.json()["data"]], repeatable=True)
+
+
+# --- generate --------------------------------------------------------------------------
+
+
+def generate(
+    prompt: Prompt,
+    *,
+    sampling: dict[str, Any] | None = None,
+    logprobs: bool = False,
+    prompt_logprobs_from: int | None = None,
+    request_id: str | None = None,
+    timeout: float | None = None,
+) -> Call[Generation]:
+    """One prompt, as text or as token ids.
+
+    Args:
+        sampling: SGLang's ``sampling_params``, as they are.
+        logprobs: ask for the log-probability of each generated token.
+        prompt_logprobs_from: also those of the prompt, from this position on.
+    """
+    body = _generate_body(prompt, sampling, logprobs, prompt_logprobs_from)
+    if request_id is not None:
+        body["rid"] = request_id
+
+    def read(reply: Reply) -> Generation:
+        return Generation.parse(_object(reply), reply.seconds)
+
+    # Not repeatable: a second copy would run beside the first and count twice.
+    return Call("POST", "/generate", read, body, timeout=timeout)
+
+
+def generate_batch(
+    prompts: Sequence[Prompt],
+    *,
+    sampling: dict[str, Any] | None = None,
+    logprobs: bool = False,
+) -> Call[list[Generation]]:
+    """Several prompts in one request; answers in the order of the prompts."""
+    if not prompts:
+        raise ValueError("a batch needs at least one prompt")
+    body = _generate_body(prompts[0], sampling, logprobs, None)
+    kind = "text" if _is_text(prompts[0]) else "input_ids"
+    body[kind] = [p if _is_text(p) else list(p) for p in prompts]  # type: ignore[arg-type]
+
+    def read(reply: Reply) -> list[Generation]:
+        answers = [Generation.parse(item, reply.seconds) for item in reply.json()]
+        if len(answers) != len(prompts):
+            raise ValueError(f"{len(answers)} answers to {len(prompts)} prompts")
+        return answers
+
+    return Call("POST", "/generate", read, body)
+
+
+def generate_samples(
+    prompt: Prompt, count: int, *, sampling: dict[str, Any]
+) -> Call[list[Generation]]:
+    """``count`` independent samples of one prompt (SGLang's ``n``)."""
+    body = _generate_body(prompt, {**sampling, "n": count}, False, None)
+
+    def read(reply: Reply) -> list[Generation]:
+        return [Generation.parse(item, reply.seconds) for item in reply.json()]
+
+    return Call("POST", "/generate", read, body)
+
+
+def generate_stream(
+    prompt: Prompt, *, sampling: dict[str, Any] | None = None, logprobs: bool = False
+) -> Call[dict[str, Any]]:
+    """The same as events; text and ids are cumulative. Sent with ``Client.stream``."""
+    body = {**_generate_body(prompt, sampling, logprobs, None), "stream": True}
+    return Call("POST", "/generate", _object, body)
+
+
+def _generate_body(
+    prompt: Prompt,
+    sampling: dict[str, Any] | None,
+    logprobs: bool,
+    prompt_logprobs_from: int | None,
+) -> dict[str, Any]:
+    body: dict[str, Any] = {"text": prompt} if _is_text(prompt) else {"input_ids": list(prompt)}
+    body["sampling_params"] = dict(sampling or {})
+    if logprobs or prompt_logprobs_from is not None:
+        body["return_logprob"] = True
+        body["logprob_start_len"] = -1 if prompt_logprobs_from is None else prompt_logprobs_from
+    return body
+
+
+def chat(
+    messages: Sequence[dict[str, str]], *, model: str = "default", **options: Any
+) -> Call[ChatAnswer]:
+    """OpenAI's chat completion. ``options`` are OpenAI's and SGLang's own, as they are."""
+    body = {"model": model, "messages": list(messages), **options}
+
+    def read(reply: Reply) -> ChatAnswer:
+        data = _object(reply)
+        choice, usage = data["choices"][0], data["usage"]
+        return ChatAnswer(
+            text=choice["message"]["content"] or "",
+            finish=choice["finish_reason"],
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+        )
+
+    return Call("POST", "/v1/chat/completions", read, body)
+
+
+def chat_stream(
+    messages: Sequence[dict[str, str]], *, model: str = "default", **options: Any
+) -> Call[dict[str, Any]]:
+    body = {"model": model, "messages": list(messages), **options, "stream": True}
+    return Call("POST", "/v1/chat/completions", _object, body)
+
+
+def completions(prompt: str, *, model: str = "default", **options: Any) -> Call[ChatAnswer]:
+    """OpenAI's text completion."""
+
+    def read(reply: Reply) -> ChatAnswer:
+        data = _object(reply)
+        choice, usage = data["choices"][0], data["usage"]
+        return ChatAnswer(
+            choice["text"],
+            choice["finish_reason"],
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+        )
+
+    return Call("POST", "/v1/completions", read, {"model": model, "prompt": prompt, **options})
+
+
+def abort(request_id: str) -> Call[None]:
+    """Ends a running request. Answers 200 for an unknown id too, and SGLang 0.5.23 also ends
+    every request whose id begins with this one."""
+    return Call("POST", "/abort_request", _nothing, {"rid": request_id}, repeatable=True)
+
+
+def abort_all() -> Call[None]:
+    return Call("POST", "/abort_request", _nothing, {"abort_all": True}, repeatable=True)
+
+
+# --- weights ---------------------------------------------------------------------------
+
+
+def update_weights_from_disk(
+    path: str,
+    *,
+    weight_version: str | None = None,
+    flush_cache: bool = True,
+    abort_all_requests: bool = False,
+    timeout: float | None = None,
+) -> Call[Update]:
+    """Loads a checkpoint folder of the server's. Also changes ``model_path`` and the served
+    name (0.5.23). Without ``weight_version`` the label stays what it was."""
+    body: dict[str, Any] = {
+        "model_path": path,
+        "flush_cache": flush_cache,
+        "abort_all_requests": abort_all_requests,
+    }
+    if weight_version is not None:
+        body["weight_version"] = weight_version
+    return Call("POST", "/update_weights_from_disk", _update, body, timeout=timeout)
+
+
+def checksums() -> Call[Checksums]:
+    """A checksum for every tensor of every rank, as the server holds them now."""
+
+    def read(reply: Reply) -> Checksums:
+        return Checksums.parse(_object(reply))
+
+    return Call("POST", "/weights_checker", read, {"action": "checksum"}, repeatable=True)
+
+
+def _update(reply: Reply) -> Update:
+    data = _object(reply)
+    return Update(bool(data["success"]), str(data.get("message", "")), reply.seconds)
+
+
+# --- control and memory ----------------------------------------------------------------
+
+
+def flush_cache() -> Call[None]:
+    """Empties the prefix cache. 400 while requests run."""
+    return Call("POST", "/flush_cache", _nothing, repeatable=True)
+
+
+def pause(mode: str = "abort") -> Call[None]:
+    """Stops generating. ``abort`` ends running requests, ``retract`` and ``in_place`` keep
+    them for ``resume``. While paused a new request hangs rather than fails (0.5.23)."""
+    return Call("POST", "/pause_generation", _nothing, {"mode": mode})
+
+
+def resume() -> Call[None]:
+    """SGLang's ``/continue_generation``. The body is required."""
+    return Call("POST", "/continue_generation", _nothing, {}, repeatable=True)
+
+
+def release_memory(tags: Sequence[str] | None = None) -> Call[None]:
+    """Gives memory back; frees nothing without ``--enable-memory-saver``, and answers 200
+    all the same. Not repeatable: a second release of the same tag can kill the server."""
+    body = {"tags": list(tags)} if tags is not None else {}
+    return Call("POST", "/release_memory_occupation", _nothing, body)
+
+
+def resume_memory(tags: Sequence[str] | None = None) -> Call[None]:
+    """Takes memory back. Not repeatable: without a release before it the server dies."""
+    body = {"tags": list(tags)} if tags is not None else {}
+    return Call("POST", "/resume_memory_occupation", _nothing, body)

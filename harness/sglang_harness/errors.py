@@ -1,0 +1,120 @@
+"""What can go wrong, as types. Every message says what happened, what was expected and
+what to do; a person sees the message alone, never a stack trace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang_harness.runtime.death import Death
+
+
+class HarnessError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        advice: what the reader can do about it, one sentence; may be empty.
+    """
+
+    def __init__(self, message: str, *, advice: str = "") -> None:
+        super().__init__(message)
+        self.advice = advice
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} {self.advice}".strip()
+
+
+class SpecError(HarnessError):
+    """What was asked for makes no sense: a bad field, a bad file, a contradiction."""
+
+
+class EngineError(HarnessError):
+    """No Docker engine, or one that cannot do what is needed."""
+
+
+class ImageError(HarnessError):
+    """The image is not there, cannot be pulled or cannot be built."""
+
+
+class ModelError(HarnessError):
+    """The model is not there, or is not a checkpoint that can be served or read."""
+
+
+class MissingExtra(HarnessError):
+    """A part of the package is needed that was not installed with it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs packages that are not installed.",
+            advice=f"Install them with: pip install 'sglang-harness[{extra}]'",
+        )
+
+
+class ServerDied(HarnessError):
+    """The server ended although nobody asked it to.
+
+    Attributes:
+        death: how it ended, as far as could be seen.
+    """
+
+    def __init__(self, death: Death) -> None:
+        super().__init__(death.sentence(), advice=death.advice())
+        self.death = death
+
+
+class StartTimeout(HarnessError):
+    """The server lives but did not answer a generation within ``limits.start`` seconds."""
+
+
+class RequestFailed(HarnessError):
+    """A call got no usable answer. The common base of the four ways in which that happens.
+
+    Attributes:
+        call: method and path, such as ``POST /generate``.
+    """
+
+    def __init__(self, call: str, message: str, *, advice: str = "") -> None:
+        super().__init__(f"{call}: {message}", advice=advice)
+        self.call = call
+
+
+class Unreachable(RequestFailed):
+    """No connection, or one that broke before the answer was complete."""
+
+
+class NoAnswerInTime(RequestFailed):
+    """The server took the request and did not answer within the read time-out."""
+
+
+class Refused(RequestFailed):
+    """The server answered with an error, in whichever of its three shapes.
+
+    Attributes:
+        status: the HTTP status code; 200 when a stream failed after it began.
+        reason: the server's own words.
+        kind: the server's own type of error, where it names one.
+    """
+
+    def __init__(self, call: str, status: int, reason: str, kind: str = "") -> None:
+        super().__init__(call, f"the server answered {status}: {reason}")
+        self.status = status
+        self.reason = reason
+        self.kind = kind
+
+
+class BadAnswer(RequestFailed):
+    """The server answered 200 with something that this call cannot mean."""
+
+
+class Interrupted(HarnessError):
+    """The run was ended from outside, by Ctrl-C or SIGTERM.
+
+    Attributes:
+        signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus it.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        name = {2: "Ctrl-C (SIGINT)", 15: "SIGTERM"}.get(signal_number, f"signal {signal_number}")
+        super().__init__(f"Interrupted by {name}.")
+        self.signal_number = signal_number

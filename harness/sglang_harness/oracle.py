@@ -1,0 +1,127 @@
+"""What the server should have said: log-probabilities from torch, on the CPU, by Hugging
+Face transformers, which shares no code with SGLang's model classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_harness.errors import MissingExtra, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+#: How far a served log-probability may be from the oracle's, by the server's dtype, in nats.
+#: float32: 3e-5 at most was measured over 32 tokens on a CPU (SGLang 0.5.23); the bound leaves
+#: room for other kernels and is far below 0.01. The half-precision bounds are the rounding of
+#: logits of size 20 and were not measured on a GPU yet.
+TOLERANCE = {"float32": 5e-4, "bfloat16": 0.12, "float16": 0.02}
+
+
+def tolerance(dtype: str) -> float:
+    """The bound for a dtype as SGLang names it; bfloat16's for one that is not known."""
+    return TOLERANCE.get(dtype.removeprefix("torch."), TOLERANCE["bfloat16"])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The oracle's view of the tokens that followed a prompt.
+
+    Attributes:
+        logprobs: natural-log probability of each token, given all before it.
+        best_ids: the most probable token at each place.
+        best_logprobs: its log-probability.
+    """
+
+    logprobs: tuple[float, ...]
+    best_ids: tuple[int, ...]
+    best_logprobs: tuple[float, ...]
+
+
+class Oracle:
+    """One checkpoint, loaded in float32.
+
+    Raises:
+        MissingExtra: torch or transformers is not installed.
+        ModelError: transformers cannot load the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
+        except ImportError:
+            raise MissingExtra("The oracle", "torch") from None
+        logging.disable_progress_bar()
+        self.folder = folder
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            ).eval()
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"transformers cannot load {folder}: {error}.") from None
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Size of the weights in float32."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with whatever special tokens the tokenizer puts around a text."""
+        return list(self.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt that the model's own chat template makes, as text."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every token id that ends a generation."""
+        config = self._model.generation_config.eos_token_id
+        ids = config if isinstance(config, list) else [config]
+        return {int(i) for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    def score(self, prompt: Sequence[int], output: Sequence[int]) -> Scores:
+        """Scores ``output`` as the continuation of ``prompt``, in one forward pass."""
+        if not prompt or not output:
+            raise ValueError("the oracle needs a prompt and an output")
+        logprobs = self._logprobs([*prompt, *output])[len(prompt) - 1 : -1]
+        best = logprobs.max(dim=-1)
+        chosen = logprobs[range(len(output)), list(output)]
+        return Scores(
+            tuple(chosen.tolist()), tuple(best.indices.tolist()), tuple(best.values.tolist())
+        )
+
+    def next_token_probabilities(self, prompt: Sequence[int]) -> list[float]:
+        """The distribution of the next token, one probability a token id."""
+        return list(self._logprobs(list(prompt))[-1].exp().tolist())
+
+    def prompt_logprobs(self, prompt: Sequence[int]) -> list[float]:
+        """Of each prompt token but the first, given all before it."""
+        logprobs = self._logprobs(list(prompt))[:-1]
+        return list(logprobs[range(len(prompt) - 1), list(prompt[1:])].tolist())
+
+    def _logprobs(self, ids: list[int]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([ids])).logits[0].float()
+            return torch.log_softmax(logits, dim=-1)
+
+
+@lru_cache(maxsize=3)
+def for_folder(folder: Path) -> Oracle:
+    """An oracle that is loaded once and shared by the checks of a run."""
+    return Oracle(folder)

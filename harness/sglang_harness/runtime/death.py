@@ -1,0 +1,123 @@
+"""How a server ended, and how that is noticed at once."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: Signs in SGLang's log and what they mean, most specific first.
+KNOWN_CAUSES: tuple[tuple[str, str], ...] = (
+    (r"CUDA out of memory|torch\.OutOfMemoryError", "the GPU ran out of memory: lower --mem-fraction-static or use a larger GPU"),
+    (r"Not enough memory\. Please try to increase --mem-fraction-static", "too little memory is left for the KV cache: raise --mem-fraction-static"),
+    (r"No space left on device", "a disk or /dev/shm is full: raise shm_size or free space"),
+    (r"unrecognized arguments: (?P<detail>.*)", "this SGLang version does not know a flag"),
+    (r"error: argument (?P<detail>.*)", "a flag has a value that SGLang does not take"),
+    (r"NVIDIA driver|CUDA driver version is insufficient|no CUDA-capable device", "no usable NVIDIA driver: use device=cpu, or run on a host with a GPU"),
+    (r"Can't load the configuration of|does not appear to have a file named config\.json|Unrecognized model in", "the model folder holds no model that SGLang can read"),
+    (r"Repository Not Found|is not a local folder and is not a valid model identifier", "the model is neither a folder nor a name on the hub"),
+    (r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer|incomplete metadata", "a safetensors file is damaged or cut short"),
+    (r"No such file or directory: '(?P<detail>[^']*)'", "a file is missing for the server's user (files of mode 0600 look missing to an ordinary user)"),
+    (r"Address already in use|address already in use", "the server's port is taken inside its network namespace"),
+    (r"digest sent was rejected", "a tensor was sent by file descriptor from an unrelated process: use the file_system sharing strategy"),
+    (r"pin_memory=True requires a CUDA", "SGLang asked for pinned memory on a machine with no GPU"),
+    (r"ModuleNotFoundError: (?P<detail>.*)", "the image lacks a Python module"),
+)
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a server ended although nobody asked it to.
+
+    Exit codes alone mislead with SGLang: a crash of the scheduler ends the container with 0
+    where the server is process 1, and with 137 under an init process, which looks like a
+    kernel kill for memory (seen with 0.5.23). So the log and the out-of-memory flag decide.
+    """
+
+    exit_code: int | None
+    out_of_memory: bool
+    """The kernel killed it for memory (the engine's ``State.OOMKilled``)."""
+    cause: str
+    """What is known to lead there, in words; empty when nothing was recognised."""
+    exception: str
+    """The last exception line of the log; empty when there is none."""
+    last_words: tuple[str, ...]
+    """The last lines of the log."""
+    noticed_after: float | None = None
+    """Seconds from the end (by the engine's clock) to its being noticed here."""
+
+    def sentence(self) -> str:
+        """One line: it ended, how, and why as far as that can be told."""
+        if self.out_of_memory:
+            return "The server was killed by the kernel because it ran out of memory."
+        code = "an unknown exit code" if self.exit_code is None else f"exit code {self.exit_code}"
+        why = self.cause or self.exception or "its log names no exception"
+        return f"The server ended ({code}): {why}."
+
+    def advice(self) -> str:
+        if self.out_of_memory:
+            return "Raise the container's memory limit or use a smaller model."
+        if not self.last_words:
+            return "It wrote nothing to its log."
+        return "Its last words: " + " | ".join(self.last_words[-3:])
+
+
+def read_death(exit_code: int | None, out_of_memory: bool, log: str) -> Death:
+    """Makes sense of a dead server's log. Pure: tested on recorded logs."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    cause = ""
+    for pattern, meaning in KNOWN_CAUSES:
+        if found := re.search(pattern, log):
+            detail = found.groupdict().get("detail")
+            cause = f"{meaning} ({detail.strip()})" if detail else meaning
+            break
+    exception = ""
+    for line in reversed(lines):
+        if re.match(r"^(\[[^\]]*\] )?[\w.]*(Error|Exception|Interrupt)\b.*", line):
+            exception = line
+            break
+    return Death(exit_code, out_of_memory, cause, exception, tuple(lines[-12:]))
+
+
+class DeathWatch:
+    """Waits in a thread for a server to end, so that everyone else need only ask.
+
+    ``wait`` blocks until the server has ended and returns how; it is called once, in a
+    daemon thread. ``expected`` is set by whoever stops the server on purpose.
+    """
+
+    def __init__(self, wait: Callable[[], Death]) -> None:
+        self._ended = threading.Event()
+        self._death: Death | None = None
+        self._listeners: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self.expected = False
+        threading.Thread(target=self._run, args=(wait,), name="death-watch", daemon=True).start()
+
+    def _run(self, wait: Callable[[], Death]) -> None:
+        death = wait()
+        with self._lock:
+            self._death = death
+            self._ended.set()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    @property
+    def death(self) -> Death | None:
+        """How it ended; ``None`` while it lives or when it was stopped on purpose."""
+        return None if self.expected else self._death
+
+    def wait(self, seconds: float) -> Death | None:
+        """Sleeps ``seconds``, or less when the server ends meanwhile."""
+        self._ended.wait(seconds)
+        return self.death
+
+    def call_on_death(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` from the watching thread once the server has ended."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._listeners.append(listener)
+                return
+        listener()

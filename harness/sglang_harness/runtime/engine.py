@@ -1,0 +1,203 @@
+"""The Docker engine: is one there, is it on this machine, and what of ours does it hold?"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import docker
+import psutil
+from docker.errors import APIError, DockerException, NotFound
+from testcontainers.core.utils import inside_container
+
+from sglang_harness.errors import EngineError
+
+#: Everything that the harness makes on an engine carries these labels.
+LABEL = "org.sglang-harness"
+LABEL_RUN = f"{LABEL}.run"
+LABEL_OWNER = f"{LABEL}.owner"
+LABEL_HELD = f"{LABEL}.held"
+
+
+def connect(*, timeout: float = 60.0) -> docker.DockerClient:
+    """A client of the engine that ``DOCKER_HOST`` (or the default socket) names.
+
+    Raises:
+        EngineError: nothing answers there, or this user may not ask.
+    """
+    where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    try:
+        client = docker.from_env(timeout=timeout)
+        client.ping()
+    except (DockerException, OSError) as error:
+        if "Permission denied" in str(error):
+            raise EngineError(
+                f"This user may not use the Docker engine at {where}.",
+                advice="Add yourself to the group 'docker' and log in again.",
+            ) from None
+        raise EngineError(
+            f"No Docker engine answers at {where}.",
+            advice="Start it (systemctl start docker), or run docker/engine.sh as root; "
+            "'sglang-harness doctor' shows what is there.",
+        ) from None
+    return client
+
+
+def is_remote() -> bool:
+    """Whether the engine runs on another machine, as far as ``DOCKER_HOST`` tells."""
+    return not os.environ.get("DOCKER_HOST", "unix://").startswith(("unix://", "npipe://"))
+
+
+def in_container() -> bool:
+    """Whether the harness itself runs in a container (with the engine's socket, then)."""
+    return bool(inside_container())
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that something belongs to: alive, it is left alone by ``sweep``."""
+
+    host: str
+    pid: int
+    started: int
+    """Start of the process in whole seconds since the epoch: tells a reused pid apart."""
+
+    @classmethod
+    def this_process(cls) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), int(psutil.Process().create_time()))
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        try:
+            host, pid, started = text.rsplit(":", 2)
+            return cls(host, int(pid), int(started))
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.pid}:{self.started}"
+
+    def is_gone(self) -> bool:
+        """True only where this host can tell; another host's processes are never 'gone'."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return abs(int(psutil.Process(self.pid).create_time()) - self.started) > 1
+        except psutil.NoSuchProcess:
+            return True
+
+
+def labels(run_id: str, *, held: bool = False) -> dict[str, str]:
+    """The labels for something made by this process in the run ``run_id``."""
+    own = {LABEL: "1", LABEL_RUN: run_id, LABEL_OWNER: str(Owner.this_process())}
+    return {**own, LABEL_HELD: "1"} if held else own
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something of ours on the engine."""
+
+    kind: str
+    name: str
+    run_id: str
+    owner: Owner | None
+    held: bool
+    state: str
+
+    def is_abandoned(self) -> bool:
+        return not self.held and (self.owner is None or self.owner.is_gone())
+
+
+def ours(client: docker.DockerClient) -> list[Leftover]:
+    """Every container, volume and network that carries our label, stopped ones too."""
+    query = {"label": LABEL}
+    found = [
+        _leftover("container", c.name, c.labels, c.status)
+        for c in client.containers.list(all=True, filters=query, ignore_removed=True)
+    ]
+    found += [
+        _leftover("volume", v.name, v.attrs.get("Labels"), "")
+        for v in client.volumes.list(filters=query)
+    ]
+    found += [
+        _leftover("network", n.name, n.attrs.get("Labels"), "")
+        for n in client.networks.list(filters=query)
+    ]
+    return found
+
+
+def _leftover(kind: str, name: str, labelled: dict[str, str] | None, state: str) -> Leftover:
+    marks = labelled or {}
+    owner = Owner.parse(marks.get(LABEL_OWNER, ""))
+    return Leftover(kind, name, marks.get(LABEL_RUN, ""), owner, LABEL_HELD in marks, state)
+
+
+def remove(client: docker.DockerClient, things: Iterable[Leftover]) -> list[str]:
+    """Removes ``things``, containers first; returns what could not be removed, with why."""
+    order = {"container": 0, "network": 1, "volume": 2}
+    failed: list[str] = []
+    for thing in sorted(things, key=lambda t: order[t.kind]):
+        try:
+            if thing.kind == "container":
+                client.containers.get(thing.name).remove(force=True, v=True)
+            elif thing.kind == "network":
+                client.networks.get(thing.name).remove()
+            else:
+                client.volumes.get(thing.name).remove(force=True)
+        except NotFound:
+            continue
+        except APIError as error:
+            failed.append(f"{thing.kind} {thing.name}: {error.explanation or error}")
+    return failed
+
+
+def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> bool:
+    """Whether a bind mount of ``folder`` would show this machine's files to a container.
+
+    It would not on another machine, nor where the harness runs in a container whose paths
+    the engine does not share. Found out by making (never starting) a container with it.
+    """
+    mount = docker.types.Mount("/probe", str(folder), type="bind", read_only=True)
+    marker = folder / f".probe-{os.getpid()}"
+    marker.touch()
+    container = None
+    try:
+        container = client.containers.create(
+            image, ["true"], mounts=[mount], labels=labels("probe"), entrypoint=[]
+        )
+        container.get_archive(f"/probe/{marker.name}")
+        return True
+    except APIError:
+        return False
+    finally:
+        marker.unlink(missing_ok=True)
+        if container is not None:
+            container.remove(force=True)
+
+
+def seconds_since(engine_time: str) -> float | None:
+    """Seconds since a time as the engine writes it (RFC 3339 with nanoseconds)."""
+    if not engine_time or engine_time.startswith("0001-"):
+        return None
+    whole, _, fraction = engine_time.rstrip("Z").partition(".")
+    then = datetime.fromisoformat(whole).replace(tzinfo=timezone.utc).timestamp()
+    return datetime.now(timezone.utc).timestamp() - then - float(f"0.{fraction or 0}")
+
+
+def about(client: docker.DockerClient) -> dict[str, Any]:
+    """What the engine says of itself, as the verdict's environment keeps it."""
+    info = client.info()
+    return {
+        "engine": info.get("ServerVersion"),
+        "storage": info.get("Driver"),
+        "cgroup": info.get("CgroupVersion"),
+        "runtimes": sorted(info.get("Runtimes") or {}),
+        "cpus": info.get("NCPU"),
+        "memory_bytes": info.get("MemTotal"),
+        "operating_system": info.get("OperatingSystem"),
+    }

@@ -1,0 +1,45 @@
+"""Keeps secrets out of everything that is written down.
+
+SGLang prints its API key in its log and answers it in ``/server_info`` (0.5.23), so text
+from a server is cleaned before it reaches a log, a verdict or a terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets as stdlib_secrets
+from typing import Any
+
+REDACTED = "<redacted>"
+
+#: Variables that hold secrets; their values never leave the process in the clear.
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY")
+
+
+def new_api_key() -> str:
+    """A fresh key for one server: 43 URL-safe characters, 256 bits."""
+    return stdlib_secrets.token_urlsafe(32)
+
+
+class Redactor:
+    """Replaces known secrets in text and in JSON-like data."""
+
+    def __init__(self, *known: str) -> None:
+        values = {*known, *(os.environ.get(name, "") for name in SECRET_VARIABLES)}
+        # A short value would black out ordinary words.
+        self._values = sorted((v for v in values if len(v) >= 8), key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        for value in self._values:
+            text = text.replace(value, REDACTED)
+        return text
+
+    def data(self, data: Any) -> Any:
+        """The same data with secrets replaced in every string, at any depth."""
+        if isinstance(data, str):
+            return self.text(data)
+        if isinstance(data, dict):
+            return {self.text(str(key)): self.data(value) for key, value in data.items()}
+        if isinstance(data, list | tuple):
+            return [self.data(item) for item in data]
+        return data

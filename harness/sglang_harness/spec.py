@@ -1,0 +1,189 @@
+"""What to run. Validated once, here; everything after this trusts it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sglang_harness.errors import SpecError
+
+Argument = bool | int | float | str | list[str]
+
+#: Flags that the harness sets itself: given twice they would contradict each other.
+OWN_ARGUMENTS = {"host", "port", "model-path", "model", "api-key", "admin-api-key", "device"}
+
+#: Flags a CPU server needs (seen to serve with SGLang 0.5.20 to 0.5.23). ``sleep-on-idle``
+#: keeps an idle scheduler from burning a whole core.
+CPU_ARGUMENTS: dict[str, Argument] = {
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "dtype": "float32",
+    "mem-fraction-static": 0.1,
+    "max-total-tokens": 4096,
+    "disable-overlap-schedule": True,
+    "sleep-on-idle": True,
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Strict):
+    """Time-outs in seconds. Large models load for more than ten minutes: raise ``start``."""
+
+    start: Annotated[float, Field(gt=0)] = 900.0
+    """From creating the container to the first real generation."""
+    check: Annotated[float, Field(gt=0)] = 180.0
+    """One check, from first request to last."""
+    run: Annotated[float, Field(gt=0)] = 5400.0
+    """Everything, from the first start to the verdict."""
+    request: Annotated[float, Field(gt=0)] = 120.0
+    """One answer, from the last byte sent to the next byte received."""
+    stop: Annotated[float, Field(gt=0)] = 30.0
+    """From SIGTERM to SIGKILL. SGLang allows its scheduler 15 s to end."""
+
+
+class ServerSpec(_Strict):
+    """One SGLang server: what it runs from, what it serves, on what, and within which limits.
+
+    Every field can be set from Python, from a YAML file (``ServerSpec.from_yaml``) and from
+    the command line. Raises :class:`SpecError` for whatever cannot be meant.
+    """
+
+    image: str | None = None
+    """Image name, tag or digest. ``None``: the pinned image for the device."""
+    sglang_version: str | None = None
+    """Which CPU image to build where ``image`` is ``None``; ``None``: the pinned version."""
+    pull: Literal["missing", "always", "never"] = "missing"
+    model: str = "smollm2"
+    """``smollm2`` (SmolLM2-135M-Instruct), ``tiny`` or ``tiny:SEED`` (a seeded random model,
+    0.7 M parameters), a folder with a checkpoint, or a name on the model hub."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    gpus: str = "all"
+    """``all``, or indices or UUIDs joined by commas, as ``docker run --gpus device=`` takes."""
+    server_args: dict[str, Argument] = Field(default_factory=dict)
+    """SGLang's own flags without the dashes; ``true`` for a flag without a value, ``false``
+    to take one away that the harness would set."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Variables for the server. Secrets belong in the caller's environment: see
+    ``pass_environment``."""
+    pass_environment: list[str] = Field(default_factory=lambda: ["HF_TOKEN"])
+    """Names of variables that are handed from the caller's environment to the server."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """The port on the host; ``None``: a free one."""
+    publish_on: str = "127.0.0.1"
+    """The host address the port is published on. Loopback, unless you know better."""
+    shm_size: str = "1g"
+    """The server's ``/dev/shm``. NCCL with several GPUs wants more (SGLang: ``32g``)."""
+    memory: str | None = None
+    """Host memory limit of the container, such as ``16g``; ``None``: none."""
+    hub_cache: Path | None = None
+    """A model hub cache on the host, mounted for the server; ``None``: hub models are
+    downloaded inside the container."""
+    model_mount: Literal["auto", "bind", "volume"] = "auto"
+    """How the model reaches the server; ``volume`` for an engine on another machine."""
+    limits: Limits = Field(default_factory=Limits)
+
+    @field_validator("server_args", mode="before")
+    @classmethod
+    def _names_without_dashes(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        named = {str(k).lstrip("-").replace("_", "-"): v for k, v in value.items()}
+        if own := sorted(OWN_ARGUMENTS & named.keys()):
+            raise ValueError(f"{', '.join(own)}: set by the harness; use the field of the spec")
+        return named
+
+    @field_validator("shm_size", "memory")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+[bkmgBKMG]?", value):
+            raise ValueError(f"{value!r} is not a size such as 512m or 16g")
+        return value
+
+    @field_validator("image", "model")
+    @classmethod
+    def _is_not_blank(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or value != value.strip()):
+            raise ValueError("is blank, or has blanks around it")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_name_an_image(self) -> ServerSpec:
+        if self.image is not None and self.sglang_version is not None:
+            raise ValueError("image and sglang_version contradict each other: give one")
+        return self
+
+    @classmethod
+    def make(cls, **fields: Any) -> ServerSpec:
+        """Like the constructor, with :class:`SpecError` in one line instead of pydantic's."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise SpecError(_in_one_line(error), advice="See docs/spec.md for the fields.") from None
+
+    @classmethod
+    def from_yaml(cls, path: Path, **overrides: Any) -> ServerSpec:
+        """Reads a YAML mapping of fields; ``overrides`` win over the file.
+
+        Raises:
+            SpecError: the file cannot be read, is no YAML mapping, or has a bad field.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise SpecError(f"{path}: cannot be read: {reason}.") from None
+        try:
+            fields = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" line {where.line + 1}," if where else ""
+            problem = getattr(error, "problem", None) or "not YAML"
+            raise SpecError(f"{path}:{line} {problem}.", advice="Correct the file.") from None
+        if fields is None:
+            fields = {}
+        if not isinstance(fields, dict):
+            raise SpecError(
+                f"{path}: holds {type(fields).__name__}, expected a mapping of fields.",
+                advice="See docs/spec.md for the fields.",
+            )
+        written, given = fields.get("server_args") or {}, overrides.get("server_args") or {}
+        if isinstance(written, dict):
+            overrides = {**overrides, "server_args": {**written, **given}}
+        try:
+            return cls.make(**{**fields, **overrides})
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from None
+
+    def arguments(self, device: Literal["cpu", "gpu"]) -> dict[str, Argument]:
+        """The flags for ``device``: the harness's own, then the spec's, which win."""
+        defaults = CPU_ARGUMENTS if device == "cpu" else {}
+        merged = {**defaults, **self.server_args}
+        return {name: value for name, value in merged.items() if value is not False}
+
+
+def command_line(arguments: dict[str, Argument]) -> list[str]:
+    """SGLang's command line for ``arguments``, in their order."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _in_one_line(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors(include_url=False, include_context=False):
+        where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("union"))
+        message = problem["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(dict.fromkeys(parts)) + "."

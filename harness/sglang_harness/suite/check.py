@@ -1,0 +1,261 @@
+"""What a check is, and the one engine that runs one.
+
+A check is one question in three parts that never mix: ``needs`` (what the target must have),
+``observe`` (asks the server and returns what it saw, as plain typed data) and ``judge`` (a
+pure function of that data). So a judge is tested without a server, a saved run can be judged
+again, and the evidence is complete by construction.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sglang_harness.errors import HarnessError, MissingExtra, RequestFailed, ServerDied, SpecError
+from sglang_harness.verdict import CheckResult, Figure, Outcome
+
+if TYPE_CHECKING:
+    from sglang_harness.oracle import Oracle
+    from sglang_harness.server import Server
+
+
+class Observation(BaseModel):
+    """What a check saw. Written into the verdict as it is, and read back to judge again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+O = TypeVar("O", bound=Observation)  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that is not as it has to be."""
+
+    where: str
+    expected: str
+    got: str
+    by: str = ""
+    """By how much, where that can be said."""
+
+    def __str__(self) -> str:
+        by = f" ({self.by})" if self.by else ""
+        return f"{self.where}: expected {self.expected}, got {self.got}{by}"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a check cannot do without.
+
+    ``lacking`` returns why the *target* lacks it (which puts the check outside the profile),
+    or ``None``. What the *harness* lacks is raised by ``observe`` as ``NotProvided``.
+    """
+
+    name: str
+    lacking: Callable[[Server], str | None] = field(compare=False)
+
+
+class NotProvided(HarnessError):
+    """The harness cannot provide what a check needs: the check is ``not-run``, and the run is
+    no pass."""
+
+
+@dataclass
+class Context:
+    """What ``observe`` works with.
+
+    Attributes:
+        seed: makes prompts, perturbations and samples the same in every run.
+        own_server: starts another server in the same image with the tiny model, for a check
+            that may kill it; it is gone when the ``with`` block ends.
+        scratch: a folder for what the check makes, removed after the run.
+    """
+
+    server: Server
+    seed: int
+    own_server: Callable[[], Any]
+    scratch: Path
+    variants: dict[int, Any] = field(default_factory=dict)
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        """The reference for the served model.
+
+        Raises:
+            NotProvided: torch is missing, or the model is not on this machine.
+        """
+        from sglang_harness import oracle
+
+        if self.server.model is None:
+            raise NotProvided(
+                f"The oracle cannot read {self.server.spec.model}: it is on the hub, not here.",
+                advice="Give the model as a folder.",
+            )
+        try:
+            return oracle.for_folder(self.server.model)
+        except MissingExtra as error:
+            raise NotProvided(str(error)) from None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the server computes in, as its launch configuration states it."""
+        if not hasattr(self, "_dtype"):
+            self._dtype = str(self.server.client.server_info().get("dtype", "auto"))
+        return self._dtype
+
+    def random(self, salt: str) -> random.Random:
+        return random.Random(f"{self.seed}:{salt}")  # noqa: S311 -- reproducible on purpose
+
+
+class Check(ABC, Generic[O]):
+    """One question with a yes or no answer; see the module.
+
+    Attributes:
+        id: ``subject/what-must-hold``, stable.
+        sentence: the required behaviour, as one sentence.
+        profile: ``quick`` checks also run in ``full``.
+        own_server: may kill its server, so it gets one of its own.
+        after_stop: asked when the server has been stopped.
+    """
+
+    id: ClassVar[str]
+    sentence: ClassVar[str]
+    observation: ClassVar[type[Observation]]
+    needs: ClassVar[tuple[Need, ...]] = ()
+    profile: ClassVar[Literal["quick", "full"]] = "quick"
+    own_server: ClassVar[bool] = False
+    after_stop: ClassVar[bool] = False
+
+    @abstractmethod
+    def observe(self, context: Context) -> O:
+        """Asks the server; leaves it as it was."""
+
+    @abstractmethod
+    def judge(self, seen: O) -> list[Mismatch]:
+        """Everything that is not as it has to be; empty for a pass. Pure."""
+
+    def figures(self, seen: O) -> list[Figure]:
+        """Numbers that fall off on the way. Pure."""
+        del seen
+        return []
+
+
+_REGISTRY: dict[str, Check[Any]] = {}
+
+
+def register(check: type[Check[Any]]) -> type[Check[Any]]:
+    """Class decorator: adds a check to the suite.
+
+    Raises:
+        SpecError: its id is taken, or is not ``subject/name``.
+    """
+    if check.id.count("/") != 1:
+        raise SpecError(f"The check id {check.id!r} is not of the form subject/name.")
+    if check.id in _REGISTRY:
+        raise SpecError(f"Two checks have the id {check.id!r}.")
+    _REGISTRY[check.id] = check()
+    return check
+
+
+def registered() -> dict[str, Check[Any]]:
+    """All checks by id, in the order of their registration."""
+    return dict(_REGISTRY)
+
+
+def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Figure]]:
+    """Observes and judges. Never raises for what a server or the harness does wrong.
+
+    A server that dies under a check is a failure of the server; everything else that keeps
+    the harness from finding out is an error.
+    """
+    started = time.monotonic()
+    retries_before = len(context.server.client.retries)
+
+    def result(outcome: Outcome, message: str = "", seen: Observation | None = None) -> CheckResult:
+        redactor = context.server.redactor
+        retries = [
+            f"{a.call}: try {a.number}: {a.reason}"
+            for a in context.server.client.retries[retries_before:]
+        ]
+        return CheckResult(
+            id=check.id,
+            outcome=outcome,
+            seconds=time.monotonic() - started,
+            message=redactor.text(message),
+            evidence=None if seen is None else redactor.data(seen.model_dump(mode="json")),
+            retries=[redactor.text(r) for r in retries],
+        )
+
+    try:
+        seen = check.observe(context)
+    except NotProvided as error:
+        return result(Outcome.NOT_RUN, str(error)), []
+    except ServerDied as error:
+        return result(Outcome.FAIL, f"expected a server that lives; {error}"), []
+    except RequestFailed as error:
+        return result(Outcome.ERROR, str(error)), []
+    except HarnessError as error:
+        return result(Outcome.ERROR, str(error)), []
+    except Exception as error:
+        where = _place(error)
+        return result(Outcome.ERROR, f"{type(error).__name__} in {where}: {error}"), []
+    return _judged(check, seen, result)
+
+
+def judge_again(check: Check[Any], saved: CheckResult) -> CheckResult:
+    """Judges a saved observation again, without server, model or torch.
+
+    Raises:
+        SpecError: the evidence does not fit the check as it is now.
+    """
+    if saved.evidence is None:
+        return saved
+    try:
+        seen = check.observation.model_validate(saved.evidence)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(
+            f"The evidence of {saved.id} does not fit this version of the check: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from None
+
+    def result(outcome: Outcome, message: str = "", seen: Observation | None = None) -> CheckResult:
+        del seen
+        return saved.model_copy(update={"outcome": outcome, "message": message, "known_defect": None})
+
+    return _judged(check, seen, result)[0]
+
+
+def _judged(
+    check: Check[Any], seen: Observation, result: Callable[..., CheckResult]
+) -> tuple[CheckResult, list[Figure]]:
+    mismatches = check.judge(seen)
+    if mismatches:
+        shown = [str(m) for m in mismatches[:5]]
+        if len(mismatches) > 5:
+            shown.append(f"and {len(mismatches) - 5} more")
+        return result(Outcome.FAIL, "; ".join(shown), seen), check.figures(seen)
+    return result(Outcome.PASS, "", seen), check.figures(seen)
+
+
+def _place(error: BaseException) -> str:
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    if step is None:
+        return "an unknown place"
+    return f"{Path(step.tb_frame.f_code.co_filename).name}:{step.tb_lineno}"
+
+
+def expect(where: str, expected: Any, got: Any) -> Iterator[Mismatch]:
+    """A mismatch unless the two are equal."""
+    if expected != got:
+        yield Mismatch(where, repr(expected), repr(got))

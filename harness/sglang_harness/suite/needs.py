@@ -1,0 +1,50 @@
+"""What checks can need of a target. Asked of the server, never guessed from its version."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_harness.suite.check import Need
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
+
+
+def route(method: str, path: str) -> Need:
+    """The server offers a route, by its own ``/openapi.json``."""
+
+    def lacking(server: Server) -> str | None:
+        if server.client.has_route(method, path):
+            return None
+        return f"this SGLang has no {method} {path}"
+
+    return Need(f"{method} {path}", lacking)
+
+
+def launched_with(flag: str, why: str) -> Need:
+    """A launch flag that changes what can be asked for."""
+
+    def lacking(server: Server) -> str | None:
+        if server.client.server_info().get(flag.replace("-", "_")):
+            return None
+        return f"the server was started without --{flag}: {why}"
+
+    return Need(f"--{flag}", lacking)
+
+
+def _no_gpu(server: Server) -> str | None:
+    return None if server.device == "gpu" else "the server runs on a CPU"
+
+
+GPU = Need("a GPU", _no_gpu)
+
+
+def _no_prefix_cache(server: Server) -> str | None:
+    if server.client.server_info().get("disable_radix_cache"):
+        return "the server was started with --disable-radix-cache"
+    return None
+
+
+PREFIX_CACHE = Need("a prefix cache", _no_prefix_cache)
+CHECKSUMS = route("POST", "/weights_checker")
+DISK_UPDATE = route("POST", "/update_weights_from_disk")

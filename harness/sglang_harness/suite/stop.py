@@ -1,0 +1,202 @@
+"""Does it stop when it should, where it should, and only there?"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sglang_harness.client import Client, Generation
+from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
+from sglang_harness.suite.generate import PROMPTS, greedy
+from sglang_harness.suite.scored import Tokens
+
+
+class Stopped(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    answer: Tokens
+    detail: dict[str, Any]
+
+    @classmethod
+    def of(cls, answer: Generation) -> Stopped:
+        return cls(answer=Tokens.of(answer), detail=answer.finish_detail)
+
+
+class StopConditions(Observation):
+    whole: Tokens
+    stop_string: str
+    at_string: Stopped
+    stop_id: int
+    at_id: Stopped
+    eos_ids: list[int]
+    at_eos: Stopped
+    past_eos: Stopped
+    at_length: Stopped
+
+
+@register
+class StopsWhereTold(Check[StopConditions]):
+    id = "stop/conditions"
+    sentence = (
+        "A generation ends at its stop string, its stop token, the end-of-sequence token or its "
+        "length, says which, and does not end at an ignored end-of-sequence token."
+    )
+    observation = StopConditions
+
+    def observe(self, context: Context) -> StopConditions:
+        client, prompt = context.server.client, PROMPTS[1]
+        whole = client.generate(prompt, sampling=greedy(16))
+        # A string from the middle that does not occur before it.
+        middle = len(whole.text) // 2
+        stop_string = next(
+            (
+                whole.text[start : start + size]
+                for size in (3, 4, 5, 6)
+                for start in range(middle, len(whole.text) - size)
+                if whole.text.index(whole.text[start : start + size]) == start
+            ),
+            whole.text[-3:],
+        )
+        stop_id = next(
+            (i for n, i in enumerate(whole.output_ids) if n >= 4 and i not in whole.output_ids[:n]),
+            whole.output_ids[0],
+        )
+        eos = sorted(context.oracle.eos_ids)
+        # Makes the end-of-sequence token certain at the first step, whatever the model.
+        forced = {str(i): 100.0 for i in eos[:1]}
+
+        def ask(**sampling: Any) -> Stopped:
+            return Stopped.of(client.generate(prompt, sampling={**greedy(16), **sampling}))
+
+        return StopConditions(
+            whole=Tokens.of(whole),
+            stop_string=stop_string,
+            at_string=ask(stop=[stop_string]),
+            stop_id=stop_id,
+            at_id=ask(stop_token_ids=[stop_id], ignore_eos=False),
+            eos_ids=eos,
+            at_eos=ask(logit_bias=forced, ignore_eos=False),
+            past_eos=ask(logit_bias=forced, ignore_eos=True, max_new_tokens=3),
+            at_length=ask(max_new_tokens=5),
+        )
+
+    def judge(self, seen: StopConditions) -> list[Mismatch]:
+        text, ids = seen.whole.text, seen.whole.ids
+        until_string = text[: text.index(seen.stop_string)]
+        until_id = ids[: ids.index(seen.stop_id)]
+        at_id = seen.at_id.answer.ids
+        return [
+            *expect("stop string, finish", "stop", seen.at_string.answer.finish),
+            *expect("stop string, text", until_string, seen.at_string.answer.text),
+            *expect("stop string, matched", seen.stop_string, seen.at_string.detail.get("matched")),
+            *expect("stop token, finish", "stop", seen.at_id.answer.finish),
+            *expect("stop token, matched", seen.stop_id, seen.at_id.detail.get("matched")),
+            # Versions differ in whether the stop token itself is among the ids.
+            *expect("stop token, ids", until_id, at_id[:-1] if at_id[-1:] == [seen.stop_id] else at_id),
+            *expect("end of sequence, finish", "stop", seen.at_eos.answer.finish),
+            *expect("end of sequence, tokens at most", True, len(seen.at_eos.answer.ids) <= 1),
+            *expect("ignored end of sequence, finish", "length", seen.past_eos.answer.finish),
+            *expect("ignored end of sequence, tokens", 3, len(seen.past_eos.answer.ids)),
+            *expect("length, finish", "length", seen.at_length.answer.finish),
+            *expect("length, ids", ids[:5], seen.at_length.answer.ids),
+        ]
+
+
+class Aborted(Observation):
+    asked: int
+    aborted: Tokens
+    seconds_to_end: float
+    """From the abort call to the end of the aborted request."""
+    neighbour: Tokens
+    neighbour_asked: int
+
+
+def abort_beside_neighbour(
+    client: Client, aborted_id: str, neighbour_id: str, tokens: int, neighbour_tokens: int
+) -> Aborted:
+    """Runs two requests, aborts the first once both generate, and waits for both."""
+    with ThreadPoolExecutor(2) as pool:
+
+        def start(request_id: str, count: int, prompt: str) -> Future[Generation]:
+            return pool.submit(
+                client.generate,
+                prompt,
+                sampling=greedy(count),
+                logprobs=True,
+                request_id=request_id,
+            )
+
+        first = start(aborted_id, tokens, PROMPTS[1])
+        second = start(neighbour_id, neighbour_tokens, PROMPTS[0])
+        _wait_until_running(client, 2)
+        client.abort(aborted_id)
+        began = time.monotonic()
+        ended = first.result()
+        seconds = time.monotonic() - began
+        return Aborted(
+            asked=tokens,
+            aborted=Tokens.of(ended),
+            seconds_to_end=seconds,
+            neighbour=Tokens.of(second.result()),
+            neighbour_asked=neighbour_tokens,
+        )
+
+
+def _wait_until_running(client: Client, count: int) -> None:
+    """Waits, 10 s at most, until the server itself counts ``count`` requests in the works."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if client.requests_in_flight() >= count:
+            return
+        time.sleep(0.02)
+
+
+def judge_aborted(seen: Aborted) -> list[Mismatch]:
+    wrong = [
+        *expect("aborted request, finish", "abort", seen.aborted.finish),
+        *expect("neighbour, finish", "length", seen.neighbour.finish),
+        *expect("neighbour, tokens", seen.neighbour_asked, len(seen.neighbour.ids)),
+    ]
+    if len(seen.aborted.ids) >= seen.asked:
+        wrong.append(
+            Mismatch("aborted request", f"fewer than {seen.asked} tokens", str(len(seen.aborted.ids)))
+        )
+    if seen.seconds_to_end > 10:
+        wrong.append(
+            Mismatch("aborted request", "an end within 10 s", f"{seen.seconds_to_end:.1f} s")
+        )
+    return wrong
+
+
+@register
+class AbortEndsOne(Check[Aborted]):
+    id = "stop/abort"
+    sentence = "An abort ends its own request early and leaves the one beside it alone."
+    observation = Aborted
+
+    def observe(self, context: Context) -> Aborted:
+        tag = uuid.uuid4().hex[:8]
+        return abort_beside_neighbour(
+            context.server.client, f"{tag}-first", f"{tag}-second", 400, 24
+        )
+
+    def judge(self, seen: Aborted) -> list[Mismatch]:
+        return judge_aborted(seen)
+
+
+@register
+class AbortMatchesWholeIds(Check[Aborted]):
+    id = "stop/abort-whole-id"
+    sentence = "Aborting request 'x-1' leaves request 'x-10' alone."
+    observation = Aborted
+
+    def observe(self, context: Context) -> Aborted:
+        tag = uuid.uuid4().hex[:8]
+        return abort_beside_neighbour(context.server.client, f"{tag}-1", f"{tag}-10", 400, 24)
+
+    def judge(self, seen: Aborted) -> list[Mismatch]:
+        return judge_aborted(seen)
