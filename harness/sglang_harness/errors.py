@@ -107,8 +107,9 @@ class BadAnswer(RequestFailed):
     """The server answered 200 with something that this call cannot mean."""
 
 
-class Interrupted(HarnessError):
-    """The run was ended from outside, by Ctrl-C or SIGTERM.
+class Interrupted(KeyboardInterrupt):
+    """The run was ended from outside, by Ctrl-C or SIGTERM. Nothing that handles errors
+    handles this.
 
     Attributes:
         signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus it.
@@ -116,5 +117,5 @@ class Interrupted(HarnessError):
 
     def __init__(self, signal_number: int) -> None:
         name = {2: "Ctrl-C (SIGINT)", 15: "SIGTERM"}.get(signal_number, f"signal {signal_number}")
-        super().__init__(f"Interrupted by {name}.")
+        super().__init__(f"interrupted by {name}")
         self.signal_number = signal_number

@@ -5,22 +5,34 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
+from sglang_harness.errors import ServerDied
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.memory.container import ContainerMemory
 from sglang_harness.memory.nvml import NvmlMemory
+from sglang_harness.permissions import check_readable
 from sglang_harness.readiness import StartReport, wait_until_ready
 from sglang_harness.runtime import Reach, Running
-from sglang_harness.runtime.docker import SGLangServerContainer, check_readable, prepare
+from sglang_harness.runtime.docker import SGLangServerContainer, prepare
 from sglang_harness.secrets import Redactor
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a server went down when it was asked to."""
+
+    exit_code: int | None
+    seconds: float
+    left_behind: list[str]
 
 
 def _quietly(_: str) -> None:
@@ -67,7 +79,9 @@ class Server:
             ),
             watch=running.watch,
             retry=RetryPolicy(),
+            timeout=spec.limits.request,
         )
+        self.stopped: Stopped | None = None
         self._about: dict[str, Any] | None = None
 
     @classmethod
@@ -144,15 +158,18 @@ class Server:
 
     def raise_if_dead(self) -> None:
         """Raises :class:`ServerDied` where the server has ended by itself."""
-        from sglang_harness.errors import ServerDied
-
         if death := self.running.watch.death:
             raise ServerDied(death)
 
-    def stop(self) -> int | None:
-        """Ends the server and removes what belongs to it; returns its exit code."""
-        self.client.close()
-        return self.running.stop()
+    def stop(self) -> Stopped:
+        """Ends the server and removes what belongs to it. Again: the same answer."""
+        if self.stopped is None:
+            self.client.close()
+            started = time.monotonic()
+            exit_code = self.running.stop()
+            seconds = time.monotonic() - started
+            self.stopped = Stopped(exit_code, seconds, self.running.left_behind())
+        return self.stopped
 
     def __enter__(self) -> Server:
         return self

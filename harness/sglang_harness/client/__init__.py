@@ -6,13 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from sglang_harness.client import calls
 from sglang_harness.client.answers import ChatAnswer, Checksums, Chunk, Generation, Update
 from sglang_harness.client.call import Attempt, Call, Reply, RetryPolicy, error_words, understand
 from sglang_harness.client.transport import RequestsTransport, Transport
-from sglang_harness.errors import BadAnswer, Refused, RequestFailed, ServerDied, Unreachable
+from sglang_harness.errors import BadAnswer, NoAnswerInTime, Refused, RequestFailed, ServerDied, Unreachable
 from sglang_harness.runtime.death import DeathWatch
 
 __all__ = [
@@ -41,6 +42,7 @@ class Client:
         watch: says whether the server still lives; a call that fails because it died raises
             :class:`ServerDied` with the reason instead of a broken connection.
         retry: when a failed call is sent again; by default never.
+        timeout: seconds for an answer where neither the call nor a deadline says less.
 
     Raises, for every call: :class:`Refused`, :class:`BadAnswer`, :class:`Unreachable`,
     :class:`NoAnswerInTime`, and :class:`ServerDied`.
@@ -52,11 +54,15 @@ class Client:
         *,
         watch: DeathWatch | None = None,
         retry: RetryPolicy | None = None,
+        timeout: float = 120.0,
     ) -> None:
+        self._timeout = timeout
         self._transport = transport
         self._watch = watch
         self._retry = retry or RetryPolicy()
         self.retries: list[Attempt] = []
+        self.deadline: float | None = None
+        """``time.monotonic()`` after which every call fails; ``None``: no such bound."""
         self._routes: frozenset[tuple[str, str]] | None = None
         self._lock = threading.Lock()
 
@@ -65,7 +71,7 @@ class Client:
         failed = 0
         while True:
             try:
-                return understand(call, self._transport.send(call))
+                return understand(call, self._transport.send(self._bounded(call)))
             except RequestFailed as error:
                 self._raise_if_dead(error)
                 failed += 1
@@ -86,12 +92,13 @@ class Client:
         started = time.monotonic()
         finished = False
         try:
-            lines = self._transport.stream(call)
+            lines = self._transport.stream(self._bounded(call))
             status = int(next(lines))
             if not 200 <= status < 300:
                 reason, kind = error_words(b"\n".join(lines))
                 raise Refused(str(call), status, reason, kind)
             for line in lines:
+                self._bounded(call)
                 if not line.startswith(b"data:"):
                     continue
                 text = line[5:].strip()
@@ -111,6 +118,15 @@ class Client:
         if not finished:
             self._raise_if_dead(Unreachable(str(call), "the stream ended"))
             raise BadAnswer(str(call), "the stream ended without [DONE]")
+
+    def _bounded(self, call: Call[T]) -> Call[T]:
+        """The call with no more time than the deadline leaves; raises when that is over."""
+        if self.deadline is None:
+            return call
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise NoAnswerInTime(str(call), "the time for this check is over")
+        return replace(call, timeout=min(left, call.timeout or self._timeout))
 
     def _raise_if_dead(self, error: RequestFailed) -> None:
         if self._watch is None or not isinstance(error, Unreachable | BadAnswer | Refused):

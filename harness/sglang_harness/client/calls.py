@@ -129,10 +129,16 @@ def generate_samples(
 
 
 def generate_stream(
-    prompt: Prompt, *, sampling: dict[str, Any] | None = None, logprobs: bool = False
+    prompt: Prompt,
+    *,
+    sampling: dict[str, Any] | None = None,
+    logprobs: bool = False,
+    request_id: str | None = None,
 ) -> Call[dict[str, Any]]:
     """The same as events; text and ids are cumulative. Sent with ``Client.stream``."""
     body = {**_generate_body(prompt, sampling, logprobs, None), "stream": True}
+    if request_id is not None:
+        body["rid"] = request_id
     return Call("POST", "/generate", _object, body)
 
 

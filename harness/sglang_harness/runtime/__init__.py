@@ -53,3 +53,6 @@ class Running(Protocol):
 
     def stop(self) -> int | None:
         """Asks it to end, then makes it; removes what it left. Returns the exit code."""
+
+    def left_behind(self) -> list[str]:
+        """What of it is still there after ``stop``; empty when all is well."""

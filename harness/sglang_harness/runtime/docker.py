@@ -20,7 +20,8 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer, Reaper
 
 from sglang_harness import device as devices
-from sglang_harness.errors import EngineError, HarnessError, SpecError
+from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.permissions import make_readable
 from sglang_harness.runtime import engine, images
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import new_api_key
@@ -53,7 +54,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         image: an image that is on the engine.
         device: what ``spec.device`` turned out to mean.
         run_id: goes into the labels, so that a whole run can be found and removed.
-        held: the container is meant to outlive this process.
+        held: the container is meant to outlive this process, so no reaper may take it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         self.held = held
         self.api_key = new_api_key()
         self._model = model
+        self._model_inside: str | None = None
         self._stopped: int | None = None
         self._logs_at_stop: str | None = None
         self.watch: DeathWatch | None = None
@@ -84,7 +86,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         self.env = self._environment()
         self._kwargs = {
             "entrypoint": ["python3", "-c", LAUNCHER],
-            "labels": engine.labels(self.run_id, held=held),
+            "labels": engine.labels(self.run_id),
             "init": True,
             "shm_size": spec.shm_size,
             "security_opt": ["no-new-privileges:true"],
@@ -136,6 +138,8 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
 
     def model_path(self) -> str:
         """The model as the server names it: a path inside, or a name on the hub."""
+        if self._model_inside is not None:
+            return self._model_inside
         return str(MODELS / self._model.name) if self._model is not None else self.spec.model
 
     def create(self) -> None:
@@ -182,16 +186,12 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
             folder.close()
             raise
         folder.close()
-        volume = VolumeReach(self._engine, self.image, engine.labels(self.run_id, held=self.held))
+        volume = VolumeReach(self._engine, self.image, engine.labels(self.run_id))
         try:
             mounts = volume.mounts()
             if self._model is not None:
-                inside = volume.upload(self._model, PurePosixPath("model"))
-                # The model's usual place is not in the volume: say where it really is.
-                self.with_command(
-                    [str(inside) if w == self.model_path() else w for w in self._command_words()]
-                )
-                self._model_inside = str(inside)
+                self._model_inside = str(volume.upload(self._model, PurePosixPath("model")))
+                self.with_command(self._command_words())
         except BaseException:
             volume.close()
             raise
@@ -324,6 +324,18 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         assert self._container is not None
         return dict(self._engine.api.stats(self._container.id, stream=False, one_shot=True))
 
+    def left_behind(self) -> list[str]:
+        """What of this server is still on the engine or on disk after ``stop``."""
+        mine = {self._name, *([self.reach.name] if isinstance(self.reach, VolumeReach) else [])}
+        client = engine.connect()
+        try:
+            found = [f"{t.kind} {t.name}" for t in engine.ours(client) if t.name in mine]
+        finally:
+            client.close()
+        if isinstance(self.reach, FolderReach) and self.reach.folder.exists():
+            found.append(str(self.reach.folder))
+        return found
+
     def stop(self, force: bool = True, delete_volume: bool = True) -> int | None:
         """Ends the server within ``limits.stop`` seconds and removes what belongs to it."""
         del force, delete_volume  # Testcontainers' words; a server always ends politely first
@@ -391,6 +403,7 @@ class VolumeReach:
         self._volume = client.volumes.create(
             name=f"sglang-harness-{uuid.uuid4().hex[:8]}", labels=labels
         )
+        self.name = str(self._volume.name)
         # Never started: the engine fills a volume through any container that mounts it.
         self._helper = client.containers.create(
             image,
@@ -431,12 +444,6 @@ class VolumeReach:
                 pass
 
 
-def make_readable(path: Path) -> None:
-    """Lets the server's user read what root wrote: files 0644, folders 0755."""
-    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        each.chmod(0o755 if each.is_dir() else 0o644)
-
-
 def prepare(
     spec: ServerSpec, say: Callable[[str], None]
 ) -> tuple[Literal["cpu", "gpu"], str]:
@@ -460,17 +467,3 @@ def prepare(
     finally:
         client.close()
 
-
-def check_readable(model: Path) -> None:
-    """Refuses a model that an ordinary user inside a container could not read.
-
-    Raises:
-        HarnessError: names the first file and the mode that it needs.
-    """
-    for each in [model, *sorted(model.rglob("*"))]:
-        needed = 0o005 if each.is_dir() else 0o004
-        if each.exists() and each.stat().st_mode & needed != needed:
-            raise HarnessError(
-                f"{each} cannot be read by the server's user (mode {each.stat().st_mode & 0o777:o}).",
-                advice=f"Give read access: chmod -R a+rX '{model}'",
-            )

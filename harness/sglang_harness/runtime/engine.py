@@ -21,7 +21,6 @@ from sglang_harness.errors import EngineError
 LABEL = "org.sglang-harness"
 LABEL_RUN = f"{LABEL}.run"
 LABEL_OWNER = f"{LABEL}.owner"
-LABEL_HELD = f"{LABEL}.held"
 
 
 def connect(*, timeout: float = 60.0) -> docker.DockerClient:
@@ -92,10 +91,9 @@ class Owner:
             return True
 
 
-def labels(run_id: str, *, held: bool = False) -> dict[str, str]:
+def labels(run_id: str) -> dict[str, str]:
     """The labels for something made by this process in the run ``run_id``."""
-    own = {LABEL: "1", LABEL_RUN: run_id, LABEL_OWNER: str(Owner.this_process())}
-    return {**own, LABEL_HELD: "1"} if held else own
+    return {LABEL: "1", LABEL_RUN: run_id, LABEL_OWNER: str(Owner.this_process())}
 
 
 @dataclass(frozen=True)
@@ -106,11 +104,12 @@ class Leftover:
     name: str
     run_id: str
     owner: Owner | None
-    held: bool
     state: str
 
     def is_abandoned(self) -> bool:
-        return not self.held and (self.owner is None or self.owner.is_gone())
+        """The process that made it has gone. A server held for a person is one too: see
+        ``held``."""
+        return self.owner is None or self.owner.is_gone()
 
 
 def ours(client: docker.DockerClient) -> list[Leftover]:
@@ -134,7 +133,7 @@ def ours(client: docker.DockerClient) -> list[Leftover]:
 def _leftover(kind: str, name: str, labelled: dict[str, str] | None, state: str) -> Leftover:
     marks = labelled or {}
     owner = Owner.parse(marks.get(LABEL_OWNER, ""))
-    return Leftover(kind, name, marks.get(LABEL_RUN, ""), owner, LABEL_HELD in marks, state)
+    return Leftover(kind, name, marks.get(LABEL_RUN, ""), owner, state)
 
 
 def remove(client: docker.DockerClient, things: Iterable[Leftover]) -> list[str]:

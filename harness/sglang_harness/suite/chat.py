@@ -128,8 +128,14 @@ class JsonSchemaHolds(Check[BoundAnswer]):
 
     def observe(self, context: Context) -> BoundAnswer:
         wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+        # JSON allows white space without end between its parts; the penalty makes a model
+        # that likes it (a random one does) go on.
         answer = context.server.client.chat(
-            MESSAGES, temperature=0.0, max_tokens=96, response_format=wanted
+            MESSAGES,
+            temperature=0.0,
+            max_tokens=256,
+            frequency_penalty=1.0,
+            response_format=wanted,
         )
         return BoundAnswer(json_schema=SCHEMA, text=answer.text, finish=answer.finish)
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 from sglang_harness.client import Call, Client, RequestsTransport, calls
-from sglang_harness.errors import Refused
+from sglang_harness.errors import HarnessError, Refused
+from sglang_harness.suite.background import BackgroundStream, Ended
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.generate import PROMPTS, greedy
 from sglang_harness.suite.needs import route
-from sglang_harness.suite.scored import Tokens
 
 TOKENS = 48
 
 
 class Paused(Observation):
-    undisturbed: Tokens
-    paused: Tokens
-    held_seconds: float
-    ended_while_paused: bool
+    undisturbed: str
+    paused: Ended
+    asked: int
+    chunks_at_pause: int
+    """Events that had come when the pause had settled, half a second after its answer."""
+    chunks_at_resume: int
     ready_while_paused: int
     ready_after: int
 
@@ -32,42 +31,45 @@ class PauseHoldsAndContinues(Check[Paused]):
         "continue ends as if nothing had happened."
     )
     observation = Paused
-    needs = (route("POST", "/pause_generation"), route("POST", "/continue_generation"),
-             route("GET", "/ready"))
+    needs = (
+        route("POST", "/pause_generation"),
+        route("POST", "/continue_generation"),
+        route("GET", "/ready"),
+    )
 
     def observe(self, context: Context) -> Paused:
         client, prompt = context.server.client, PROMPTS[1]
-        undisturbed = client.generate(prompt, sampling=greedy(TOKENS), logprobs=True)
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.generate, prompt, sampling=greedy(TOKENS), logprobs=True)
-            deadline = time.monotonic() + 10
-            while client.requests_in_flight() < 1 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            client.pause("in_place")
-            try:
-                began = time.monotonic()
-                while not answer.done() and time.monotonic() - began < 1.5:
-                    context.server.raise_if_dead()
-                    time.sleep(0.05)
-                held, ended = time.monotonic() - began, answer.done()
-                ready_while_paused = _status(client, calls.ready())
-            finally:
-                client.resume()
-            paused = answer.result()
+        undisturbed = client.generate(prompt, sampling=greedy(TOKENS))
+        stream = BackgroundStream(client, prompt, sampling=greedy(TOKENS))
+        if not stream.wait_for(2, 30):
+            raise HarnessError("A streamed generation gave no two events within 30 s.")
+        client.pause("in_place")
+        try:
+            # What was on its way when the pause was answered still arrives.
+            stream.wait_until_over(0.5)
+            at_pause = stream.count
+            stream.wait_until_over(1.0)
+            at_resume = stream.count
+            ready_while_paused = _status(client, calls.ready())
+        finally:
+            client.resume()
         return Paused(
-            undisturbed=Tokens.of(undisturbed),
-            paused=Tokens.of(paused),
-            held_seconds=held,
-            ended_while_paused=ended,
+            undisturbed=undisturbed.text,
+            paused=stream.end(90),
+            asked=TOKENS,
+            chunks_at_pause=at_pause,
+            chunks_at_resume=at_resume,
             ready_while_paused=ready_while_paused,
             ready_after=_status(client, calls.ready()),
         )
 
     def judge(self, seen: Paused) -> list[Mismatch]:
+        held = seen.chunks_at_pause < seen.asked
         return [
-            *expect("ended while paused", False, seen.ended_while_paused),
-            *expect("ids after continue", seen.undisturbed.ids, seen.paused.ids),
-            *expect("text after continue", seen.undisturbed.text, seen.paused.text),
+            *expect("running when it was paused", True, held),
+            *expect("events while paused", 0, seen.chunks_at_resume - seen.chunks_at_pause),
+            *expect("text after continue", seen.undisturbed, seen.paused.text),
+            *expect("tokens after continue", seen.asked, seen.paused.tokens),
             *expect("finish reason", "length", seen.paused.finish),
             *expect("/ready while paused", 503, seen.ready_while_paused),
             *expect("/ready after continue", 200, seen.ready_after),

@@ -1,0 +1,344 @@
+"""The command line: ``sglang-harness``. Thin: parses, calls, shows, and exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sglang_harness import __version__, held, suite
+from sglang_harness.errors import HarnessError, Interrupted, SpecError
+from sglang_harness.interruption import interruptions
+from sglang_harness.report import junit, terminal
+from sglang_harness.spec import ServerSpec
+from sglang_harness.verdict import Verdict
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Tells, with evidence, whether an SGLang server can be trusted.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Image = Annotated[
+    str | None, typer.Option(help="Image to run; without it the pinned one for the device.")
+]
+SglangVersion = Annotated[
+    str | None, typer.Option("--sglang-version", help="Version of the CPU image to build.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A folder, a hub name, 'smollm2' (the default) or 'tiny[:SEED]'."),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or gpu.")]
+Gpus = Annotated[str | None, typer.Option(help="all, or indices or UUIDs joined by commas.")]
+Pull = Annotated[str | None, typer.Option(help="missing, always or never.")]
+Port = Annotated[int | None, typer.Option(help="Port on the host; without it a free one.")]
+SpecFile = Annotated[
+    Path | None, typer.Option("--spec", help="YAML file with the fields of a server spec.")
+]
+ServerArg = Annotated[
+    list[str] | None,
+    typer.Option("--server-arg", help="A flag of SGLang's: name=value, or name. Repeatable."),
+]
+StartLimit = Annotated[
+    float | None, typer.Option("--start-timeout", help="Seconds until the first generation.")
+]
+CheckLimit = Annotated[float | None, typer.Option("--check-timeout", help="Seconds a check.")]
+RunLimit = Annotated[float | None, typer.Option("--run-timeout", help="Seconds for all of it.")]
+
+
+def spec_from(
+    file: Path | None, limits: dict[str, float | None], server_args: list[str] | None, **given: Any
+) -> ServerSpec:
+    """The spec that a file and options make together; options win."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    if server_args:
+        fields["server_args"] = dict(_server_arg(text) for text in server_args)
+    wanted = {name: value for name, value in limits.items() if value is not None}
+    spec = ServerSpec.from_yaml(file, **fields) if file else ServerSpec.make(**fields)
+    if wanted:
+        merged = {**spec.limits.model_dump(), **wanted}
+        spec = ServerSpec.make(**{**spec.model_dump(), "limits": merged})
+    return spec
+
+
+def _server_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name.strip("-"):
+        raise SpecError(f"--server-arg {text!r} names no flag.", advice="Write name=value or name.")
+    if not equals:
+        return name, True
+    return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
+@app.command()
+def qualify(
+    image: Image = None,
+    sglang_version: SglangVersion = None,
+    model: Model = None,
+    device: Device = None,
+    gpus: Gpus = None,
+    pull: Pull = None,
+    port: Port = None,
+    spec: SpecFile = None,
+    server_arg: ServerArg = None,
+    profile: Annotated[str, typer.Option(help="quick: one server. full: more.")] = "quick",
+    select: Annotated[
+        list[str] | None, typer.Option("-k", help="Only checks whose id holds this. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out"),
+    junit_file: Annotated[
+        Path | None, typer.Option("--junit", help="A second copy of junit.xml.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Makes prompts and perturbations repeatable.")] = 0,
+    keep_on_failure: Annotated[
+        bool, typer.Option("--keep-on-failure", help="Leave the server running if it is no pass.")
+    ] = False,
+    strict_known: Annotated[
+        bool, typer.Option("--strict-known", help="A listed defect that does not show is red.")
+    ] = False,
+    start_timeout: StartLimit = None,
+    check_timeout: CheckLimit = None,
+    run_timeout: RunLimit = None,
+) -> None:
+    """Start a server, ask it every question, and judge. Exit code 0 pass, 1 fail, 2 error."""
+    from sglang_harness.qualify import Qualification, Request
+
+    if profile not in ("quick", "full"):
+        raise SpecError(f"--profile {profile!r} is neither 'quick' nor 'full'.")
+    wanted = spec_from(
+        spec,
+        {"start": start_timeout, "check": check_timeout, "run": run_timeout},
+        server_arg,
+        image=image,
+        sglang_version=sglang_version,
+        model=model,
+        device=device,
+        gpus=gpus,
+        pull=pull,
+        port=port,
+    )
+    view = terminal.Terminal(console)
+    request = Request(
+        spec=wanted,
+        out=out,
+        profile="full" if profile == "full" else "quick",
+        patterns=select or [],
+        seed=seed,
+        keep_on_failure=keep_on_failure,
+        strict_known=strict_known,
+    )
+    run = Qualification(request, view)
+    try:
+        verdict = run.run()
+    finally:
+        view.close()
+    terminal.show(verdict, console)
+    console.print(f"Results: {escape(str(out))}/verdict.json, junit.xml, server.log", highlight=False)
+    if junit_file is not None:
+        junit.write(verdict, junit_file)
+    if run.kept is not None:
+        _show_held(run.kept)
+    raise typer.Exit(verdict.exit_code)
+
+
+@app.command()
+def up(
+    image: Image = None,
+    sglang_version: SglangVersion = None,
+    model: Model = None,
+    device: Device = None,
+    gpus: Gpus = None,
+    pull: Pull = None,
+    port: Port = None,
+    spec: SpecFile = None,
+    server_arg: ServerArg = None,
+    start_timeout: StartLimit = None,
+) -> None:
+    """Start a server and leave it running for you."""
+    from sglang_harness.server import Server
+
+    wanted = spec_from(
+        spec,
+        {"start": start_timeout},
+        server_arg,
+        image=image,
+        sglang_version=sglang_version,
+        model=model,
+        device=device,
+        gpus=gpus,
+        pull=pull,
+        port=port,
+    )
+    view = terminal.Terminal(console)
+    try:
+        with interruptions():
+            server = Server.start(wanted, say=view.say, held=True)
+            kept = held.hold(server)
+    finally:
+        view.close()
+    _show_held(kept)
+
+
+@app.command()
+def down(
+    name: Annotated[str | None, typer.Argument(help="Which one; without it all of yours.")] = None,
+) -> None:
+    """Stop servers that 'up' or --keep-on-failure left running."""
+    found = [s for s in held.held_servers() if name is None or s.name == name]
+    if name is not None and not found:
+        raise SpecError(f"No held server is named {name}.", advice="'docker ps' shows what runs.")
+    for server in found:
+        if failed := held.release(server):
+            raise HarnessError("; ".join(failed))
+        console.print(f"stopped {server.name}", highlight=False)
+    if not found:
+        console.print("nothing is held")
+
+
+@app.command()
+def sweep(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is held, and other live runs' things.")
+    ] = False,
+) -> None:
+    """Remove what dead runs left on the Docker engine and on disk."""
+    from sglang_harness.sweep import sweep as sweep_now
+
+    removed, failed = sweep_now(everything=everything)
+    for line in removed:
+        console.print(f"removed {line}", highlight=False)
+    if not removed and not failed:
+        console.print("nothing of ours was left behind")
+    if failed:
+        raise HarnessError("Not everything could be removed: " + "; ".join(failed))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at what is needed: engine, GPU, driver, images, disk, ports, versions."""
+    from sglang_harness.doctor import examine
+
+    findings = examine()
+    marks = {"ok": "[green]✓[/green]", "note": "[yellow]≈[/yellow]", "bad": "[red]✗[/red]"}
+    for finding in findings:
+        console.print(
+            f"{marks[finding.state]} [bold]{escape(finding.subject)}[/bold]: {escape(finding.found)}",
+            highlight=False,
+        )
+        if finding.advice:
+            console.print(f"    {escape(finding.advice)}", highlight=False)
+    raise typer.Exit(2 if any(f.state == "bad" for f in findings) else 0)
+
+
+@app.command()
+def judge(
+    out: Annotated[Path, typer.Argument(help="Folder of a saved run, or its verdict.json.")],
+) -> None:
+    """Judge a saved run again, without server, model or torch. Writes nothing."""
+    saved = Verdict.read(out / "verdict.json" if out.is_dir() else out)
+    from sglang_harness.judging import judge_saved
+
+    again, changed = judge_saved(saved)
+    for before, after in changed:
+        console.print(
+            f"{escape(after.id)}: was {before.outcome.value}, is now {after.outcome.value}"
+            + (f": {escape(after.message)}" if after.message else ""),
+            highlight=False,
+        )
+    terminal.show(again, console)
+    raise typer.Exit(again.exit_code)
+
+
+@app.command()
+def checks(
+    as_json: Annotated[bool, typer.Option("--json", help="As data.")] = False,
+) -> None:
+    """List every check: id, sentence, needs, profile."""
+    rows = [
+        {
+            "id": c.id,
+            "sentence": c.sentence,
+            "needs": [n.name for n in c.needs],
+            "profile": c.profile,
+        }
+        for c in suite.registered().values()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(header_style="bold")
+    for name in ("id", "what must hold", "needs", "profile"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(str(row["id"]), str(row["sentence"]), ", ".join(row["needs"]), str(row["profile"]))
+    console.print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version of the harness."""
+    print(__version__)
+
+
+def _show_held(server: held.Held) -> None:
+    console.print(f"The server is left running: [bold]{escape(server.address)}[/bold]", highlight=False)
+    console.print(
+        f"  key:  export SGLANG_API_KEY=$({_own_command()} key {server.name})\n"
+        f"  log:  docker logs -f {server.name}\n"
+        f"  stop: {_own_command()} down {server.name}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _own_command() -> str:
+    name = Path(sys.argv[0])
+    return str(name) if name.name == "sglang-harness" and "/" in str(name) else "sglang-harness"
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="Name of a held server.")]) -> None:
+    """Print the API key of a held server, for a variable of your shell."""
+    for server in held.held_servers():
+        if server.name == name:
+            print(server.api_key)
+            return
+    raise SpecError(f"No held server is named {name}.")
+
+
+
+
+def main() -> None:
+    """Entry point. Every mistake of a person ends in one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Interrupted as error:
+        errors.print(f"[bold]sglang-harness:[/bold] {escape(str(error))}", highlight=False)
+        sys.exit(128 + error.signal_number)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except HarnessError as error:
+        errors.print(f"[bold red]sglang-harness:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors
+            errors.print(f"[bold red]sglang-harness:[/bold red] {escape(error.format_message())}", highlight=False)
+            sys.exit(2)
+        raise
+
+

@@ -1,0 +1,359 @@
+"""The main job: start a server, ask it every question, return a verdict with evidence."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+from sglang_harness import __version__, environment, held, suite
+from sglang_harness.errors import HarnessError, Interrupted, ServerDied, SpecError, StartTimeout
+from sglang_harness.interruption import interruptions
+from sglang_harness.report import junit
+from sglang_harness.runtime import engine
+from sglang_harness.server import Server
+from sglang_harness.spec import ServerSpec
+from sglang_harness.suite import known_defects
+from sglang_harness.suite.check import Check, Context, run_check
+from sglang_harness.verdict import (
+    CheckResult,
+    Figure,
+    Outcome,
+    Outside,
+    PhaseTime,
+    ProfileName,
+    Verdict,
+    overall,
+)
+
+#: How often a server that died under a check is replaced, so that the rest can be asked.
+REPLACEMENTS = 2
+
+CPU_CAVEAT = (
+    "CPU stand-in kernels: SGLang computed with plain torch; its own kernels were not exercised."
+)
+
+RESULTS = ("verdict.json", "junit.xml", "server.log")
+
+
+class Viewer(Protocol):
+    """Shows a person what happens while it happens."""
+
+    def say(self, message: str) -> None: ...
+
+    def begin(self, check_id: str, number: int, total: int) -> None: ...
+
+    def end(self, result: CheckResult) -> None: ...
+
+
+@dataclass
+class Request:
+    """What to qualify, and how.
+
+    Attributes:
+        out: folder for the results; made where missing, results of an earlier run replaced.
+        patterns: ``-k``; the profile is then ``selected``.
+        keep_on_failure: leave the server running where the verdict is no pass.
+        strict_known: a listed defect that does not show fails the run.
+    """
+
+    spec: ServerSpec
+    out: Path
+    profile: ProfileName = "quick"
+    patterns: list[str] = field(default_factory=list)
+    seed: int = 0
+    keep_on_failure: bool = False
+    strict_known: bool = False
+
+
+class Qualification:
+    """One run. Whatever ends it, what was seen so far becomes the verdict.
+
+    Attributes:
+        kept: the server, where it was left running for a person.
+    """
+
+    def __init__(self, request: Request, viewer: Viewer) -> None:
+        self._request = request
+        self._viewer = viewer
+        self._checks = suite.select(request.profile, request.patterns)
+        self._defects = known_defects.load(set(suite.registered()))
+        self._run_id = uuid.uuid4().hex[:12]
+        self._started = datetime.now(timezone.utc)
+        self._began = time.monotonic()
+        self._results: list[CheckResult] = []
+        self._outside: list[Outside] = []
+        self._figures: list[Figure] = []
+        self._caveats: list[str] = []
+        self._servers: list[Server] = []
+        self._logs: list[str] = []
+        self._version: str | None = None
+        self._scratch = Path()
+        self._replaced = 0
+        self.kept: held.Held | None = None
+
+    def run(self) -> Verdict:
+        """Runs the suite; writes ``verdict.json``, ``junit.xml`` and ``server.log``.
+
+        Raises:
+            SpecError, EngineError, ImageError, ModelError, MissingExtra: nothing could be
+                started; there is no verdict.
+            Interrupted: after what was seen has been written, with the verdict ``error``.
+        """
+        _prepare(self._request.out)
+        self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
+        interruption: Interrupted | None = None
+        with interruptions():
+            try:
+                self._ask_everything()
+            except Interrupted as error:
+                interruption = error
+                self._viewer.say(f"{error}; stopping what runs")
+            finally:
+                self._put_away(interrupted=interruption is not None)
+        verdict = self._verdict(interruption)
+        self._write(verdict)
+        if interruption is not None:
+            raise interruption
+        return verdict
+
+    # --- the way there ----------------------------------------------------------------------
+
+    def _ask_everything(self) -> None:
+        try:
+            server = self._start()
+        except (ServerDied, StartTimeout) as error:
+            self._never_came_up(error)
+            return
+        self._version = str(server.client.server_info().get("version") or "") or None
+        context = Context(server, self._request.seed, self._own_server, self._scratch)
+        asked = [c for c in self._checks if not c.after_stop]
+        for number, check in enumerate(asked, start=1):
+            if reason := self._lacking(check, context.server):
+                self._outside.append(Outside(id=check.id, reason=reason))
+                continue
+            if reason := self._cannot_ask(context.server):
+                self._record(check, CheckResult(id=check.id, outcome=Outcome.NOT_RUN, seconds=0, message=reason), [])
+                continue
+            self._viewer.begin(check.id, number, len(asked))
+            context.server.client.deadline = time.monotonic() + self._request.spec.limits.check
+            self._record(check, *run_check(check, context))
+            context.server.client.deadline = None
+            self._replace_if_dead(context, check)
+
+    def _start(self) -> Server:
+        server = Server.start(
+            self._request.spec, say=self._viewer.say, run_id=self._run_id,
+            held=self._request.keep_on_failure,
+        )
+        self._servers.append(server)
+        server.about()
+        return server
+
+    def _never_came_up(self, error: HarnessError) -> None:
+        self._logs.append(getattr(error, "server_log", ""))
+        launched = next((c for c in self._checks if c.id == "launch/phases"), self._checks[0])
+        message = f"expected a server that comes up; {error}"
+        seconds = time.monotonic() - self._began
+        result = CheckResult(
+            id=launched.id, outcome=Outcome.FAIL, seconds=seconds, message=message
+        )
+        self._record(launched, result, [])
+        self._outside += [
+            Outside(id=c.id, reason="the server never came up")
+            for c in self._checks
+            if c is not launched
+        ]
+
+    @contextmanager
+    def _own_server(self) -> Iterator[Server]:
+        """Another server in the same image, with the seeded tiny model whatever ``--model`` is:
+        nobody waits for a large model to load again."""
+        wanted = self._request.spec
+        first = self._servers[0]
+        spec = wanted.model_copy(
+            update={"model": "tiny", "port": None, "image": first.about()["image"],
+                    "sglang_version": None, "pull": "missing"}
+        )
+        server = Server.start(spec, say=self._viewer.say, run_id=self._run_id)
+        try:
+            yield server
+        finally:
+            self._logs.append(f"--- a server of its own for one check ---\n{server.logs()}")
+            server.stop()
+
+    @staticmethod
+    def _lacking(check: Check[Any], server: Server) -> str | None:
+        for need in check.needs:
+            try:
+                if reason := need.lacking(server):
+                    return reason
+            except HarnessError:
+                # Cannot be asked now; the check itself will say what is wrong.
+                return None
+        return None
+
+    def _cannot_ask(self, server: Server) -> str | None:
+        if time.monotonic() - self._began > self._request.spec.limits.run:
+            return f"the run's limit of {self._request.spec.limits.run:g} s was over"
+        if server.running.watch.death is not None:
+            return "the server had died, and was replaced often enough"
+        return None
+
+    def _record(self, check: Check[Any], result: CheckResult, figures: list[Figure]) -> None:
+        device = self._servers[0].device if self._servers else "cpu"
+        result = known_defects.apply(
+            result, self._defects, version=self._version, device=device, today=date.today()
+        )
+        self._results.append(result)
+        self._figures += figures
+        self._viewer.end(result)
+
+    def _replace_if_dead(self, context: Context, check: Check[Any]) -> None:
+        death = context.server.running.watch.death
+        if death is None or self._replaced >= REPLACEMENTS:
+            return
+        self._replaced += 1
+        self._caveats.append(f"The server died under {check.id} and was replaced.")
+        self._viewer.say(f"{death.sentence()} Starting another for the remaining checks")
+        self._stop(context.server)
+        try:
+            context.server = self._start()
+        except (ServerDied, StartTimeout) as error:
+            self._replaced = REPLACEMENTS
+            self._logs.append(getattr(error, "server_log", ""))
+            return
+        context.variants.clear()
+        shutil.rmtree(self._scratch / "variant", ignore_errors=True)
+
+    # --- the way back -----------------------------------------------------------------------
+
+    def _put_away(self, *, interrupted: bool) -> None:
+        try:
+            running = [s for s in self._servers if s.stopped is None]
+            state, _ = overall(self._results, interrupted=interrupted)
+            if running and self._request.keep_on_failure and not interrupted and state != "pass":
+                self._keep(running[-1])
+                return
+            for server in running:
+                self._viewer.say("stopping the server")
+                self._stop(server)
+            if not interrupted and self._servers:
+                self._ask_after_stop(self._servers[-1])
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _keep(self, server: Server) -> None:
+        self._logs.append(server.logs())
+        self.kept = held.hold(server)
+        self._outside += [
+            Outside(id=c.id, reason="the server was kept for a person")
+            for c in self._checks
+            if c.after_stop
+        ]
+
+    def _stop(self, server: Server) -> None:
+        log = server.logs()
+        server.stop()
+        self._logs.append(server.logs() or log)
+
+    def _ask_after_stop(self, server: Server) -> None:
+        if server.stopped is None or server.stopped.exit_code is None:
+            return
+        context = Context(server, self._request.seed, self._own_server, self._scratch)
+        for check in (c for c in self._checks if c.after_stop):
+            if reason := self._lacking(check, server):
+                self._outside.append(Outside(id=check.id, reason=reason))
+                continue
+            self._viewer.begin(check.id, len(self._checks), len(self._checks))
+            self._record(check, *run_check(check, context))
+
+    def _verdict(self, interruption: Interrupted | None) -> Verdict:
+        request, server = self._request, self._servers[0] if self._servers else None
+        state, reason = overall(
+            self._results,
+            interrupted=interruption is not None,
+            strict_known=request.strict_known,
+        )
+        device = server.device if server else "unknown"
+        caveats = [*([CPU_CAVEAT] if device == "cpu" else []), *self._caveats]
+        phases = [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases] if server else []
+        return Verdict(
+            run_id=self._run_id,
+            started=self._started,
+            seconds=time.monotonic() - self._began,
+            verdict=state,
+            reason=reason,
+            profile="selected" if request.patterns else request.profile,
+            selection=" or ".join(request.patterns) or None,
+            interrupted=interruption is not None,
+            harness_version=__version__,
+            sglang_version=self._version,
+            image=server.about() if server else None,
+            model={
+                "name": request.spec.model,
+                "folder": server.model.name if server and server.model else None,
+            },
+            device=_device(device, request.spec),
+            runtime=server.running.runtime if server else "docker",
+            spec=request.spec.model_dump(mode="json"),
+            seed=request.seed,
+            checks=self._results,
+            outside_profile=self._outside,
+            figures=[
+                *[Figure.of(f"start: {p.name}", "s", "lower", p.seconds) for p in phases],
+                *self._figures,
+            ],
+            phases=phases,
+            memory=[r for s in self._servers for r in s.memory.readings],
+            environment={**environment.describe(), "docker": _engine()},
+            caveats=caveats,
+        )
+
+    def _write(self, verdict: Verdict) -> None:
+        out = self._request.out
+        verdict.write(out / "verdict.json")
+        junit.write(verdict, out / "junit.xml")
+        (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8")
+
+
+def _prepare(out: Path) -> None:
+    """Makes the folder and takes away what an earlier run left in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise SpecError(
+            f"The results cannot be written to {out}: {error.strerror}.",
+            advice="Give another folder with --out.",
+        ) from None
+
+
+def _device(kind: str, spec: ServerSpec) -> dict[str, Any]:
+    if kind != "gpu":
+        return {"kind": kind}
+    from sglang_harness.device import gpus
+
+    found, _ = gpus()
+    wanted = None if spec.gpus == "all" else {part.strip() for part in spec.gpus.split(",")}
+    used = [vars(g) for g in found if wanted is None or {str(g.index), g.uuid} & wanted]
+    return {"kind": kind, "gpus": used}
+
+
+def _engine() -> dict[str, Any]:
+    try:
+        client = engine.connect()
+    except HarnessError:
+        return {}
+    try:
+        return engine.about(client)
+    finally:
+        client.close()

@@ -1,0 +1,1 @@
+"""Reports. Each is made from a verdict alone."""

@@ -1,0 +1,60 @@
+"""JUnit XML for a CI's test page, made from a verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+from sglang_harness.verdict import CheckResult, Outcome, Verdict
+
+
+def write(verdict: Verdict, path: Path) -> None:
+    """One suite a subject, one case a check.
+
+    A known defect is a skipped case with its id and what was seen; so is a check outside the
+    profile, with the reason. ``error`` and ``not-run`` are JUnit errors.
+    """
+    page = JUnitXml("sglang-harness")
+    subjects: dict[str, TestSuite] = {}
+
+    def suite_of(check_id: str) -> TestSuite:
+        subject = check_id.split("/")[0]
+        if subject not in subjects:
+            subjects[subject] = TestSuite(subject)
+            subjects[subject].timestamp = verdict.started.isoformat()
+        return subjects[subject]
+
+    for check in verdict.checks:
+        suite_of(check.id).add_testcase(_case(check))
+    for outside in verdict.outside_profile:
+        case = TestCase(_printable(outside.id), classname=outside.id.split("/")[0])
+        case.result = [Skipped(_printable(f"outside the profile: {outside.reason}"))]
+        suite_of(outside.id).add_testcase(case)
+    if not verdict.checks:
+        # An empty page would look green.
+        case = TestCase("run", classname="run")
+        case.result = [Error(_printable(verdict.reason))]
+        suite_of("run/run").add_testcase(case)
+    for suite in subjects.values():
+        page.add_testsuite(suite)
+    page.write(str(path), pretty=True)
+
+
+def _case(check: CheckResult) -> TestCase:
+    case = TestCase(check.id, classname=check.id.split("/")[0], time=round(check.seconds, 3))
+    message = _printable(check.message)
+    if check.outcome is Outcome.FAIL:
+        case.result = [Failure(message)]
+    elif check.outcome in (Outcome.ERROR, Outcome.NOT_RUN):
+        case.result = [Error(f"{check.outcome.value}: {message}")]
+    elif check.outcome is Outcome.KNOWN:
+        case.result = [Skipped(f"known defect {check.known_defect}: {message}")]
+    elif check.outcome is Outcome.FIXED:
+        case.system_out = f"known defect {check.known_defect} did not show"
+    return case
+
+
+def _printable(text: str) -> str:
+    """XML 1.0 takes no control characters, and a random model's answers are full of them."""
+    return "".join(c if c in "\t\n" or ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF and ord(c) not in (0xFFFE, 0xFFFF) else "\ufffd" for c in text)

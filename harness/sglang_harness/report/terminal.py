@@ -1,0 +1,108 @@
+"""What a person sees: each check as it runs, then the verdict."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.status import Status
+from rich.table import Table
+
+from sglang_harness.verdict import CheckResult, Outcome, Verdict
+
+STYLE = {
+    Outcome.PASS: ("✓", "green"),
+    Outcome.FAIL: ("✗", "bold red"),
+    Outcome.ERROR: ("!", "bold magenta"),
+    Outcome.KNOWN: ("≈", "yellow"),
+    Outcome.FIXED: ("★", "cyan"),
+    Outcome.NOT_RUN: ("○", "bold magenta"),
+}
+
+
+class Terminal:
+    """Prints a line for each step and each check, with the time since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._began = time.monotonic()
+        self._status: Status | None = None
+
+    def _clock(self) -> str:
+        return f"[dim]{time.monotonic() - self._began:6.1f}s[/dim]"
+
+    def say(self, message: str) -> None:
+        self._rest()
+        self._console.print(f"{self._clock()}   {escape(message)}", highlight=False)
+        self._work(message)
+
+    def begin(self, check_id: str, number: int, total: int) -> None:
+        self._work(f"{check_id} ({number} of {total})")
+
+    def end(self, result: CheckResult) -> None:
+        self._rest()
+        sign, style = STYLE[result.outcome]
+        line = f"{self._clock()} [{style}]{sign}[/{style}] {result.id} [dim]{result.seconds:.1f}s[/dim]"
+        if result.outcome is not Outcome.PASS:
+            about = f" ({result.known_defect})" if result.known_defect else ""
+            line += f" [{style}]{result.outcome.value}{about}[/{style}]"
+        self._console.print(line, highlight=False)
+        if result.message:
+            style = "dim" if result.outcome is Outcome.KNOWN else "default"
+            shown = result.message if len(result.message) < 700 else result.message[:700] + " …"
+            self._console.print(f"[{style}]{escape(shown)}[/{style}]", highlight=False)
+
+    def _work(self, message: str) -> None:
+        # A spinner only where somebody looks; a CI log gets the lines alone.
+        if self._console.is_terminal:
+            self._rest()
+            self._status = self._console.status(escape(message))
+            self._status.start()
+
+    def _rest(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def close(self) -> None:
+        self._rest()
+
+
+def show(verdict: Verdict, console: Console) -> None:
+    """The verdict: figures, what is outside the profile, and the answer with its reason."""
+    if verdict.figures:
+        table = Table(title="Figures", title_justify="left", header_style="bold", expand=False)
+        table.add_column("figure")
+        table.add_column("median", justify="right")
+        table.add_column("unit")
+        table.add_column("samples", justify="right")
+        table.add_column("better")
+        for figure in verdict.figures:
+            row = (figure.name, f"{figure.value:.4g}", figure.unit, str(len(figure.samples)))
+            table.add_row(*(escape(cell) for cell in row), figure.better)
+        console.print(table)
+    if verdict.outside_profile:
+        console.print("[bold]Outside the profile[/bold]")
+        for outside in verdict.outside_profile:
+            console.print(f"  {escape(outside.id)}: {escape(outside.reason)}", highlight=False)
+    counts = {o: sum(c.outcome is o for c in verdict.checks) for o in Outcome}
+    told = ", ".join(f"{n} {o.value}" for o, n in counts.items() if n) or "no check"
+    style = {"pass": "green", "fail": "red", "error": "magenta"}[verdict.verdict]
+    model = verdict.model.get("name")
+    lines = [
+        f"[bold {style}]{verdict.verdict.upper()}[/bold {style}]  "
+        f"profile {verdict.profile}: {told}"
+        + (f", {len(verdict.outside_profile)} outside" if verdict.outside_profile else ""),
+        *([escape(verdict.reason)] if verdict.reason else []),
+        escape(
+            f"SGLang {verdict.sglang_version or 'unknown'}, {model}, "
+            f"{verdict.device.get('kind')}, runtime {verdict.runtime}; "
+            f"start {sum(p.seconds for p in verdict.phases):.1f} s, "
+            f"checks {sum(c.seconds for c in verdict.checks):.1f} s, "
+            f"all {verdict.seconds:.1f} s"
+        ),
+        *(f"[dim]{escape(caveat)}[/dim]" for caveat in verdict.caveats),
+    ]
+    console.print(Panel("\n".join(lines), border_style=style, expand=False))

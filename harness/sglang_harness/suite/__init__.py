@@ -1,0 +1,57 @@
+"""The checks, by subject. Importing this package registers all of them, cheapest first."""
+
+from __future__ import annotations
+
+from sglang_harness.errors import SpecError
+from sglang_harness.suite import launch  # isort: skip
+from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
+from sglang_harness.suite import weights, memory, hostile  # isort: skip
+from sglang_harness.suite.check import (
+    Check,
+    CheckResult,
+    Context,
+    Mismatch,
+    Observation,
+    judge_again,
+    register,
+    registered,
+    run_check,
+)
+
+__all__ = [
+    "Check",
+    "CheckResult",
+    "Context",
+    "Mismatch",
+    "Observation",
+    "judge_again",
+    "register",
+    "registered",
+    "run_check",
+    "select",
+]
+
+_SUBJECTS = (launch, generate, sample, stop, chat, control, weights, memory, hostile)
+
+
+def select(profile: str, patterns: list[str]) -> list[Check]:  # type: ignore[type-arg]
+    """The checks of a profile, or those whose id holds one of ``patterns`` (globs work too).
+
+    Raises:
+        SpecError: a pattern matches no check.
+    """
+    from fnmatch import fnmatch
+
+    checks = list(registered().values())
+    if not patterns:
+        return [c for c in checks if profile == "full" or c.profile == "quick"]
+    chosen = []
+    for pattern in patterns:
+        found = [c for c in checks if pattern in c.id or fnmatch(c.id, pattern)]
+        if not found:
+            raise SpecError(
+                f"No check matches {pattern!r}.",
+                advice="'sglang-harness checks' lists them all.",
+            )
+        chosen += [c for c in found if c not in chosen]
+    return sorted(chosen, key=checks.index)
