@@ -144,7 +144,9 @@ def qualify(
     finally:
         view.close()
     terminal.show(verdict, console)
-    console.print(f"Results: {escape(str(out))}/verdict.json, junit.xml, server.log", highlight=False)
+    console.print(
+        f"Results: {escape(str(out))}/verdict.json, junit.xml, server.log", highlight=False
+    )
     if junit_file is not None:
         junit.write(verdict, junit_file)
     if run.kept is not None:
@@ -232,10 +234,9 @@ def doctor() -> None:
     findings = examine()
     marks = {"ok": "[green]✓[/green]", "note": "[yellow]≈[/yellow]", "bad": "[red]✗[/red]"}
     for finding in findings:
-        console.print(
-            f"{marks[finding.state]} [bold]{escape(finding.subject)}[/bold]: {escape(finding.found)}",
-            highlight=False,
-        )
+        subject = f"[bold]{escape(finding.subject)}[/bold]"
+        line = f"{marks[finding.state]} {subject}: {escape(finding.found)}"
+        console.print(line, highlight=False)
         if finding.advice:
             console.print(f"    {escape(finding.advice)}", highlight=False)
     raise typer.Exit(2 if any(f.state == "bad" for f in findings) else 0)
@@ -281,7 +282,9 @@ def checks(
     for name in ("id", "what must hold", "needs", "profile"):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(str(row["id"]), str(row["sentence"]), ", ".join(row["needs"]), str(row["profile"]))
+        table.add_row(
+            str(row["id"]), str(row["sentence"]), ", ".join(row["needs"]), str(row["profile"])
+        )
     console.print(table)
 
 
@@ -292,7 +295,9 @@ def version() -> None:
 
 
 def _show_held(server: held.Held) -> None:
-    console.print(f"The server is left running: [bold]{escape(server.address)}[/bold]", highlight=False)
+    console.print(
+        f"The server is left running: [bold]{escape(server.address)}[/bold]", highlight=False
+    )
     console.print(
         f"  key:  export SGLANG_API_KEY=$({_own_command()} key {server.name})\n"
         f"  log:  docker logs -f {server.name}\n"
@@ -317,8 +322,6 @@ def key(name: Annotated[str, typer.Argument(help="Name of a held server.")]) -> 
     raise SpecError(f"No held server is named {name}.")
 
 
-
-
 def main() -> None:
     """Entry point. Every mistake of a person ends in one line and exit code 2."""
     try:
@@ -333,12 +336,17 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except HarnessError as error:
-        errors.print(f"[bold red]sglang-harness:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(
+            f"[bold red]sglang-harness:[/bold red] {escape(str(error))}",
+            highlight=False,
+            soft_wrap=True,
+        )
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            errors.print(f"[bold red]sglang-harness:[/bold red] {escape(error.format_message())}", highlight=False)
+            errors.print(
+                f"[bold red]sglang-harness:[/bold red] {escape(error.format_message())}",
+                highlight=False,
+            )
             sys.exit(2)
         raise
-
-

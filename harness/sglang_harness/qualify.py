@@ -140,17 +140,22 @@ class Qualification:
                 self._outside.append(Outside(id=check.id, reason=reason))
                 continue
             if reason := self._cannot_ask(context.server):
-                self._record(check, CheckResult(id=check.id, outcome=Outcome.NOT_RUN, seconds=0, message=reason), [])
+                self._record(
+                    CheckResult(id=check.id, outcome=Outcome.NOT_RUN, seconds=0, message=reason),
+                    [],
+                )
                 continue
             self._viewer.begin(check.id, number, len(asked))
             context.server.client.deadline = time.monotonic() + self._request.spec.limits.check
-            self._record(check, *run_check(check, context))
+            self._record(*run_check(check, context))
             context.server.client.deadline = None
             self._replace_if_dead(context, check)
 
     def _start(self) -> Server:
         server = Server.start(
-            self._request.spec, say=self._viewer.say, run_id=self._run_id,
+            self._request.spec,
+            say=self._viewer.say,
+            run_id=self._run_id,
             held=self._request.keep_on_failure,
         )
         self._servers.append(server)
@@ -162,10 +167,8 @@ class Qualification:
         launched = next((c for c in self._checks if c.id == "launch/phases"), self._checks[0])
         message = f"expected a server that comes up; {error}"
         seconds = time.monotonic() - self._began
-        result = CheckResult(
-            id=launched.id, outcome=Outcome.FAIL, seconds=seconds, message=message
-        )
-        self._record(launched, result, [])
+        result = CheckResult(id=launched.id, outcome=Outcome.FAIL, seconds=seconds, message=message)
+        self._record(result, [])
         self._outside += [
             Outside(id=c.id, reason="the server never came up")
             for c in self._checks
@@ -179,8 +182,13 @@ class Qualification:
         wanted = self._request.spec
         first = self._servers[0]
         spec = wanted.model_copy(
-            update={"model": "tiny", "port": None, "image": first.about()["image"],
-                    "sglang_version": None, "pull": "missing"}
+            update={
+                "model": "tiny",
+                "port": None,
+                "image": first.about()["image"],
+                "sglang_version": None,
+                "pull": "missing",
+            }
         )
         server = Server.start(spec, say=self._viewer.say, run_id=self._run_id)
         try:
@@ -207,7 +215,7 @@ class Qualification:
             return "the server had died, and was replaced often enough"
         return None
 
-    def _record(self, check: Check[Any], result: CheckResult, figures: list[Figure]) -> None:
+    def _record(self, result: CheckResult, figures: list[Figure]) -> None:
         device = self._servers[0].device if self._servers else "cpu"
         result = known_defects.apply(
             result, self._defects, version=self._version, device=device, today=date.today()
@@ -273,7 +281,7 @@ class Qualification:
                 self._outside.append(Outside(id=check.id, reason=reason))
                 continue
             self._viewer.begin(check.id, len(self._checks), len(self._checks))
-            self._record(check, *run_check(check, context))
+            self._record(*run_check(check, context))
 
     def _verdict(self, interruption: Interrupted | None) -> Verdict:
         request, server = self._request, self._servers[0] if self._servers else None
@@ -284,7 +292,11 @@ class Qualification:
         )
         device = server.device if server else "unknown"
         caveats = [*([CPU_CAVEAT] if device == "cpu" else []), *self._caveats]
-        phases = [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases] if server else []
+        phases = (
+            [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
+            if server
+            else []
+        )
         return Verdict(
             run_id=self._run_id,
             started=self._started,

@@ -179,9 +179,7 @@ def _wait_for_ready(looker: _Looker, report: StartReport, pause: Callable[[], No
         pause()
 
 
-def _first_generation(
-    transport: Transport, watch: DeathWatch, pause: Callable[[], None]
-) -> int:
+def _first_generation(transport: Transport, watch: DeathWatch, pause: Callable[[], None]) -> int:
     """Generates two tokens from ids that every vocabulary has; returns how many came."""
     call = calls.generate([1, 2, 3], sampling={"max_new_tokens": 2, "ignore_eos": True}, timeout=60)
     while True:

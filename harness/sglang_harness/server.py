@@ -114,7 +114,6 @@ class Server:
         say(f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})")
         container.start()
         try:
-            assert container.watch is not None
             say("the container runs, and imports SGLang")
             report = wait_until_ready(
                 container.address,
@@ -128,13 +127,11 @@ class Server:
             ledger = MemoryLedger([*gpu_memory, ContainerMemory(container.stats)])
             ledger.readings += before.readings
             ledger.mark("ready")
-            return cls(
-                spec, container, model=model, device=device, report=report, memory=ledger
-            )
+            return cls(spec, container, model=model, device=device, report=report, memory=ledger)
         except BaseException as error:
             # The log would be gone with the container; whoever reports the failure needs it.
             log = container.logs()
-            container.stop()
+            container.end()
             error.server_log = Redactor(container.api_key).text(log)  # type: ignore[attr-defined]
             raise
 
@@ -166,7 +163,7 @@ class Server:
         if self.stopped is None:
             self.client.close()
             started = time.monotonic()
-            exit_code = self.running.stop()
+            exit_code = self.running.end()
             seconds = time.monotonic() - started
             self.stopped = Stopped(exit_code, seconds, self.running.left_behind())
         return self.stopped

@@ -125,7 +125,9 @@ class ServerSpec(_Strict):
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise SpecError(_in_one_line(error), advice="See docs/spec.md for the fields.") from None
+            raise SpecError(
+                _in_one_line(error), advice="See docs/spec.md for the fields."
+            ) from None
 
     @classmethod
     def from_yaml(cls, path: Path, **overrides: Any) -> ServerSpec:

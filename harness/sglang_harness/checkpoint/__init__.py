@@ -67,5 +67,7 @@ def check_folder(path: Path) -> None:
             f"{path} holds no weights (*.safetensors or *.bin).",
             advice="Give the folder that the weights are in.",
         )
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         raise ModelError(f"{path} holds no tokenizer.", advice="Save the tokenizer beside it.")

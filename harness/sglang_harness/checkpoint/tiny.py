@@ -66,7 +66,9 @@ def write(path: Path, seed: int) -> None:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([_CORPUS], vocab_size=512, min_frequency=1, special_tokens=special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(

@@ -13,7 +13,14 @@ from sglang_harness.client import calls
 from sglang_harness.client.answers import ChatAnswer, Checksums, Chunk, Generation, Update
 from sglang_harness.client.call import Attempt, Call, Reply, RetryPolicy, error_words, understand
 from sglang_harness.client.transport import RequestsTransport, Transport
-from sglang_harness.errors import BadAnswer, NoAnswerInTime, Refused, RequestFailed, ServerDied, Unreachable
+from sglang_harness.errors import (
+    BadAnswer,
+    NoAnswerInTime,
+    Refused,
+    RequestFailed,
+    ServerDied,
+    Unreachable,
+)
 from sglang_harness.runtime.death import DeathWatch
 
 __all__ = [
@@ -230,5 +237,3 @@ class Client:
 
     def resume_memory(self, tags: Sequence[str] | None = None) -> None:
         self.send(calls.resume_memory(tags))
-
-

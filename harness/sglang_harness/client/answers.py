@@ -113,5 +113,7 @@ class Checksums:
         changed = []
         for index, (then, now) in enumerate(zip(before.ranks, self.ranks, strict=True)):
             prefix = f"rank{index}:" if index else ""
-            changed += [prefix + n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n)]
+            changed += [
+                prefix + n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n)
+            ]
         return changed

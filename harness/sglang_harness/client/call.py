@@ -63,9 +63,7 @@ def understand(call: Call[T], reply: Reply) -> T:
         return call.read(reply)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         shown = reply.body[:300].decode(errors="replace")
-        raise BadAnswer(
-            str(call), f"an answer that cannot be read ({error!r}): {shown}"
-        ) from error
+        raise BadAnswer(str(call), f"an answer that cannot be read ({error!r}): {shown}") from error
 
 
 def error_words(body: bytes) -> tuple[str, str]:
@@ -117,4 +115,4 @@ class RetryPolicy:
         busy = isinstance(error, Refused) and error.status == 503
         if not busy and not isinstance(error, Unreachable | NoAnswerInTime):
             return None
-        return min(self.longest_delay, self.first_delay * 2 ** (failed - 1))
+        return float(min(self.longest_delay, self.first_delay * 2.0 ** (failed - 1)))

@@ -105,7 +105,7 @@ def generate_batch(
         raise ValueError("a batch needs at least one prompt")
     body = _generate_body(prompts[0], sampling, logprobs, None)
     kind = "text" if _is_text(prompts[0]) else "input_ids"
-    body[kind] = [p if _is_text(p) else list(p) for p in prompts]  # type: ignore[arg-type]
+    body[kind] = [p if _is_text(p) else list(p) for p in prompts]
 
     def read(reply: Reply) -> list[Generation]:
         answers = [Generation.parse(item, reply.seconds) for item in reply.json()]

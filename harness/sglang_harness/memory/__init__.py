@@ -58,7 +58,9 @@ class MemoryLedger:
             used, parts = source.read()
             seconds = time.monotonic() - self._began
             now.append(
-                Reading(mark=name, seconds=seconds, source=source.name, used_bytes=used, parts=parts)
+                Reading(
+                    mark=name, seconds=seconds, source=source.name, used_bytes=used, parts=parts
+                )
             )
         self.readings += now
         return now

@@ -35,6 +35,7 @@ class NvmlMemory:
                 pynvml.nvmlShutdown()
         except pynvml.NVMLError as error:
             raise HarnessError(
-                f"GPU memory cannot be read: {error}.", advice="Check the NVIDIA driver (nvidia-smi)."
+                f"GPU memory cannot be read: {error}.",
+                advice="Check the NVIDIA driver (nvidia-smi).",
             ) from None
         return sum(parts.values()), parts

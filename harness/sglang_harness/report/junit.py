@@ -57,4 +57,10 @@ def _case(check: CheckResult) -> TestCase:
 
 def _printable(text: str) -> str:
     """XML 1.0 takes no control characters, and a random model's answers are full of them."""
-    return "".join(c if c in "\t\n" or ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF and ord(c) not in (0xFFFE, 0xFFFF) else "\ufffd" for c in text)
+    return "".join(
+        c
+        if c in "\t\n"
+        or (ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF and ord(c) not in (0xFFFE, 0xFFFF))
+        else "\ufffd"
+        for c in text
+    )

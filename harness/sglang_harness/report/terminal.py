@@ -44,7 +44,8 @@ class Terminal:
     def end(self, result: CheckResult) -> None:
         self._rest()
         sign, style = STYLE[result.outcome]
-        line = f"{self._clock()} [{style}]{sign}[/{style}] {result.id} [dim]{result.seconds:.1f}s[/dim]"
+        line = f"{self._clock()} [{style}]{sign}[/{style}] {result.id}"
+        line += f" [dim]{result.seconds:.1f}s[/dim]"
         if result.outcome is not Outcome.PASS:
             about = f" ({result.known_defect})" if result.known_defect else ""
             line += f" [{style}]{result.outcome.value}{about}[/{style}]"

@@ -51,8 +51,8 @@ class Running(Protocol):
     def host_pids(self) -> list[int]:
         """Process ids of the server as this host sees them; empty where it cannot."""
 
-    def stop(self) -> int | None:
+    def end(self) -> int | None:
         """Asks it to end, then makes it; removes what it left. Returns the exit code."""
 
     def left_behind(self) -> list[str]:
-        """What of it is still there after ``stop``; empty when all is well."""
+        """What of it is still there after ``end``; empty when all is well."""

@@ -9,18 +9,46 @@ from dataclasses import dataclass
 
 #: Signs in SGLang's log and what they mean, most specific first.
 KNOWN_CAUSES: tuple[tuple[str, str], ...] = (
-    (r"CUDA out of memory|torch\.OutOfMemoryError", "the GPU ran out of memory: lower --mem-fraction-static or use a larger GPU"),
-    (r"Not enough memory\. Please try to increase --mem-fraction-static", "too little memory is left for the KV cache: raise --mem-fraction-static"),
+    (
+        r"CUDA out of memory|torch\.OutOfMemoryError",
+        "the GPU ran out of memory: lower --mem-fraction-static or use a larger GPU",
+    ),
+    (
+        r"Not enough memory\. Please try to increase --mem-fraction-static",
+        "too little memory is left for the KV cache: raise --mem-fraction-static",
+    ),
     (r"No space left on device", "a disk or /dev/shm is full: raise shm_size or free space"),
     (r"unrecognized arguments: (?P<detail>.*)", "this SGLang version does not know a flag"),
     (r"error: argument (?P<detail>.*)", "a flag has a value that SGLang does not take"),
-    (r"NVIDIA driver|CUDA driver version is insufficient|no CUDA-capable device", "no usable NVIDIA driver: use device=cpu, or run on a host with a GPU"),
-    (r"Can't load the configuration of|does not appear to have a file named config\.json|Unrecognized model in", "the model folder holds no model that SGLang can read"),
-    (r"Repository Not Found|is not a local folder and is not a valid model identifier", "the model is neither a folder nor a name on the hub"),
-    (r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer|incomplete metadata", "a safetensors file is damaged or cut short"),
-    (r"No such file or directory: '(?P<detail>[^']*)'", "a file is missing for the server's user (files of mode 0600 look missing to an ordinary user)"),
-    (r"Address already in use|address already in use", "the server's port is taken inside its network namespace"),
-    (r"digest sent was rejected", "a tensor was sent by file descriptor from an unrelated process: use the file_system sharing strategy"),
+    (
+        r"NVIDIA driver|CUDA driver version is insufficient|no CUDA-capable device",
+        "no usable NVIDIA driver: use device=cpu, or run on a host with a GPU",
+    ),
+    (
+        r"Can't load the configuration of|does not appear to have a file named config\.json"
+        r"|Unrecognized model in",
+        "the model folder holds no model that SGLang can read",
+    ),
+    (
+        r"Repository Not Found|is not a local folder and is not a valid model identifier",
+        "the model is neither a folder nor a name on the hub",
+    ),
+    (
+        r"SafetensorError|HeaderTooLarge|MetadataIncompleteBuffer|incomplete metadata",
+        "a safetensors file is damaged or cut short",
+    ),
+    (
+        r"No such file or directory: '(?P<detail>[^']*)'",
+        "a file is missing for the server's user (files of mode 0600 look missing to it)",
+    ),
+    (
+        r"Address already in use|address already in use",
+        "the server's port is taken inside its network namespace",
+    ),
+    (
+        r"digest sent was rejected",
+        "a tensor was sent by file descriptor from an unrelated process: share by file_system",
+    ),
     (r"pin_memory=True requires a CUDA", "SGLang asked for pinned memory on a machine with no GPU"),
     (r"ModuleNotFoundError: (?P<detail>.*)", "the image lacks a Python module"),
 )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
-import tarfile
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -21,15 +17,13 @@ from testcontainers.core.container import DockerContainer, Reaper
 
 from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.permissions import make_readable
 from sglang_harness.runtime import engine, images
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
+from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
 from sglang_harness.secrets import new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
 PORT = 30000
-EXCHANGE = PurePosixPath("/exchange")
-MODELS = PurePosixPath("/models")
 
 #: Hands the API key to SGLang from the environment: SGLang itself only takes it as an
 #: argument, where every process list would show it. Runs in any image that has SGLang.
@@ -41,7 +35,7 @@ LAUNCHER = (
 )
 
 
-class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
+class SGLangServerContainer(DockerContainer):
     """A Testcontainers container that runs SGLang as ``spec`` says.
 
     ``start`` returns when the container runs; a server that answers is another matter: see
@@ -75,10 +69,10 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         self.api_key = new_api_key()
         self._model = model
         self._model_inside: str | None = None
-        self._stopped: int | None = None
-        self._logs_at_stop: str | None = None
-        self.watch: DeathWatch | None = None
-        self.reach: FolderReach | VolumeReach | None = None
+        self._exit_code: int | None = None
+        self._logs_at_end: str | None = None
+        self._watch: DeathWatch | None = None
+        self._reach: FolderReach | VolumeReach | None = None
         # Hardening that would change somebody else's image is left to images made for it.
         ours = self._engine.images.get(image).labels.get(images.LABEL_DEVICE) == "cpu"
         self.with_command(self._command_words()).with_name(f"sglang-harness-{uuid.uuid4().hex[:8]}")
@@ -133,7 +127,10 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
             else DeviceRequest(device_ids=wanted.split(","), capabilities=[["gpu"]])
         )
         # As SGLang's own compose file sets them; NCCL pins memory.
-        limits = [Ulimit(name="memlock", soft=-1, hard=-1), Ulimit(name="stack", soft=67108864, hard=67108864)]
+        limits = [
+            Ulimit(name="memlock", soft=-1, hard=-1),
+            Ulimit(name="stack", soft=67108864, hard=67108864),
+        ]
         return {"device_requests": [request], "ulimits": limits}
 
     def model_path(self) -> str:
@@ -152,7 +149,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         kwargs = dict(self._kwargs)
         tmpfs = {**self.tmpfs, **kwargs.pop("tmpfs", {})}
         mounts = kwargs.pop("mounts", [])
-        self.reach, own_mounts = self._make_reach()
+        self._reach, own_mounts = self._make_reach()
         if self.spec.hub_cache is not None:
             own_mounts.append(Mount("/hub", str(self.spec.hub_cache.resolve()), type="bind"))
         try:
@@ -167,7 +164,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
                 **kwargs,
             )
         except BaseException as error:
-            self.reach.close()
+            self._reach.close()
             if isinstance(error, APIError):
                 raise EngineError(
                     f"The engine refused to make the container: {error.explanation}."
@@ -209,7 +206,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
                 self.create()
             assert self._container is not None
             self._container.start()
-            self.watch = DeathWatch(self._wait_for_death)
+            self._watch = DeathWatch(self._wait_for_death)
         except APIError as error:
             self.stop()
             reason = error.explanation or str(error)
@@ -240,13 +237,14 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         yield
 
     def _wait_for_death(self) -> Death:
-        assert self._container is not None
         try:
-            client = docker.from_env(timeout=None)
-            container = client.containers.get(self._container.id)
+            # Its own client: this one waits without a time-out in a thread of its own.
+            client = docker.from_env(timeout=None)  # type: ignore[arg-type]
+            container = client.containers.get(self._id)
             container.wait(timeout=None)
             log = container.logs().decode(errors="replace")
-            state = client.api.inspect_container(container.id)["State"]
+            container.reload()
+            state = container.attrs["State"]
         except (DockerException, OSError) as error:
             if isinstance(error, NotFound):
                 return Death(None, False, "its container was removed by somebody else", "", ())
@@ -257,6 +255,24 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
     @property
     def runtime(self) -> str:
         return "docker"
+
+    @property
+    def watch(self) -> DeathWatch:
+        if self._watch is None:
+            raise EngineError("The container was not started.")
+        return self._watch
+
+    @property
+    def reach(self) -> FolderReach | VolumeReach:
+        if self._reach is None:
+            raise EngineError("The container was not made.")
+        return self._reach
+
+    @property
+    def _id(self) -> str:
+        if self._container is None or self._container.id is None:
+            raise EngineError("The container is not there: never made, or gone already.")
+        return self._container.id
 
     @property
     def address(self) -> str:
@@ -273,11 +289,12 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         if not bindings:
             raise EngineError("The container ended before its port was published.")
         host = self.get_container_host_ip() if engine.is_remote() else self.spec.publish_on
-        return f"http://{'127.0.0.1' if host in ('0.0.0.0', 'localhost') else host}:{bindings[0]['HostPort']}"  # noqa: S104
+        everywhere = host in ("0.0.0.0", "localhost")  # noqa: S104 -- an address to replace
+        return f"http://{'127.0.0.1' if everywhere else host}:{bindings[0]['HostPort']}"
 
     def logs(self, *, tail: int | None = None) -> str:
-        if self._logs_at_stop is not None:
-            lines = self._logs_at_stop.splitlines()
+        if self._logs_at_end is not None:
+            lines = self._logs_at_end.splitlines()
             return "\n".join(lines if tail is None else lines[-tail:])
         if self._container is None:
             return ""
@@ -288,8 +305,7 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
         return str(raw.decode(errors="replace"))
 
     def inspect(self) -> dict[str, Any]:
-        assert self._container is not None
-        attributes = self._engine.api.inspect_container(self._container.id)
+        attributes = self._engine.api.inspect_container(self._id)
         host = attributes["HostConfig"]
         return {
             "container": attributes["Name"].lstrip("/"),
@@ -321,132 +337,51 @@ class SGLangServerContainer(DockerContainer):  # type: ignore[misc]
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters for the container, now."""
-        assert self._container is not None
-        return dict(self._engine.api.stats(self._container.id, stream=False, one_shot=True))
+        return dict(self._engine.api.stats(self._id, stream=False, one_shot=True))
 
     def left_behind(self) -> list[str]:
         """What of this server is still on the engine or on disk after ``stop``."""
-        mine = {self._name, *([self.reach.name] if isinstance(self.reach, VolumeReach) else [])}
+        mine = {self._name, *([self._reach.name] if isinstance(self._reach, VolumeReach) else [])}
         client = engine.connect()
         try:
             found = [f"{t.kind} {t.name}" for t in engine.ours(client) if t.name in mine]
         finally:
             client.close()
-        if isinstance(self.reach, FolderReach) and self.reach.folder.exists():
-            found.append(str(self.reach.folder))
+        if isinstance(self._reach, FolderReach) and self._reach.folder.exists():
+            found.append(str(self._reach.folder))
         return found
 
-    def stop(self, force: bool = True, delete_volume: bool = True) -> int | None:
-        """Ends the server within ``limits.stop`` seconds and removes what belongs to it."""
-        del force, delete_volume  # Testcontainers' words; a server always ends politely first
-        if self.watch is not None:
-            already = self.watch.death
-            self.watch.expected = already is None
+    def end(self) -> int | None:
+        """Ends the server within ``limits.stop`` seconds and removes what belongs to it.
+
+        Returns its exit code; ``None`` where the engine could not tell. Again: the same.
+        """
+        if self._watch is not None and self._watch.death is None:
+            self._watch.expected = True
         if self._container is not None:
-            container, self._container = self._container, None
+            container = self._container
             try:
                 container.stop(timeout=int(self.spec.limits.stop))
-                self._logs_at_stop = container.logs().decode(errors="replace")
+                self._logs_at_end = container.logs().decode(errors="replace")
                 container.reload()
-                self._stopped = container.attrs["State"]["ExitCode"]
+                self._exit_code = container.attrs["State"]["ExitCode"]
             except (APIError, OSError):
-                self._logs_at_stop = self._logs_at_stop or ""
+                self._logs_at_end = self._logs_at_end or ""
             finally:
-                try:
+                with suppress(NotFound):
                     container.remove(force=True, v=True)
-                except NotFound:
-                    pass
-        if self.reach is not None:
-            self.reach.close()
-        return self._stopped
+                self._container = None
+        if self._reach is not None:
+            self._reach.close()
+        return self._exit_code
+
+    def stop(self, force: bool = True, delete_volume: bool = True) -> None:
+        """Testcontainers' word for :meth:`end`. A server always ends politely first."""
+        del force, delete_volume
+        self.end()
 
 
-class FolderReach:
-    """Local folders, bind-mounted read-only: the model and a folder for exchange."""
-
-    def __init__(self, model: Path | None) -> None:
-        self._model = model
-        self.folder = Path(tempfile.mkdtemp(prefix="sglang-harness-exchange-"))
-        self.folder.chmod(0o755)
-
-    def mounts(self) -> list[Mount]:
-        mounts = [Mount(str(EXCHANGE), str(self.folder), type="bind", read_only=True)]
-        if self._model is not None:
-            inside = str(MODELS / self._model.name)
-            mounts.append(Mount(inside, str(self._model), type="bind", read_only=True))
-        return mounts
-
-    def share(self, path: Path) -> PurePosixPath:
-        """The path inside; copied into the exchange folder where it lies elsewhere."""
-        path = path.resolve()
-        if path.is_relative_to(self.folder):
-            return EXCHANGE / path.relative_to(self.folder)
-        if self._model is not None and path.is_relative_to(self._model.resolve()):
-            return MODELS / self._model.name / path.relative_to(self._model.resolve())
-        copy = self.folder / f"{path.name}-{uuid.uuid4().hex[:6]}"
-        if path.is_dir():
-            shutil.copytree(path, copy)
-        else:
-            shutil.copy2(path, copy)
-        make_readable(copy)
-        return EXCHANGE / copy.name
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class VolumeReach:
-    """A named volume, filled over the engine's API: works for an engine anywhere."""
-
-    def __init__(self, client: docker.DockerClient, image: str, labels: dict[str, str]) -> None:
-        self._client = client
-        self._volume = client.volumes.create(
-            name=f"sglang-harness-{uuid.uuid4().hex[:8]}", labels=labels
-        )
-        self.name = str(self._volume.name)
-        # Never started: the engine fills a volume through any container that mounts it.
-        self._helper = client.containers.create(
-            image,
-            ["true"],
-            entrypoint=[],
-            labels=labels,
-            mounts=[Mount(str(EXCHANGE), self._volume.name, type="volume")],
-        )
-
-    def mounts(self) -> list[Mount]:
-        return [Mount(str(EXCHANGE), self._volume.name, type="volume", read_only=True)]
-
-    def share(self, path: Path) -> PurePosixPath:
-        return self.upload(path, PurePosixPath(f"{path.name}-{uuid.uuid4().hex[:6]}"))
-
-    def upload(self, path: Path, name: PurePosixPath) -> PurePosixPath:
-        """Copies a file or folder into the volume; returns its path inside the server."""
-
-        def readable(member: tarfile.TarInfo) -> tarfile.TarInfo:
-            member.mode |= 0o555 if member.isdir() else 0o444
-            member.uid = member.gid = 0
-            member.uname = member.gname = "root"
-            return member
-
-        with tempfile.TemporaryFile() as packed:
-            with tarfile.open(fileobj=packed, mode="w", dereference=True) as tar:
-                tar.add(path, arcname=str(name), filter=readable)
-            packed.seek(0)
-            if not self._helper.put_archive(str(EXCHANGE), io.BufferedReader(packed)):  # type: ignore[arg-type]
-                raise EngineError(f"The engine did not take {path} into the volume.")
-        return EXCHANGE / name
-
-    def close(self) -> None:
-        for remove in (lambda: self._helper.remove(force=True), lambda: self._volume.remove(force=True)):
-            try:
-                remove()
-            except NotFound:
-                pass
-
-
-def prepare(
-    spec: ServerSpec, say: Callable[[str], None]
-) -> tuple[Literal["cpu", "gpu"], str]:
+def prepare(spec: ServerSpec, say: Callable[[str], None]) -> tuple[Literal["cpu", "gpu"], str]:
     """Finds the engine, the device and the image for ``spec``; returns device and image.
 
     Raises:
@@ -466,4 +401,3 @@ def prepare(
         raise EngineError(f"The Docker engine failed: {error}.") from None
     finally:
         client.close()
-

@@ -23,7 +23,7 @@ LABEL_RUN = f"{LABEL}.run"
 LABEL_OWNER = f"{LABEL}.owner"
 
 
-def connect(*, timeout: float = 60.0) -> docker.DockerClient:
+def connect(*, timeout: int = 60) -> docker.DockerClient:
     """A client of the engine that ``DOCKER_HOST`` (or the default socket) names.
 
     Raises:
@@ -114,7 +114,7 @@ class Leftover:
 
 def ours(client: docker.DockerClient) -> list[Leftover]:
     """Every container, volume and network that carries our label, stopped ones too."""
-    query = {"label": LABEL}
+    query: dict[str, Any] = {"label": LABEL}
     found = [
         _leftover("container", c.name, c.labels, c.status)
         for c in client.containers.list(all=True, filters=query, ignore_removed=True)
@@ -130,10 +130,10 @@ def ours(client: docker.DockerClient) -> list[Leftover]:
     return found
 
 
-def _leftover(kind: str, name: str, labelled: dict[str, str] | None, state: str) -> Leftover:
+def _leftover(kind: str, name: str | None, labelled: dict[str, str] | None, state: str) -> Leftover:
     marks = labelled or {}
     owner = Owner.parse(marks.get(LABEL_OWNER, ""))
-    return Leftover(kind, name, marks.get(LABEL_RUN, ""), owner, state)
+    return Leftover(kind, name or "", marks.get(LABEL_RUN, ""), owner, state)
 
 
 def remove(client: docker.DockerClient, things: Iterable[Leftover]) -> list[str]:

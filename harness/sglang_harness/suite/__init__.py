@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+from typing import Any
+
 from sglang_harness.errors import SpecError
+
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
 from sglang_harness.suite import weights, memory, hostile  # isort: skip
 from sglang_harness.suite.check import (
     Check,
-    CheckResult,
     Context,
     Mismatch,
     Observation,
@@ -17,6 +20,7 @@ from sglang_harness.suite.check import (
     registered,
     run_check,
 )
+from sglang_harness.verdict import CheckResult
 
 __all__ = [
     "Check",
@@ -34,14 +38,12 @@ __all__ = [
 _SUBJECTS = (launch, generate, sample, stop, chat, control, weights, memory, hostile)
 
 
-def select(profile: str, patterns: list[str]) -> list[Check]:  # type: ignore[type-arg]
+def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
     """The checks of a profile, or those whose id holds one of ``patterns`` (globs work too).
 
     Raises:
         SpecError: a pattern matches no check.
     """
-    from fnmatch import fnmatch
-
     checks = list(registered().values())
     if not patterns:
         return [c for c in checks if profile == "full" or c.profile == "quick"]

@@ -27,7 +27,12 @@ class BackgroundStream:
     """Streams one answer in a thread; each event is the sign that the request still runs."""
 
     def __init__(
-        self, client: Client, prompt: Prompt, *, sampling: dict[str, Any], request_id: str | None = None
+        self,
+        client: Client,
+        prompt: Prompt,
+        *,
+        sampling: dict[str, Any],
+        request_id: str | None = None,
     ) -> None:
         self._chunks: list[Chunk] = []
         self._news = threading.Condition()

@@ -97,9 +97,7 @@ class CompletionsEqualNative(Check[CompletionTexts]):
     def observe(self, context: Context) -> CompletionTexts:
         client, prompt = context.server.client, PROMPTS[0]
         native = client.generate(prompt, sampling=greedy(TOKENS))
-        completion = client.completions(
-            prompt, temperature=0.0, max_tokens=TOKENS, ignore_eos=True
-        )
+        completion = client.completions(prompt, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         return CompletionTexts(
             native=native.text,
             completion=completion.text,
@@ -146,5 +144,7 @@ class JsonSchemaHolds(Check[BoundAnswer]):
         except ValueError as error:
             wrong.append(Mismatch("answer", "JSON", repr(seen.text), str(error)))
         except jsonschema.ValidationError as error:
-            wrong.append(Mismatch("answer", "one that the schema accepts", seen.text, error.message))
+            wrong.append(
+                Mismatch("answer", "one that the schema accepts", seen.text, error.message)
+            )
         return wrong

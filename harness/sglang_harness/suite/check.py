@@ -229,7 +229,9 @@ def judge_again(check: Check[Any], saved: CheckResult) -> CheckResult:
 
     def result(outcome: Outcome, message: str = "", seen: Observation | None = None) -> CheckResult:
         del seen
-        return saved.model_copy(update={"outcome": outcome, "message": message, "known_defect": None})
+        return saved.model_copy(
+            update={"outcome": outcome, "message": message, "known_defect": None}
+        )
 
     return _judged(check, seen, result)[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sglang_harness.client import Call, Client, RequestsTransport, calls
 from sglang_harness.errors import HarnessError, Refused
 from sglang_harness.suite.background import BackgroundStream, Ended
@@ -99,7 +101,7 @@ class NeedsItsKey(Check[Doors]):
     observation = Doors
 
     def observe(self, context: Context) -> Doors:
-        routes = [
+        routes: list[Call[Any]] = [
             calls.model_info(),
             calls.generate(PROMPTS[0], sampling=greedy(1)),
             calls.checksums(),

@@ -95,7 +95,10 @@ class Logprobs(Check[ScoredPrompt]):
         )
 
     def judge(self, seen: ScoredPrompt) -> list[Mismatch]:
-        wrong = [*wrong_counts("sampled", seen.sampled, 16), *wrong_logprobs("sampled", seen.sampled)]
+        wrong = [
+            *wrong_counts("sampled", seen.sampled, 16),
+            *wrong_logprobs("sampled", seen.sampled),
+        ]
         # The first token of a sequence follows nothing and has no log-probability.
         if len(seen.prompt_served) != len(seen.prompt_oracle) + 1:
             wrong.append(
@@ -228,7 +231,9 @@ class StreamEqualsWhole(Check[Streamed]):
         ):
             # A character of several bytes may still be incomplete at the end of a chunk.
             if not after.startswith(before.rstrip("\ufffd")):
-                wrong.append(Mismatch(f"event {place}", f"text that begins {before!r}", repr(after)))
+                wrong.append(
+                    Mismatch(f"event {place}", f"text that begins {before!r}", repr(after))
+                )
         ids = joined_ids(seen.chunk_ids, len(seen.whole.ids))
         wrong += expect("ids of the whole stream", seen.whole.ids, ids)
         wrong += expect("last text", seen.whole.text, seen.chunk_texts[-1])

@@ -30,9 +30,7 @@ class KnownDefect(BaseModel):
 
     def applies(self, version: str | None, device: str, today: date) -> bool:
         return (
-            version in self.versions
-            and self.device in ("any", device)
-            and today <= self.review_by
+            version in self.versions and self.device in ("any", device) and today <= self.review_by
         )
 
 

@@ -26,14 +26,21 @@ class Snapshots(Observation):
 @register
 class MemoryIsSeen(Check[Snapshots]):
     id = "memory/snapshots"
-    sentence = "Memory is read when the server is ready and after it has generated, and holds at least the weights."
+    sentence = (
+        "Memory is read when the server is ready and after it has generated, and holds at least "
+        "the weights."
+    )
     observation = Snapshots
 
     def observe(self, context: Context) -> Snapshots:
         server = context.server
         server.client.generate(PROMPTS[1], sampling=greedy(8))
         server.memory.mark("after generation")
-        files = [*server.model.glob("*.safetensors"), *server.model.glob("*.bin")] if server.model else []
+        files = (
+            [*server.model.glob("*.safetensors"), *server.model.glob("*.bin")]
+            if server.model
+            else []
+        )
         return Snapshots(
             readings=list(server.memory.readings),
             sources=server.memory.source_names,
@@ -50,15 +57,15 @@ class MemoryIsSeen(Check[Snapshots]):
         # On a GPU the weights are on the device, and the host side holds none of them.
         main = seen.sources[0] if seen.sources else ""
         for reading in seen.readings:
-            if reading.mark == "ready" and reading.source == main:
-                if reading.used_bytes < seen.weights_bytes:
-                    wrong.append(
-                        Mismatch(
-                            f"{main} at 'ready'",
-                            f"at least the weights, {seen.weights_bytes / MIB:.0f} MiB",
-                            f"{reading.used_bytes / MIB:.0f} MiB",
-                        )
+            too_little = reading.used_bytes < seen.weights_bytes
+            if reading.mark == "ready" and reading.source == main and too_little:
+                wrong.append(
+                    Mismatch(
+                        f"{main} at 'ready'",
+                        f"at least the weights, {seen.weights_bytes / MIB:.0f} MiB",
+                        f"{reading.used_bytes / MIB:.0f} MiB",
                     )
+                )
         return wrong
 
     def figures(self, seen: Snapshots) -> list[Figure]:

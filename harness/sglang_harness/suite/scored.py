@@ -151,8 +151,12 @@ def unequal(where: str, expected: Tokens, got: Tokens, tolerance: float) -> Iter
         apart = abs(expected.logprobs[place] - got.logprobs[place])
         if a != b:
             if not apart <= 2 * tolerance:
-                yield Mismatch(f"{where}, token {place}", f"token {a}", f"token {b}",
-                               f"log-probabilities {apart:.5f} apart, tolerance {2 * tolerance:g}")
+                yield Mismatch(
+                    f"{where}, token {place}",
+                    f"token {a}",
+                    f"token {b}",
+                    f"log-probabilities {apart:.5f} apart, tolerance {2 * tolerance:g}",
+                )
             return
         if not apart <= 2 * tolerance:
             yield Mismatch(

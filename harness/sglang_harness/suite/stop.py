@@ -87,7 +87,9 @@ class StopsWhereTold(Check[StopConditions]):
             *expect("stop token, finish", "stop", seen.at_id.answer.finish),
             *expect("stop token, matched", seen.stop_id, seen.at_id.detail.get("matched")),
             # Versions differ in whether the stop token itself is among the ids.
-            *expect("stop token, ids", until_id, at_id[:-1] if at_id[-1:] == [seen.stop_id] else at_id),
+            *expect(
+                "stop token, ids", until_id, at_id[:-1] if at_id[-1:] == [seen.stop_id] else at_id
+            ),
             *expect("end of sequence, finish", "stop", seen.at_eos.answer.finish),
             *expect("end of sequence, tokens at most", True, len(seen.at_eos.answer.ids) <= 1),
             *expect("ignored end of sequence, finish", "length", seen.past_eos.answer.finish),
@@ -120,9 +122,7 @@ class Aborted(Observation):
 def abort_beside_neighbour(client: Client, aborted_id: str, neighbour_id: str) -> Aborted:
     """Runs two requests, aborts the first once both generate, and waits for both."""
     asked, neighbour_asked = 400, 24
-    first = BackgroundStream(
-        client, PROMPTS[1], sampling=greedy(asked), request_id=aborted_id
-    )
+    first = BackgroundStream(client, PROMPTS[1], sampling=greedy(asked), request_id=aborted_id)
     second = BackgroundStream(
         client, PROMPTS[0], sampling=greedy(neighbour_asked), request_id=neighbour_id
     )

@@ -50,13 +50,15 @@ def variant(context: Context) -> Variant:
         server = context.server
         if server.model is None:
             raise NotProvided(
-                f"{server.spec.model} is on the hub, not here, so no second checkpoint can be made.",
+                f"{server.spec.model} is on the hub, not here: no second checkpoint can be made.",
                 advice="Give the model as a folder.",
             )
         try:
             folder = perturbed(server.model, context.scratch / "variant", context.seed)
             size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-            made = Variant(folder, str(server.reach.share(folder)), size, oracles.for_folder(folder))
+            made = Variant(
+                folder, str(server.reach.share(folder)), size, oracles.for_folder(folder)
+            )
         except MissingExtra as error:
             raise NotProvided(str(error)) from None
         context.variants[context.seed] = made
@@ -119,6 +121,7 @@ class DiskUpdateIsServed(Check[NewWeights]):
         with first_weights_afterwards(context):
             update = update_from_disk(context, new.inside, NEW_VERSION)
             after = client.checksums()
+            changed = set(after.changed_since(before))
             answers, versions, off = [], [], 0.0
             for prompt in PROMPTS[:2]:
                 answer = client.generate(prompt, sampling=greedy(12), logprobs=True)
@@ -136,7 +139,7 @@ class DiskUpdateIsServed(Check[NewWeights]):
                 info_version=str(client.model_info().get("weight_version")),
                 answer_version=versions[-1],
                 parameters=sorted(after.ranks[0]),
-                unchanged=[n for n in sorted(after.ranks[0]) if n not in after.changed_since(before)],
+                unchanged=[n for n in sorted(after.ranks[0]) if n not in changed],
                 answers=answers,
                 old_oracle_error=off,
             )
@@ -317,7 +320,11 @@ class MissingPathIsRefused(Check[RefusedPath]):
         def ask() -> Tokens:
             return Tokens.of(client.generate(PROMPTS[0], sampling=greedy(8), logprobs=True))
 
-        path_before, sums, before = str(client.model_info()["model_path"]), client.checksums(), ask()
+        path_before, sums, before = (
+            str(client.model_info()["model_path"]),
+            client.checksums(),
+            ask(),
+        )
         status, reason = 200, ""
         with first_weights_afterwards(context):
             try:
@@ -345,5 +352,3 @@ class MissingPathIsRefused(Check[RefusedPath]):
         wrong += expect("log-probabilities", seen.before.logprobs, seen.after.logprobs)
         wrong += expect("model_path", seen.model_path_before, seen.model_path_after)
         return wrong
-
-

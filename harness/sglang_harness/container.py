@@ -1,0 +1,75 @@
+"""A Testcontainers container for anyone's tests: SGLang that answers when ``with`` begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from testcontainers.core.waiting_utils import WaitStrategy, WaitStrategyTarget
+
+from sglang_harness import checkpoint
+from sglang_harness.client import Client, RequestsTransport
+from sglang_harness.permissions import check_readable
+from sglang_harness.readiness import StartReport, wait_until_ready
+from sglang_harness.runtime.docker import SGLangServerContainer, prepare
+from sglang_harness.spec import ServerSpec
+
+
+class AnswersGeneration(WaitStrategy):
+    """Waits for a real generation; fails at once, with the reason, when the server dies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report: StartReport | None = None
+
+    def wait_until_ready(self, container: WaitStrategyTarget) -> None:
+        """Raises :class:`ServerDied` or :class:`StartTimeout`."""
+        if not isinstance(container, SGLangServerContainer):
+            raise TypeError("AnswersGeneration waits for a container that runs SGLang")
+        self.report = wait_until_ready(
+            container.address,
+            api_key=container.api_key,
+            watch=container.watch,
+            limit=container.spec.limits.start,
+            last_log_line=lambda: container.logs(tail=1).strip(),
+        )
+
+
+class SGLangContainer(SGLangServerContainer):
+    """Starts SGLang in a container and waits until it has generated a token.
+
+    ::
+
+        with SGLangContainer(model="tiny") as sglang:
+            print(sglang.client.generate("Hello").text)
+
+    Args:
+        spec: what to run; or its fields as keywords (``model=...``, ``image=...``).
+
+    Raises:
+        SpecError, ImageError, ModelError, EngineError: it could not be started.
+        ServerDied, StartTimeout: from ``start``; it never answered.
+    """
+
+    def __init__(self, spec: ServerSpec | None = None, **fields: Any) -> None:
+        spec = ServerSpec.make(**fields) if spec is None else spec
+        model = checkpoint.locate(spec.model, lambda _: None)
+        if model is not None:
+            check_readable(model)
+        device, image = prepare(spec, lambda _: None)
+        super().__init__(spec, model=model, image=image, device=device)
+        self._answers = AnswersGeneration()
+        self.waiting_for(self._answers)
+        self._client: Client | None = None
+
+    @property
+    def report(self) -> StartReport | None:
+        """How it came up, phase by phase; ``None`` before ``start``."""
+        return self._answers.report
+
+    @property
+    def client(self) -> Client:
+        """The HTTP remote control."""
+        if self._client is None:
+            transport = RequestsTransport(self.address, api_key=self.api_key)
+            self._client = Client(transport, watch=self.watch)
+        return self._client
