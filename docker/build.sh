@@ -25,6 +25,7 @@ recipe=$(cd "$here" && { echo "$BASE_IMAGE $PYTHON_VERSION $DEBIAN_SUITE" && cat
     stand_ins/torchvision_operators.pth; } | sha256sum | cut -c1-12)
 tag=sglang-harness/sglang-cpu:$version-$recipe
 if docker image inspect "$tag" >/dev/null 2>&1; then
+    docker tag "$tag" "sglang-harness/sglang-cpu:$version"
     echo "$tag"
     exit 0
 fi
@@ -80,5 +81,7 @@ DOCKER_BUILDKIT=${DOCKER_BUILDKIT:-0} docker build --network=none --file "$conte
     echo "image: the build failed (whole log: $cache/build.log)" >&2
     exit 1
 }
+# The plain version names the newest build of it, for compose.yaml.
+docker tag "$tag" "sglang-harness/sglang-cpu:$version"
 say "built $tag"
 echo "$tag"

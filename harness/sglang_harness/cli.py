@@ -289,6 +289,19 @@ def checks(
 
 
 @app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="'smollm2', 'tiny' or 'tiny:SEED'.")] = "smollm2",
+) -> None:
+    """Make a model that needs no hub, where it is missing, and print its folder."""
+    from sglang_harness import checkpoint
+
+    folder = checkpoint.locate(name, lambda message: errors.print(message, highlight=False))
+    if folder is None:
+        raise SpecError(f"{name} is a name on the hub, which the server fetches itself.")
+    print(folder)
+
+
+@app.command()
 def version() -> None:
     """Print the version of the harness."""
     print(__version__)

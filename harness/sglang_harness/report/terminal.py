@@ -35,7 +35,7 @@ class Terminal:
 
     def say(self, message: str) -> None:
         self._rest()
-        self._console.print(f"{self._clock()}   {escape(message)}", highlight=False)
+        self._print(f"{self._clock()}   {escape(message)}")
         self._work(message)
 
     def begin(self, check_id: str, number: int, total: int) -> None:
@@ -49,11 +49,15 @@ class Terminal:
         if result.outcome is not Outcome.PASS:
             about = f" ({result.known_defect})" if result.known_defect else ""
             line += f" [{style}]{result.outcome.value}{about}[/{style}]"
-        self._console.print(line, highlight=False)
+        self._print(line)
         if result.message:
             style = "dim" if result.outcome is Outcome.KNOWN else "default"
             shown = result.message if len(result.message) < 700 else result.message[:700] + " …"
-            self._console.print(f"[{style}]{escape(shown)}[/{style}]", highlight=False)
+            self._print(f"          [{style}]{escape(shown)}[/{style}]")
+
+    def _print(self, line: str) -> None:
+        # Whole lines where nobody looks at a terminal: a CI log is searched, not admired.
+        self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _work(self, message: str) -> None:
         # A spinner only where somebody looks; a CI log gets the lines alone.

@@ -16,6 +16,7 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer, Reaper
 
 from sglang_harness import device as devices
+from sglang_harness import shipped
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import engine, images
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
@@ -24,15 +25,6 @@ from sglang_harness.secrets import new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
 PORT = 30000
-
-#: Hands the API key to SGLang from the environment: SGLang itself only takes it as an
-#: argument, where every process list would show it. Runs in any image that has SGLang.
-LAUNCHER = (
-    "import os, runpy, sys; "
-    "sys.argv = ['sglang.launch_server', *sys.argv[1:], "
-    "'--api-key', os.environ.pop('SGLANG_HARNESS_API_KEY')]; "
-    "runpy.run_module('sglang.launch_server', run_name='__main__', alter_sys=True)"
-)
 
 
 class SGLangServerContainer(DockerContainer):
@@ -79,7 +71,8 @@ class SGLangServerContainer(DockerContainer):
         self.ports = {f"{PORT}/tcp": (spec.publish_on, spec.port)}  # type: ignore[dict-item]
         self.env = self._environment()
         self._kwargs = {
-            "entrypoint": ["python3", "-c", LAUNCHER],
+            # Handed over as text: works in any image, with an engine anywhere.
+            "entrypoint": ["python3", "-c", _launcher()],
             "labels": engine.labels(self.run_id),
             "init": True,
             "shm_size": spec.shm_size,
@@ -100,7 +93,7 @@ class SGLangServerContainer(DockerContainer):
         # A read-only root with a model on disk must not look for a hub.
         offline = {"HF_HUB_OFFLINE": "1"} if self._model is not None else {}
         cache = {"HF_HOME": "/hub"} if self.spec.hub_cache else {}
-        key = {"SGLANG_HARNESS_API_KEY": self.api_key}
+        key = {"SGLANG_API_KEY": self.api_key}
         return {**offline, **cache, **passed, **self.spec.environment, **key}
 
     def _command_words(self) -> list[str]:
@@ -379,6 +372,11 @@ class SGLangServerContainer(DockerContainer):
         """Testcontainers' word for :meth:`end`. A server always ends politely first."""
         del force, delete_volume
         self.end()
+
+
+def _launcher() -> str:
+    """Starts SGLang with its key from the environment: see ``docker/launch.py``."""
+    return (shipped.root() / "docker" / "launch.py").read_text(encoding="utf-8")
 
 
 def prepare(spec: ServerSpec, say: Callable[[str], None]) -> tuple[Literal["cpu", "gpu"], str]:

@@ -1,0 +1,42 @@
+# Two commands for everybody:
+#   make qualify    set up what is missing, then start a server and judge it (results in out/)
+#   make test       set up what is missing, then run this project's own tests
+#
+# ARGS                          more options, such as ARGS='--model tiny -k weights'
+# PYTHON                        the Python to make .venv with
+# SGLANG_HARNESS_INSTALL=never  never install or start anything outside .venv
+# SGLANG_HARNESS_CACHE          where models and wheels are kept
+.PHONY: qualify test lint unit integration bench clean
+HARNESS = .venv/bin/sglang-harness
+PYTEST = .venv/bin/python -m pytest
+
+qualify:
+	@scripts/environment.sh qualify
+	@docker/engine.sh
+	@$(HARNESS) qualify $(ARGS)
+
+# Fast ones first: a slip of the pen should not wait for a server.
+test: lint unit integration
+
+lint:
+	@scripts/environment.sh test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+unit:
+	@scripts/environment.sh test
+	$(PYTEST) tests/unit $(ARGS)
+
+integration:
+	@scripts/environment.sh test
+	@docker/engine.sh
+	$(PYTEST) tests/integration $(ARGS)
+
+bench:
+	@scripts/environment.sh test
+	@docker/engine.sh
+	.venv/bin/python bench/readiness.py $(ARGS)
+
+clean:
+	rm -rf .venv out dist
