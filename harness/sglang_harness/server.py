@@ -81,6 +81,8 @@ class Server:
             retry=RetryPolicy(),
             timeout=spec.limits.request,
         )
+        self.lacks: dict[str, str | None] = {}
+        """What was asked of the server once: why it lacks something, or ``None``."""
         self.stopped: Stopped | None = None
         self._about: dict[str, Any] | None = None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from sglang_harness import oracle as oracles
 from sglang_harness.errors import RequestFailed, ServerDied
-from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
+from sglang_harness.suite.check import Check, Context, Mismatch, Observation, register
 from sglang_harness.suite.generate import greedy
-from sglang_harness.suite.scored import Tokens
+from sglang_harness.suite.scored import Tokens, unequal
 
 
 class AfterHostility(Observation):
@@ -16,6 +17,7 @@ class AfterHostility(Observation):
     """How the server ended; empty when it lives."""
     before: Tokens
     after: Tokens | None
+    tolerance: float
 
 
 @register
@@ -30,7 +32,13 @@ class OutOfVocabulary(Check[AfterHostility]):
         with context.own_server() as server:
             client = server.client
             prompt = [1, 2, 3, 4]
-            before = Tokens.of(client.generate(prompt, sampling=greedy(6), logprobs=True))
+            dtype = str(client.server_info().get("dtype"))
+
+            def ask() -> Tokens:
+                client.flush_cache()
+                return Tokens.of(client.generate(prompt, sampling=greedy(6), logprobs=True))
+
+            before = ask()
             status: int | None = 200
             reason = death = ""
             after = None
@@ -45,12 +53,16 @@ class OutOfVocabulary(Check[AfterHostility]):
                 death = seen.sentence()
             if not death:
                 try:
-                    client.flush_cache()
-                    after = Tokens.of(client.generate(prompt, sampling=greedy(6), logprobs=True))
+                    after = ask()
                 except ServerDied as error:
                     death = error.death.sentence()
             return AfterHostility(
-                status=status, reason=reason, death=death, before=before, after=after
+                status=status,
+                reason=reason,
+                death=death,
+                before=before,
+                after=after,
+                tolerance=oracles.tolerance(dtype),
             )
 
     def judge(self, seen: AfterHostility) -> list[Mismatch]:
@@ -59,7 +71,8 @@ class OutOfVocabulary(Check[AfterHostility]):
         wrong = []
         if seen.status is None or not 400 <= seen.status < 500:
             wrong.append(Mismatch("answer", "a refusal (4xx)", f"{seen.status} {seen.reason}"))
-        assert seen.after is not None
-        wrong += expect("ids afterwards", seen.before.ids, seen.after.ids)
-        wrong += expect("log-probabilities afterwards", seen.before.logprobs, seen.after.logprobs)
+        if seen.after is None:
+            wrong.append(Mismatch("answer afterwards", "one", "none"))
+        else:
+            wrong += unequal("answer afterwards", seen.before, seen.after, seen.tolerance)
         return wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sglang_harness.errors import Refused
 from sglang_harness.suite.check import Need
 
 if TYPE_CHECKING:
@@ -46,5 +47,20 @@ def _no_prefix_cache(server: Server) -> str | None:
 
 
 PREFIX_CACHE = Need("a prefix cache", _no_prefix_cache)
-CHECKSUMS = route("POST", "/weights_checker")
+
+
+def _no_checksums(server: Server) -> str | None:
+    """Asked once a server: 0.5.20 has the route, but needs CUDA to answer it."""
+    if "checksums" not in server.lacks:
+        reason = route("POST", "/weights_checker").lacking(server)
+        if reason is None:
+            try:
+                server.client.checksums()
+            except Refused as error:
+                reason = f"this SGLang cannot compute checksums here ({error.reason})"
+        server.lacks["checksums"] = reason
+    return server.lacks["checksums"]
+
+
+CHECKSUMS = Need("checksums of the weights", _no_checksums)
 DISK_UPDATE = route("POST", "/update_weights_from_disk")
