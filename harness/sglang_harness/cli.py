@@ -338,9 +338,8 @@ def key(name: Annotated[str, typer.Argument(help="Name of a held server.")]) -> 
 def main() -> None:
     """Entry point. Every mistake of a person ends in one line and exit code 2."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        # Without its standalone mode typer hands the exit code back.
+        sys.exit(app(standalone_mode=False) or 0)
     except typer.Abort:
         sys.exit(130)
     except Interrupted as error:

@@ -218,11 +218,7 @@ def _port() -> Finding:
 
 def _leftovers(client: docker.DockerClient) -> Finding:
     kept = held.held_servers()
-    abandoned = [
-        t
-        for t in engine.ours(client)
-        if t.is_abandoned() and t.run_id not in {h.run_id for h in kept}
-    ]
+    abandoned = [t for t in engine.ours(client) if t.is_abandoned()]
     told = f"{len(kept)} held server{'s' if len(kept) != 1 else ''}"
     if not abandoned:
         return Finding("left behind", "ok", f"nothing ({told})")

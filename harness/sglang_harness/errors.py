@@ -107,7 +107,7 @@ class BadAnswer(RequestFailed):
     """The server answered 200 with something that this call cannot mean."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(BaseException):
     """The run was ended from outside, by Ctrl-C or SIGTERM. Nothing that handles errors
     handles this.
 

@@ -109,19 +109,18 @@ class Qualification:
         """
         _prepare(self._request.out)
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
-        interruption: Interrupted | None = None
-        with interruptions():
+        with interruptions() as signals:
             try:
                 self._ask_everything()
             except Interrupted as error:
-                interruption = error
                 self._viewer.say(f"{error}; stopping what runs")
             finally:
-                self._put_away(interrupted=interruption is not None)
-        verdict = self._verdict(interruption)
-        self._write(verdict)
-        if interruption is not None:
-            raise interruption
+                signals.calm()
+                self._put_away(interrupted=signals.seen is not None)
+            verdict = self._verdict(interrupted=signals.seen is not None)
+            self._write(verdict)
+        if signals.seen is not None:
+            raise signals.seen
         return verdict
 
     # --- the way there ----------------------------------------------------------------------
@@ -152,18 +151,21 @@ class Qualification:
             self._replace_if_dead(context, check)
 
     def _start(self) -> Server:
-        server = Server.start(
-            self._request.spec,
-            say=self._viewer.say,
-            run_id=self._run_id,
-            held=self._request.keep_on_failure,
-        )
+        try:
+            server = Server.start(
+                self._request.spec,
+                say=self._viewer.say,
+                run_id=self._run_id,
+                held=self._request.keep_on_failure,
+            )
+        except BaseException as error:
+            self._logs.append(getattr(error, "server_log", ""))
+            raise
         self._servers.append(server)
         server.about()
         return server
 
     def _never_came_up(self, error: HarnessError) -> None:
-        self._logs.append(getattr(error, "server_log", ""))
         launched = next((c for c in self._checks if c.id == "launch/phases"), self._checks[0])
         message = f"expected a server that comes up; {error}"
         seconds = time.monotonic() - self._began
@@ -234,9 +236,8 @@ class Qualification:
         self._stop(context.server)
         try:
             context.server = self._start()
-        except (ServerDied, StartTimeout) as error:
+        except (ServerDied, StartTimeout):
             self._replaced = REPLACEMENTS
-            self._logs.append(getattr(error, "server_log", ""))
             return
         context.variants.clear()
         shutil.rmtree(self._scratch / "variant", ignore_errors=True)
@@ -283,11 +284,11 @@ class Qualification:
             self._viewer.begin(check.id, len(self._checks), len(self._checks))
             self._record(*run_check(check, context))
 
-    def _verdict(self, interruption: Interrupted | None) -> Verdict:
+    def _verdict(self, *, interrupted: bool) -> Verdict:
         request, server = self._request, self._servers[0] if self._servers else None
         state, reason = overall(
             self._results,
-            interrupted=interruption is not None,
+            interrupted=interrupted,
             strict_known=request.strict_known,
         )
         device = server.device if server else "unknown"
@@ -305,7 +306,7 @@ class Qualification:
             reason=reason,
             profile="selected" if request.patterns else request.profile,
             selection=" or ".join(request.patterns) or None,
-            interrupted=interruption is not None,
+            interrupted=interrupted,
             harness_version=__version__,
             sglang_version=self._version,
             image=server.about() if server else None,

@@ -53,7 +53,8 @@ class Server:
         device: ``cpu`` or ``gpu``.
         client: the HTTP remote control.
         report: how it came up.
-        memory: readings at marks; ``before start`` and ``ready`` are taken already.
+        memory: readings at marks; ``before start`` (GPUs), ``container started`` and
+            ``ready`` are taken already.
     """
 
     def __init__(
@@ -116,6 +117,9 @@ class Server:
         say(f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})")
         container.start()
         try:
+            ledger = MemoryLedger([*gpu_memory, ContainerMemory(container.stats)])
+            ledger.readings += before.readings
+            ledger.mark("container started")
             say("the container runs, and imports SGLang")
             report = wait_until_ready(
                 container.address,
@@ -126,8 +130,6 @@ class Server:
                 last_log_line=lambda: (container.logs(tail=1).strip().splitlines() or [""])[-1],
                 say=say,
             )
-            ledger = MemoryLedger([*gpu_memory, ContainerMemory(container.stats)])
-            ledger.readings += before.readings
             ledger.mark("ready")
             return cls(spec, container, model=model, device=device, report=report, memory=ledger)
         except BaseException as error:

@@ -25,12 +25,7 @@ def sweep(*, everything: bool = False) -> tuple[list[str], list[str]]:
     """
     client = engine.connect()
     try:
-        kept = {h.run_id for h in held.held_servers()}
-        doomed = [
-            thing
-            for thing in engine.ours(client)
-            if everything or (thing.is_abandoned() and thing.run_id not in kept)
-        ]
+        doomed = [t for t in engine.ours(client) if everything or t.is_abandoned()]
         failed = engine.remove(client, doomed)
         alive = {t.name for t in engine.ours(client)}
     finally:

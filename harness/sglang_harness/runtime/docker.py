@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,6 +64,7 @@ class SGLangServerContainer(DockerContainer):
         self._model_inside: str | None = None
         self._exit_code: int | None = None
         self._logs_at_end: str | None = None
+        self._address: str | None = None
         self._watch: DeathWatch | None = None
         self._reach: FolderReach | VolumeReach | None = None
         # Hardening that would change somebody else's image is left to images made for it.
@@ -73,7 +75,7 @@ class SGLangServerContainer(DockerContainer):
         self._kwargs = {
             # Handed over as text: works in any image, with an engine anywhere.
             "entrypoint": ["python3", "-c", _launcher()],
-            "labels": engine.labels(self.run_id),
+            "labels": engine.labels(self.run_id, held=held),
             "init": True,
             "shm_size": spec.shm_size,
             "security_opt": ["no-new-privileges:true"],
@@ -176,7 +178,7 @@ class SGLangServerContainer(DockerContainer):
             folder.close()
             raise
         folder.close()
-        volume = VolumeReach(self._engine, self.image, engine.labels(self.run_id))
+        volume = VolumeReach(self._engine, self.image, engine.labels(self.run_id, held=self.held))
         try:
             mounts = volume.mounts()
             if self._model is not None:
@@ -269,21 +271,28 @@ class SGLangServerContainer(DockerContainer):
 
     @property
     def address(self) -> str:
-        """Base URL of the server, as seen from here."""
+        """Base URL of the server, as seen from here; found out once."""
+        if self._address is None:
+            self._address = self._find_address()
+        return self._address
+
+    def _find_address(self) -> str:
         assert self._container is not None
         self._container.reload()
         settings = self._container.attrs["NetworkSettings"]
-        if engine.in_container() and not engine.is_remote():
-            # A port published on the engine host's loopback is out of reach from a container.
-            networks = settings["Networks"].values()
-            if ip := next((n["IPAddress"] for n in networks if n["IPAddress"]), None):
-                return f"http://{ip}:{PORT}"
         bindings = settings["Ports"].get(f"{PORT}/tcp")
         if not bindings:
             raise EngineError("The container ended before its port was published.")
-        host = self.get_container_host_ip() if engine.is_remote() else self.spec.publish_on
-        everywhere = host in ("0.0.0.0", "localhost")  # noqa: S104 -- an address to replace
-        return f"http://{'127.0.0.1' if everywhere else host}:{bindings[0]['HostPort']}"
+        port = int(bindings[0]["HostPort"])
+        if engine.is_remote():
+            return f"http://{self.get_container_host_ip()}:{port}"
+        everywhere = self.spec.publish_on == "0.0.0.0"  # noqa: S104 -- an address to replace
+        host = "127.0.0.1" if everywhere else self.spec.publish_on
+        inside = next((n["IPAddress"] for n in settings["Networks"].values() if n["IPAddress"]), "")
+        # From a container of its own the harness does not reach the host's loopback.
+        if engine.in_container() and inside and not _accepts(host, port):
+            return f"http://{inside}:{PORT}"
+        return f"http://{host}:{port}"
 
     def logs(self, *, tail: int | None = None) -> str:
         if self._logs_at_end is not None:
@@ -319,14 +328,16 @@ class SGLangServerContainer(DockerContainer):
         }
 
     def host_pids(self) -> list[int]:
-        if self._container is None or engine.is_remote() or engine.in_container():
+        if self._container is None or engine.is_remote():
             return []
         try:
             table = self._container.top()
         except APIError:
             return []
         column = table["Titles"].index("PID")
-        return [int(row[column]) for row in table["Processes"]]
+        pids = [int(row[column]) for row in table["Processes"]]
+        # The engine's numbers mean these processes only where this is the engine's host.
+        return [pid for pid in pids if _belongs_to(pid, self._id)]
 
     def stats(self) -> dict[str, Any]:
         """The engine's counters for the container, now."""
@@ -372,6 +383,23 @@ class SGLangServerContainer(DockerContainer):
         """Testcontainers' word for :meth:`end`. A server always ends politely first."""
         del force, delete_volume
         self.end()
+
+
+def _accepts(host: str, port: int) -> bool:
+    """Whether something takes connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _belongs_to(pid: int, container_id: str) -> bool:
+    """Whether a process of this machine is in a container, by its control groups."""
+    try:
+        return container_id in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def _launcher() -> str:

@@ -21,6 +21,7 @@ from sglang_harness.errors import EngineError
 LABEL = "org.sglang-harness"
 LABEL_RUN = f"{LABEL}.run"
 LABEL_OWNER = f"{LABEL}.owner"
+LABEL_HELD = f"{LABEL}.held"
 
 
 def connect(*, timeout: int = 60) -> docker.DockerClient:
@@ -91,9 +92,13 @@ class Owner:
             return True
 
 
-def labels(run_id: str) -> dict[str, str]:
-    """The labels for something made by this process in the run ``run_id``."""
-    return {LABEL: "1", LABEL_RUN: run_id, LABEL_OWNER: str(Owner.this_process())}
+def labels(run_id: str, *, held: bool = False) -> dict[str, str]:
+    """The labels for something made by this process in the run ``run_id``.
+
+    ``held``: it is meant to outlive this process, so ``sweep`` leaves it alone.
+    """
+    own = {LABEL: "1", LABEL_RUN: run_id, LABEL_OWNER: str(Owner.this_process())}
+    return {**own, LABEL_HELD: "1"} if held else own
 
 
 @dataclass(frozen=True)
@@ -104,36 +109,35 @@ class Leftover:
     name: str
     run_id: str
     owner: Owner | None
-    state: str
+    held: bool
 
     def is_abandoned(self) -> bool:
-        """The process that made it has gone. A server held for a person is one too: see
-        ``held``."""
-        return self.owner is None or self.owner.is_gone()
+        """The process that made it has gone, and it was not meant to outlive it."""
+        return not self.held and (self.owner is None or self.owner.is_gone())
 
 
 def ours(client: docker.DockerClient) -> list[Leftover]:
     """Every container, volume and network that carries our label, stopped ones too."""
     query: dict[str, Any] = {"label": LABEL}
     found = [
-        _leftover("container", c.name, c.labels, c.status)
+        _leftover("container", c.name, c.labels)
         for c in client.containers.list(all=True, filters=query, ignore_removed=True)
     ]
     found += [
-        _leftover("volume", v.name, v.attrs.get("Labels"), "")
+        _leftover("volume", v.name, v.attrs.get("Labels"))
         for v in client.volumes.list(filters=query)
     ]
     found += [
-        _leftover("network", n.name, n.attrs.get("Labels"), "")
+        _leftover("network", n.name, n.attrs.get("Labels"))
         for n in client.networks.list(filters=query)
     ]
     return found
 
 
-def _leftover(kind: str, name: str | None, labelled: dict[str, str] | None, state: str) -> Leftover:
+def _leftover(kind: str, name: str | None, labelled: dict[str, str] | None) -> Leftover:
     marks = labelled or {}
     owner = Owner.parse(marks.get(LABEL_OWNER, ""))
-    return Leftover(kind, name or "", marks.get(LABEL_RUN, ""), owner, state)
+    return Leftover(kind, name or "", marks.get(LABEL_RUN, ""), owner, LABEL_HELD in marks)
 
 
 def remove(client: docker.DockerClient, things: Iterable[Leftover]) -> list[str]:
