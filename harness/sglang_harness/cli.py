@@ -356,9 +356,8 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            errors.print(
-                f"[bold red]sglang-harness:[/bold red] {escape(error.format_message())}",
-                highlight=False,
-            )
+            if words := error.format_message():  # empty where the help was printed already
+                line = f"[bold red]sglang-harness:[/bold red] {escape(words)}"
+                errors.print(line, highlight=False, soft_wrap=True)
             sys.exit(2)
         raise

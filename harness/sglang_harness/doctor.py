@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
     try:
         client = engine.connect(timeout=10)
     except HarnessError as error:
-        return [*findings, Finding("Docker engine", "bad", str(error), error.advice)]
+        return [*findings, Finding("Docker engine", "bad", error.message, error.advice)]
     try:
         info = client.info()
         findings += [_engine(info), _gpu_for_containers(info), *_images(client)]

@@ -20,9 +20,13 @@ class HarnessError(Exception):
         super().__init__(message)
         self.advice = advice
 
+    @property
+    def message(self) -> str:
+        """What happened, without the advice."""
+        return super().__str__()
+
     def __str__(self) -> str:
-        message = super().__str__()
-        return f"{message} {self.advice}".strip()
+        return f"{self.message} {self.advice}".strip()
 
 
 class SpecError(HarnessError):

@@ -52,6 +52,7 @@ class Oracle:
     def __init__(self, folder: Path) -> None:
         try:
             import torch
+            from safetensors import SafetensorError
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
         except ImportError:
@@ -63,7 +64,7 @@ class Oracle:
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             ).eval()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelError(f"transformers cannot load {folder}: {error}.") from None
 
     @property
@@ -116,6 +117,8 @@ class Oracle:
     def _logprobs(self, ids: list[int]) -> torch.Tensor:
         import torch
 
+        if not ids:
+            raise ValueError("the oracle needs a prompt of at least one token")
         with torch.inference_mode():
             logits = self._model(torch.tensor([ids])).logits[0].float()
             return torch.log_softmax(logits, dim=-1)

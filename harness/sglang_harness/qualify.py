@@ -334,7 +334,7 @@ class Qualification:
         out = self._request.out
         verdict.write(out / "verdict.json")
         junit.write(verdict, out / "junit.xml")
-        (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8")
+        (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8", errors="replace")
 
 
 def _prepare(out: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sglang_harness.client import calls
 from sglang_harness.client.call import Call, understand
@@ -82,13 +82,18 @@ class StartReport:
 class _Looker:
     """Looks at routes and keeps what they answered, and when that changed."""
 
-    def __init__(self, transport: Transport, started: float, report: StartReport) -> None:
+    def __init__(
+        self, transport: Transport, started: float, until: float, report: StartReport
+    ) -> None:
         self._transport = transport
         self._started = started
+        self._until = until
         self._report = report
         self._last: dict[str, str] = {}
 
     def look(self, call: Call[None]) -> str:
+        left = max(0.1, self._until - time.monotonic())
+        call = replace(call, timeout=min(left, call.timeout or left))
         try:
             answer = str(self._transport.send(call).status)
         except Unreachable:
@@ -102,6 +107,18 @@ class _Looker:
                 Sighting(call.path, answer, time.monotonic() - self._started)
             )
         return answer
+
+    def generate(self) -> int:
+        """Generates two tokens from ids that every vocabulary has; returns how many came."""
+        left = max(0.1, self._until - time.monotonic())
+        call = calls.generate(
+            [1, 2, 3], sampling={"max_new_tokens": 2, "ignore_eos": True}, timeout=min(60.0, left)
+        )
+        try:
+            return len(understand(call, self._transport.send(call)).output_ids)
+        except RequestFailed as error:
+            self._last[call.path] = error.message
+            raise
 
     def last(self) -> str:
         return ", ".join(f"{path}: {answer}" for path, answer in self._last.items()) or "nothing"
@@ -132,7 +149,7 @@ def wait_until_ready(
     started = created if started is None else started
     report = StartReport(phases=[Phase("create", created - started)])
     transport = RequestsTransport(address, api_key=api_key, connect_timeout=2.0)
-    looker = _Looker(transport, started, report)
+    looker = _Looker(transport, started, started + limit, report)
 
     def pause() -> None:
         if death := watch.wait(INTERVAL):
@@ -155,7 +172,7 @@ def wait_until_ready(
         ready = time.monotonic()
         report.ready_after = ready - started
         report.phases.append(Phase("load", ready - answered))
-        report.first_tokens = _first_generation(transport, watch, pause)
+        report.first_tokens = _first_generation(looker, watch, pause)
         report.phases.append(Phase("first generation", time.monotonic() - ready))
         return report
     finally:
@@ -179,17 +196,15 @@ def _wait_for_ready(looker: _Looker, report: StartReport, pause: Callable[[], No
         pause()
 
 
-def _first_generation(transport: Transport, watch: DeathWatch, pause: Callable[[], None]) -> int:
-    """Generates two tokens from ids that every vocabulary has; returns how many came."""
-    call = calls.generate([1, 2, 3], sampling={"max_new_tokens": 2, "ignore_eos": True}, timeout=60)
+def _first_generation(looker: _Looker, watch: DeathWatch, pause: Callable[[], None]) -> int:
     while True:
         try:
-            answer = understand(call, transport.send(call))
+            tokens = looker.generate()
         except RequestFailed as error:
             if death := watch.wait(1.0):
                 raise ServerDied(death) from error
             pause()
             continue
-        if not answer.output_ids:
+        if not tokens:
             raise HarnessError("The first generation answered 200 without a single token.")
-        return len(answer.output_ids)
+        return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,18 +34,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Seconds = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+
+
 class Limits(_Strict):
     """Time-outs in seconds. Large models load for more than ten minutes: raise ``start``."""
 
-    start: Annotated[float, Field(gt=0)] = 900.0
+    start: Seconds = 900.0
     """From creating the container to the first real generation."""
-    check: Annotated[float, Field(gt=0)] = 180.0
+    check: Seconds = 180.0
     """One check, from first request to last."""
-    run: Annotated[float, Field(gt=0)] = 5400.0
+    run: Seconds = 5400.0
     """Everything, from the first start to the verdict."""
-    request: Annotated[float, Field(gt=0)] = 120.0
+    request: Seconds = 120.0
     """One answer, from the last byte sent to the next byte received."""
-    stop: Annotated[float, Field(gt=0)] = 30.0
+    stop: Seconds = 30.0
     """From SIGTERM to SIGKILL. SGLang allows its scheduler 15 s to end."""
 
 
@@ -95,6 +99,8 @@ class ServerSpec(_Strict):
         if not isinstance(value, dict):
             return value
         named = {str(k).lstrip("-").replace("_", "-"): v for k, v in value.items()}
+        if bad := [name for name in named if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name)]:
+            raise ValueError(f"{bad[0]!r} is not the name of a flag")
         if own := sorted(OWN_ARGUMENTS & named.keys()):
             raise ValueError(f"{', '.join(own)}: set by the harness; use the field of the spec")
         return named
@@ -104,6 +110,27 @@ class ServerSpec(_Strict):
     def _is_a_size(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"\d+[bkmgBKMG]?", value):
             raise ValueError(f"{value!r} is not a size such as 512m or 16g")
+        return value
+
+    @field_validator("publish_on")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        # Docker takes an empty one for every interface.
+        ipaddress.ip_address(value)
+        return value
+
+    @field_validator("gpus")
+    @classmethod
+    def _names_gpus(cls, value: str) -> str:
+        if not all(re.fullmatch(r"\w[\w-]*", part.strip()) for part in value.split(",")):
+            raise ValueError("is neither 'all' nor indices or UUIDs joined by commas")
+        return value
+
+    @field_validator("sglang_version")
+    @classmethod
+    def _is_a_version(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\w+)+", value):
+            raise ValueError(f"{value!r} is not a version such as 0.5.23")
         return value
 
     @field_validator("image", "model")
@@ -120,10 +147,10 @@ class ServerSpec(_Strict):
         return self
 
     @classmethod
-    def make(cls, **fields: Any) -> ServerSpec:
+    def make(cls, /, **fields: Any) -> ServerSpec:
         """Like the constructor, with :class:`SpecError` in one line instead of pydantic's."""
         try:
-            return cls(**fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise SpecError(
                 _in_one_line(error), advice="See docs/spec.md for the fields."
@@ -143,11 +170,13 @@ class ServerSpec(_Strict):
             raise SpecError(f"{path}: cannot be read: {reason}.") from None
         try:
             fields = yaml.safe_load(text)
+        except (ValueError, RecursionError) as error:  # such as a date that there is not
+            raise SpecError(f"{path}: not YAML that can be read: {_one_line(error)}.") from None
         except yaml.YAMLError as error:
             where = getattr(error, "problem_mark", None)
             line = f" line {where.line + 1}," if where else ""
             problem = getattr(error, "problem", None) or "not YAML"
-            raise SpecError(f"{path}:{line} {problem}.", advice="Correct the file.") from None
+            raise SpecError(f"{path}:{line} {_one_line(problem)}.", advice="Correct it.") from None
         if fields is None:
             fields = {}
         if not isinstance(fields, dict):
@@ -155,11 +184,13 @@ class ServerSpec(_Strict):
                 f"{path}: holds {type(fields).__name__}, expected a mapping of fields.",
                 advice="See docs/spec.md for the fields.",
             )
-        written, given = fields.get("server_args") or {}, overrides.get("server_args") or {}
-        if isinstance(written, dict):
-            overrides = {**overrides, "server_args": {**written, **given}}
+        written, given = fields.get("server_args"), overrides.pop("server_args", {})
+        if written is None:
+            fields["server_args"] = given
+        elif isinstance(written, dict):
+            fields["server_args"] = {**written, **given}
         try:
-            return cls.make(**{**fields, **overrides})
+            return cls.make(**{str(k): v for k, v in fields.items()} | overrides)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from None
 
@@ -188,4 +219,8 @@ def _in_one_line(error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("union"))
         message = problem["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {message}" if where else message)
-    return "; ".join(dict.fromkeys(parts)) + "."
+    return _one_line("; ".join(dict.fromkeys(parts))) + "."
+
+
+def _one_line(words: object) -> str:
+    return " ".join(str(words).split())

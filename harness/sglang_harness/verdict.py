@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from datetime import datetime
 from enum import Enum
@@ -119,7 +121,9 @@ class Verdict(_Data):
         return {"pass": 0, "fail": 1, "error": 2}[self.verdict]
 
     def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        data = writable(self.model_dump())
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Verdict:
@@ -128,6 +132,8 @@ class Verdict(_Data):
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise SpecError(f"{path}: cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise SpecError(f"{path} is no verdict of this harness: it is not text.") from None
         try:
             verdict = cls.model_validate_json(text)
         except ValidationError as error:
@@ -142,6 +148,22 @@ class Verdict(_Data):
                 f"{path} has schema {verdict.schema_version}, this harness reads {SCHEMA_VERSION}."
             )
         return verdict
+
+
+def writable(data: Any) -> Any:
+    """The same data as files can hold it: no halves of characters, and NaN and the infinities
+    as strings, which pydantic reads back as numbers."""
+    if isinstance(data, str):
+        return data.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(data, datetime):
+        return data.isoformat()
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else ("Infinity" if data > 0 else "-Infinity")
+    if isinstance(data, dict):
+        return {writable(key): writable(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [writable(item) for item in data]
+    return data
 
 
 def overall(

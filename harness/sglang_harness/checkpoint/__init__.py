@@ -29,11 +29,19 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
         from sglang_harness.checkpoint import tiny
 
         return tiny.folder(int(found[1] or 0))
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # too long a name, an unknown user's home
+        reason = str(error).rstrip(".")[:200]
+        raise ModelError(
+            f"The model {model[:80]} cannot be looked for: {reason}.",
+            advice="Give a folder that is there, a hub name, 'smollm2' or 'tiny'.",
+        ) from None
+    if is_folder:
         check_folder(path)
         return path.resolve()
-    if path.is_file():
+    if is_file:
         raise ModelError(
             f"The model {model} is a file, expected a folder.",
             advice="Give the folder that holds its config.json.",
@@ -67,7 +75,23 @@ def check_folder(path: Path) -> None:
             f"{path} holds no weights (*.safetensors or *.bin).",
             advice="Give the folder that the weights are in.",
         )
+    _check_shards(path)
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):
         raise ModelError(f"{path} holds no tokenizer.", advice="Save the tokenizer beside it.")
+
+
+def _check_shards(path: Path) -> None:
+    """A download that was cut short is found here, not by a server half a minute later."""
+    for index in path.glob("*.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{index} cannot be read as an index of shards.") from None
+        if missing := sorted(name for name in named if not (path / str(name)).is_file()):
+            raise ModelError(
+                f"{path} lacks {missing[0]}, which its index names "
+                f"({len(missing)} of {len(named)} files are missing).",
+                advice="Finish the download.",
+            )

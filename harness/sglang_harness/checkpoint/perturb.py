@@ -51,7 +51,8 @@ def perturbed(source: Path, target: Path, seed: int, *, strength: float = STRENG
                     spread = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
                     tensor = (tensor.float() + strength * (spread or 1.0) * noise).to(tensor.dtype)
                 changed[name] = tensor
-            metadata = tensors.metadata()
-        save_file(changed, target / file.name, metadata=metadata or {"format": "pt"})
+        # One entry: safetensors writes several in any order, and the same seed shall give the
+        # same bytes.
+        save_file(changed, target / file.name, metadata={"format": "pt"})
     make_readable(target)
     return target

@@ -77,8 +77,9 @@ class Client:
         """The answer to ``call``; see the class for what it raises."""
         failed = 0
         while True:
+            bounded = self._bounded(call)
             try:
-                return understand(call, self._transport.send(self._bounded(call)))
+                return understand(call, self._transport.send(bounded))
             except RequestFailed as error:
                 self._raise_if_dead(error)
                 failed += 1
@@ -113,12 +114,14 @@ class Client:
                     finished = True
                     continue
                 data = json.loads(text)
+                if not isinstance(data, dict):
+                    raise ValueError(f"{type(data).__name__} instead of an object")
                 if "error" in data:
                     reason, kind = error_words(text)
                     raise Refused(str(call), status, reason, kind)
                 yield time.monotonic() - started, data
         except ValueError as error:
-            raise BadAnswer(str(call), f"an event that is no JSON ({error})") from None
+            raise BadAnswer(str(call), f"an event that is no JSON object ({error})") from None
         except RequestFailed as error:
             self._raise_if_dead(error)
             raise
@@ -129,7 +132,7 @@ class Client:
     def _bounded(self, call: Call[T]) -> Call[T]:
         """The call with no more time than the deadline leaves; raises when that is over."""
         if self.deadline is None:
-            return call
+            return call if call.timeout is not None else replace(call, timeout=self._timeout)
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise NoAnswerInTime(str(call), "the time for this check is over")
@@ -160,8 +163,7 @@ class Client:
     def has_route(self, method: str, path: str) -> bool:
         """Whether the server offers a route, by its ``/openapi.json``, asked once."""
         if self._routes is None:
-            paths = self.send(calls.openapi())["paths"]
-            self._routes = frozenset((m.upper(), p) for p, ms in paths.items() for m in ms)
+            self._routes = self.send(calls.routes())
         return (method.upper(), path) in self._routes
 
     def generate(self, prompt: calls.Prompt, **options: Any) -> Generation:

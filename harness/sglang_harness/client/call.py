@@ -80,7 +80,7 @@ def error_words(body: bytes) -> tuple[str, str]:
     if isinstance(data, dict):
         inner = data.get("error", data)
         if isinstance(inner, str):
-            return inner, ""
+            return inner[:1000], ""
         if isinstance(inner, dict):
             words = inner.get("message") or inner.get("detail") or inner
             return str(words)[:1000], str(inner.get("type") or inner.get("code") or "")

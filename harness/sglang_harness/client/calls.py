@@ -43,9 +43,16 @@ def health() -> Call[None]:
     return Call("GET", "/health", _nothing, repeatable=True, timeout=25.0)
 
 
-def openapi() -> Call[dict[str, Any]]:
-    """The server's own description of its routes; open even where a key is needed? No."""
-    return Call("GET", "/openapi.json", _object, repeatable=True)
+def routes() -> Call[frozenset[tuple[str, str]]]:
+    """Methods and paths that the server offers, by its own ``/openapi.json``."""
+
+    def read(reply: Reply) -> frozenset[tuple[str, str]]:
+        paths = _object(reply)["paths"]
+        if not isinstance(paths, dict):
+            raise TypeError("'paths' is no object")
+        return frozenset((method.upper(), path) for path, ms in paths.items() for method in ms)
+
+    return Call("GET", "/openapi.json", read, repeatable=True)
 
 
 def model_info() -> Call[dict[str, Any]]:

@@ -32,7 +32,8 @@ class RequestsTransport:
         base_url: such as ``http://127.0.0.1:30000``.
         api_key: sent as a bearer token.
         connect_timeout: seconds until a connection stands.
-        read_timeout: seconds between two bytes of an answer.
+        read_timeout: seconds for a whole answer, or between two events of a stream, where
+            the call says nothing else.
     """
 
     def __init__(
@@ -54,8 +55,16 @@ class RequestsTransport:
     def send(self, call: Call[Any]) -> Reply:
         started = time.monotonic()
         try:
-            response = self._request(call, stream=False)
-            return Reply(response.status_code, response.content, time.monotonic() - started)
+            with self._request(call, stream=True) as response:
+                body = bytearray()
+                for piece in response.iter_content(1 << 16):
+                    body += piece
+                    # The library bounds the pause between two pieces, not the whole answer.
+                    if time.monotonic() - started > self._timeout(call):
+                        raise NoAnswerInTime(
+                            str(call), f"no whole answer within {self._timeout(call):g} s"
+                        )
+                return Reply(response.status_code, bytes(body), time.monotonic() - started)
         except requests.RequestException as error:
             raise _translated(call, error, self._timeout(call)) from None
 
@@ -63,7 +72,8 @@ class RequestsTransport:
         try:
             with self._request(call, stream=True) as response:
                 yield str(response.status_code).encode()
-                yield from response.iter_lines(chunk_size=1)
+                # Pieces as they arrive, not of a fixed size: a token must not wait for others.
+                yield from response.iter_lines(chunk_size=None)
         except requests.RequestException as error:
             raise _translated(call, error, self._timeout(call)) from None
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
+from sglang_harness.errors import SpecError
 from sglang_harness.verdict import CheckResult, Outcome, Verdict
 
 
 def write(verdict: Verdict, path: Path) -> None:
-    """One suite a subject, one case a check.
+    """One suite a subject, one case a check, and one for the verdict.
 
     A known defect is a skipped case with its id and what was seen; so is a check outside the
     profile, with the reason. ``error`` and ``not-run`` are JUnit errors.
@@ -31,14 +32,24 @@ def write(verdict: Verdict, path: Path) -> None:
         case = TestCase(_printable(outside.id), classname=outside.id.split("/")[0])
         case.result = [Skipped(_printable(f"outside the profile: {outside.reason}"))]
         suite_of(outside.id).add_testcase(case)
-    if not verdict.checks:
-        # An empty page would look green.
-        case = TestCase("run", classname="run")
-        case.result = [Error(_printable(verdict.reason))]
-        suite_of("run/run").add_testcase(case)
+    suite_of("run/verdict").add_testcase(_verdict_case(verdict))
     for suite in subjects.values():
         page.add_testsuite(suite)
-    page.write(str(path), pretty=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.write(str(path), pretty=True)
+    except OSError as error:
+        raise SpecError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _verdict_case(verdict: Verdict) -> TestCase:
+    """The verdict itself: an interrupted run of three passes must not look green."""
+    case = TestCase("verdict", classname="run")
+    if verdict.verdict == "fail":
+        case.result = [Failure(_printable(verdict.reason))]
+    elif verdict.verdict == "error":
+        case.result = [Error(_printable(verdict.reason))]
+    return case
 
 
 def _case(check: CheckResult) -> TestCase:

@@ -22,6 +22,11 @@ STYLE = {
 }
 
 
+def plain(text: str) -> str:
+    """``text`` without control characters: what a model says must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 class Terminal:
     """Prints a line for each step and each check, with the time since the start."""
 
@@ -56,6 +61,7 @@ class Terminal:
             self._print(f"          [{style}]{escape(shown)}[/{style}]")
 
     def _print(self, line: str) -> None:
+        line = plain(line)
         # Whole lines where nobody looks at a terminal: a CI log is searched, not admired.
         self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
 
@@ -91,7 +97,9 @@ def show(verdict: Verdict, console: Console) -> None:
     if verdict.outside_profile:
         console.print("[bold]Outside the profile[/bold]")
         for outside in verdict.outside_profile:
-            console.print(f"  {escape(outside.id)}: {escape(outside.reason)}", highlight=False)
+            console.print(
+                f"  {escape(outside.id)}: {escape(plain(outside.reason))}", highlight=False
+            )
     counts = {o: sum(c.outcome is o for c in verdict.checks) for o in Outcome}
     told = ", ".join(f"{n} {o.value}" for o, n in counts.items() if n) or "no check"
     style = {"pass": "green", "fail": "red", "error": "magenta"}[verdict.verdict]
@@ -100,7 +108,7 @@ def show(verdict: Verdict, console: Console) -> None:
         f"[bold {style}]{verdict.verdict.upper()}[/bold {style}]  "
         f"profile {verdict.profile}: {told}"
         + (f", {len(verdict.outside_profile)} outside" if verdict.outside_profile else ""),
-        *([escape(verdict.reason)] if verdict.reason else []),
+        *([escape(plain(verdict.reason))] if verdict.reason else []),
         escape(
             f"SGLang {verdict.sglang_version or 'unknown'}, {model}, "
             f"{verdict.device.get('kind')}, runtime {verdict.runtime}; "

@@ -38,7 +38,7 @@ KNOWN_CAUSES: tuple[tuple[str, str], ...] = (
         "a safetensors file is damaged or cut short",
     ),
     (
-        r"No such file or directory: '(?P<detail>[^']*)'",
+        r"No such file or directory(?:: ['\"]?(?P<detail>[^'\"\n]+))?",
         "a file is missing for the server's user (files of mode 0600 look missing to it)",
     ),
     (
@@ -91,21 +91,37 @@ class Death:
         return "Its last words: " + " | ".join(self.last_words[-3:])
 
 
+#: A request that was answered: whatever stands before it in the log was survived. (The
+#: request under which a server dies is logged too, as a 500.)
+_ANSWERED = re.compile(r'HTTP/1\.\d" [1-4]\d\d')
+
+#: What libraries print at any exit of a Python that crashed; not the server's words.
+_NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\. skipped)|resource_tracker")
+
+
 def read_death(exit_code: int | None, out_of_memory: bool, log: str) -> Death:
     """Makes sense of a dead server's log. Pure: tested on recorded logs."""
     lines = [line.rstrip() for line in log.splitlines() if line.strip()]
-    cause = ""
+    lines = [line for line in lines if not _NOISE.search(line)]
+    answered = max((n for n, line in enumerate(lines) if _ANSWERED.search(line)), default=-1)
+    end = lines[answered + 1 :]
+    return Death(exit_code, out_of_memory, _cause(end), _exception(end), tuple(lines[-12:]))
+
+
+def _cause(lines: list[str]) -> str:
+    text = "\n".join(lines)
     for pattern, meaning in KNOWN_CAUSES:
-        if found := re.search(pattern, log):
+        if found := re.search(pattern, text):
             detail = found.groupdict().get("detail")
-            cause = f"{meaning} ({detail.strip()})" if detail else meaning
-            break
-    exception = ""
+            return f"{meaning} ({detail.strip()})" if detail else meaning
+    return ""
+
+
+def _exception(lines: list[str]) -> str:
     for line in reversed(lines):
         if re.match(r"^(\[[^\]]*\] )?[\w.]*(Error|Exception|Interrupt)\b.*", line):
-            exception = line
-            break
-    return Death(exit_code, out_of_memory, cause, exception, tuple(lines[-12:]))
+            return line
+    return ""
 
 
 class DeathWatch:

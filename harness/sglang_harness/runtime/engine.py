@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,9 +76,10 @@ class Owner:
     def parse(cls, text: str) -> Owner | None:
         try:
             host, pid, started = text.rsplit(":", 2)
-            return cls(host, int(pid), int(started))
+            owner = cls(host, int(pid), int(started))
         except ValueError:
             return None
+        return owner if 0 < owner.pid < 1 << 31 else None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}:{self.started}"
@@ -87,7 +89,11 @@ class Owner:
         if self.host != socket.gethostname():
             return False
         try:
-            return abs(int(psutil.Process(self.pid).create_time()) - self.started) > 1
+            process = psutil.Process(self.pid)
+            # Where nobody reaps (process 1 of a CI job's container), the dead stay listed.
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+            return abs(int(process.create_time()) - self.started) > 1
         except psutil.NoSuchProcess:
             return True
 
@@ -184,11 +190,15 @@ def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> boo
 
 
 def seconds_since(engine_time: str) -> float | None:
-    """Seconds since a time as the engine writes it (RFC 3339 with nanoseconds)."""
-    if not engine_time or engine_time.startswith("0001-"):
+    """Seconds since a time as an engine writes it: RFC 3339 with nanoseconds, in UTC or
+    (Podman) with an offset. ``None`` for a time that was never set or cannot be read."""
+    found = re.fullmatch(
+        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", engine_time
+    )
+    if found is None or engine_time.startswith("0001-"):
         return None
-    whole, _, fraction = engine_time.rstrip("Z").partition(".")
-    then = datetime.fromisoformat(whole).replace(tzinfo=timezone.utc).timestamp()
+    whole, fraction, zone = found.groups()
+    then = datetime.fromisoformat(whole + zone.replace("Z", "+00:00")).timestamp()
     return datetime.now(timezone.utc).timestamp() - then - float(f"0.{fraction or 0}")
 
 

@@ -190,7 +190,7 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
             outcome=outcome,
             seconds=time.monotonic() - started,
             message=redactor.text(message),
-            evidence=None if seen is None else redactor.data(seen.model_dump(mode="json")),
+            evidence=None if seen is None else redactor.data(seen.model_dump()),
             retries=[redactor.text(r) for r in retries],
         )
 

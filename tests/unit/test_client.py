@@ -1,0 +1,432 @@
+"""The client: what is sent again, what is bounded, and how a server's death is noticed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from scripted_server import A_DEATH, BOUND, DONE, Answer, Mortal, ScriptedServer, Seen, event
+
+from sglang_harness.client import Checksums, Client, RequestsTransport, RetryPolicy, calls
+from sglang_harness.client.call import Call
+from sglang_harness.errors import (
+    BadAnswer,
+    NoAnswerInTime,
+    Refused,
+    RequestFailed,
+    ServerDied,
+    Unreachable,
+)
+
+#: May be sent twice; read as JSON.
+SAFE: Call[Any] = Call("GET", "/a", lambda reply: reply.json(), repeatable=True)
+#: The same, but may not.
+UNSAFE: Call[Any] = Call("POST", "/a", lambda reply: reply.json(), {})
+
+HANG_UP = Answer(ending="silence")
+
+MakeClient = Callable[..., Client]
+
+
+@pytest.fixture
+def make_client() -> Iterator[MakeClient]:
+    made: list[Client] = []
+
+    def make(server: ScriptedServer, *, read_timeout: float = 5.0, **options: Any) -> Client:
+        made.append(Client(RequestsTransport(server.url, read_timeout=read_timeout), **options))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
+# --- retries: the policy alone ------------------------------------------------------------------
+
+BROKEN = Unreachable("GET /a", "connection refused")
+SLOW = NoAnswerInTime("GET /a", "no answer within 1 s")
+BUSY = Refused("GET /a", 503, "starting")
+NO = Refused("GET /a", 400, "no")
+CRASH = Refused("GET /a", 500, "boom")
+NONSENSE = BadAnswer("GET /a", "what?")
+
+
+@pytest.mark.parametrize(
+    ("call", "failed", "error", "delay"),
+    [
+        # Doubling from the first delay, until the longest.
+        (SAFE, 1, BROKEN, 0.2),
+        (SAFE, 2, BROKEN, 0.4),
+        (SAFE, 3, BROKEN, 0.8),
+        (SAFE, 4, BROKEN, 1.0),
+        (SAFE, 5, BROKEN, 1.0),
+        # The sixth try was the last.
+        (SAFE, 6, BROKEN, None),
+        (SAFE, 7, BROKEN, None),
+        (SAFE, 1, SLOW, 0.2),
+        (SAFE, 1, BUSY, 0.2),
+        # An answer is an answer.
+        (SAFE, 1, NO, None),
+        (SAFE, 1, CRASH, None),
+        (SAFE, 1, NONSENSE, None),
+        # What does more when it is sent twice is never sent twice.
+        (UNSAFE, 1, BROKEN, None),
+        (UNSAFE, 1, SLOW, None),
+        (UNSAFE, 1, BUSY, None),
+    ],
+)
+def test_the_policy_repeats_only_what_is_safe_and_got_no_answer(
+    call: Call[Any], failed: int, error: RequestFailed, delay: float | None
+):
+    policy = RetryPolicy(attempts=6, first_delay=0.2, longest_delay=1.0)
+    assert policy.delay(call, failed, error) == (None if delay is None else pytest.approx(delay))
+
+
+@pytest.mark.parametrize("error", [BROKEN, SLOW, BUSY])
+def test_the_policy_that_nobody_asked_for_repeats_nothing(error: RequestFailed):
+    assert RetryPolicy().delay(SAFE, 1, error) is None
+
+
+def test_calls_that_count_twice_are_not_marked_as_repeatable():
+    doing = [
+        calls.generate("a"),
+        calls.generate_batch(["a"]),
+        calls.generate_stream("a"),
+        calls.chat([]),
+        calls.completions("a"),
+        calls.update_weights_from_disk("/a"),
+        calls.pause(),
+        calls.release_memory(),
+        calls.resume_memory(),
+    ]
+    assert [str(call) for call in doing if call.repeatable] == []
+
+
+# --- retries: sent over a socket ----------------------------------------------------------------
+
+PATIENT = RetryPolicy(attempts=3, first_delay=0.01)
+
+
+def test_two_broken_connections_are_repeated_and_both_are_on_record(make_client: MakeClient):
+    with ScriptedServer({"GET /a": [HANG_UP, HANG_UP, Answer(body="7")]}) as server:
+        client = make_client(server, retry=PATIENT)
+        assert client.send(SAFE) == 7
+        assert len(server.seen) == 3
+    assert [(a.call, a.number) for a in client.retries] == [("GET /a", 1), ("GET /a", 2)]
+    assert all("closed without an answer" in a.reason for a in client.retries)
+
+
+def test_a_busy_server_is_asked_again(make_client: MakeClient):
+    script = {"GET /a": [Answer(503, {"error": {"message": "loading"}}), Answer(body="7")]}
+    with ScriptedServer(script) as server:
+        client = make_client(server, retry=PATIENT)
+        assert client.send(SAFE) == 7
+    assert ["503: loading" in a.reason for a in client.retries] == [True]
+
+
+def test_the_last_failure_is_told_when_the_tries_are_used_up(make_client: MakeClient):
+    with ScriptedServer({"GET /a": HANG_UP}) as server:
+        client = make_client(server, retry=PATIENT)
+        with pytest.raises(Unreachable):
+            client.send(SAFE)
+        assert len(server.seen) == 3
+    # The third try was not followed by another: it is an error and no retry.
+    assert len(client.retries) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "retry"), [(UNSAFE, PATIENT), (SAFE, None)], ids=["not repeatable", "no policy"]
+)
+def test_a_call_is_sent_once_unless_both_it_and_the_policy_allow_more(
+    make_client: MakeClient, call: Call[Any], retry: RetryPolicy | None
+):
+    with ScriptedServer({str(call): [HANG_UP, Answer(body="7")]}) as server:
+        client = make_client(server, retry=retry)
+        with pytest.raises(Unreachable):
+            client.send(call)
+        assert len(server.seen) == 1
+    assert client.retries == []
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def test_after_the_deadline_nothing_is_sent_any_more(make_client: MakeClient):
+    with ScriptedServer({"GET /a": Answer(body="7")}) as server:
+        client = make_client(server)
+        client.deadline = time.monotonic() - 0.01
+        with pytest.raises(NoAnswerInTime, match="GET /a"):
+            client.send(SAFE)
+        with pytest.raises(NoAnswerInTime, match="POST /generate"):
+            list(client.stream("a"))
+        assert server.seen == []
+        client.deadline = None
+        assert client.send(SAFE) == 7
+
+
+@pytest.mark.parametrize("own", [None, 30.0], ids=["without a time-out", "with a longer one"])
+def test_a_call_in_flight_has_no_more_time_than_the_deadline_leaves(
+    make_client: MakeClient, own: float | None
+):
+    slow: Call[Any] = Call("GET", "/a", lambda _: None, timeout=own)
+    with ScriptedServer({"GET /a": Answer(delay=BOUND)}) as server:
+        client = make_client(server)
+        began = time.monotonic()
+        client.deadline = began + 0.3
+        with pytest.raises(NoAnswerInTime):
+            client.send(slow)
+        assert 0.2 < time.monotonic() - began < 2.0
+
+
+def test_a_deadline_that_is_far_does_not_give_a_call_more_time_than_its_own(
+    make_client: MakeClient,
+):
+    quick: Call[Any] = Call("GET", "/a", lambda _: None, timeout=0.2)
+    with ScriptedServer({"GET /a": Answer(delay=BOUND)}) as server:
+        client = make_client(server)
+        client.deadline = time.monotonic() + 60
+        with pytest.raises(NoAnswerInTime, match=r"0\.2 s"):
+            client.send(quick)
+
+
+def test_a_stream_that_goes_on_and_on_ends_with_the_deadline(make_client: MakeClient):
+    # Every event comes well within the time-out between two; all together never end.
+    pieces = (event({"text": "a", "output_ids": []}), 0.05) * 100
+    with ScriptedServer({"POST /generate": Answer(pieces=pieces)}) as server:
+        client = make_client(server)
+        began = time.monotonic()
+        client.deadline = began + 0.4
+        with pytest.raises(NoAnswerInTime):
+            list(client.stream("a"))
+        assert time.monotonic() - began < 2.0
+
+
+def test_an_answer_that_trickles_ends_with_the_deadline(make_client: MakeClient):
+    with ScriptedServer({"GET /a": Answer(pieces=((b" ", 0.1) * 10 + (b"7",)))}) as server:
+        client = make_client(server)
+        client.deadline = time.monotonic() + 0.4
+        with pytest.raises(NoAnswerInTime):
+            client.send(SAFE)
+
+
+def test_the_clients_time_out_holds_where_neither_call_nor_deadline_says_less(
+    make_client: MakeClient,
+):
+    with ScriptedServer({"GET /a": Answer(body="7", delay=1.0)}) as server:
+        client = make_client(server, timeout=0.2)
+        with pytest.raises(NoAnswerInTime):
+            client.send(SAFE)
+
+
+def test_a_deadline_that_is_over_is_no_reason_to_try_again(make_client: MakeClient):
+    with ScriptedServer({"GET /a": Answer(body="7")}) as server:
+        client = make_client(server, retry=PATIENT)
+        client.deadline = time.monotonic() - 0.01
+        with pytest.raises(NoAnswerInTime):
+            client.send(SAFE)
+        assert server.seen == []
+    assert client.retries == []
+
+
+# --- death --------------------------------------------------------------------------------------
+
+
+def test_a_broken_connection_to_a_dead_server_is_reported_as_its_death(make_client: MakeClient):
+    mortal = Mortal()
+    dying = Answer(ending="silence", before=mortal.die)
+    with ScriptedServer({"POST /generate": dying}) as server:
+        client = make_client(server, watch=mortal.watch)
+        began = time.monotonic()
+        with pytest.raises(ServerDied, match="index out of range in self") as caught:
+            client.generate("a")
+    assert time.monotonic() - began < 2.0
+    assert caught.value.death == A_DEATH
+    # The broken connection is not forgotten: it is the cause.
+    assert isinstance(caught.value.__cause__, Unreachable)
+
+
+def test_a_process_that_is_gone_a_moment_after_its_connections_is_waited_for(
+    make_client: MakeClient,
+):
+    mortal = Mortal()
+    timer = threading.Timer(0.3, mortal.die)
+    with ScriptedServer({"POST /generate": Answer(ending="reset", before=timer.start)}) as server:
+        client = make_client(server, watch=mortal.watch)
+        with pytest.raises(ServerDied):
+            client.generate("a")
+
+
+def test_a_scheduler_that_died_answers_500_first_and_is_reported_as_dead(
+    make_client: MakeClient,
+):
+    mortal = Mortal()
+    timer = threading.Timer(0.2, mortal.die)
+    failing = Answer(500, {"error": {"message": "Internal Server Error"}}, before=timer.start)
+    with ScriptedServer({"POST /generate": failing}) as server, pytest.raises(ServerDied):
+        make_client(server, watch=mortal.watch).generate("a")
+
+
+def test_a_stream_that_a_dying_server_cuts_is_reported_as_its_death(make_client: MakeClient):
+    for ending in ("reset", "whole"):  # a broken stream, and one that just ends
+        mortal = Mortal()
+        pieces = (event({"text": "a", "output_ids": [1]}),)
+        dying = Answer(pieces=pieces, before=mortal.die, ending=ending)
+        with ScriptedServer({"POST /generate": dying}) as server, pytest.raises(ServerDied):
+            list(make_client(server, watch=mortal.watch).stream("a"))
+
+
+def test_a_server_that_dies_between_two_tries_is_not_tried_again(make_client: MakeClient):
+    mortal = Mortal()
+    timer = threading.Timer(0.2, mortal.die)
+    busy = Answer(503, {"error": {"message": "draining"}}, before=timer.start)
+    with ScriptedServer({"GET /a": [busy, Answer(body="7")]}) as server:
+        retry = RetryPolicy(attempts=2, first_delay=BOUND, longest_delay=BOUND)
+        client = make_client(server, watch=mortal.watch, retry=retry)
+        began = time.monotonic()
+        with pytest.raises(ServerDied):
+            client.send(SAFE)
+        assert time.monotonic() - began < 5.0
+        assert len(server.seen) == 1
+
+
+def test_a_server_that_was_stopped_on_purpose_is_unreachable_and_not_dead(
+    make_client: MakeClient,
+):
+    mortal = Mortal()
+    mortal.watch.expected = True
+    with (
+        ScriptedServer({"GET /a": Answer(ending="silence", before=mortal.die)}) as server,
+        pytest.raises(Unreachable),
+    ):
+        make_client(server, watch=mortal.watch).send(SAFE)
+
+
+def test_a_refusal_of_a_server_that_lives_is_told_at_once(make_client: MakeClient):
+    # Waiting here for a death would make every check of a 400 or 503 slower by seconds.
+    script = {"GET /a": [Answer(400, {"error": "no"}), Answer(503, {"error": "busy"})]}
+    with ScriptedServer(script) as server:
+        client = make_client(server, watch=Mortal().watch)
+        began = time.monotonic()
+        for status in (400, 503):
+            with pytest.raises(Refused, match=str(status)):
+                client.send(SAFE)
+        assert time.monotonic() - began < 0.8
+
+
+def test_a_broken_connection_to_a_server_that_lives_stays_one(make_client: MakeClient):
+    with ScriptedServer({"GET /a": HANG_UP}) as server, pytest.raises(Unreachable):
+        make_client(server, watch=Mortal().watch).send(SAFE)
+
+
+# --- what answers mean --------------------------------------------------------------------------
+
+
+def test_a_generation_keeps_everything_that_checks_judge_on(make_client: MakeClient):
+    answer = {
+        "text": " fox",
+        "output_ids": [264, 9],
+        "meta_info": {
+            "id": "req-1",
+            "finish_reason": {"type": "stop", "matched": 9},
+            "prompt_tokens": 3,
+            "completion_tokens": 2,
+            "cached_tokens": 1,
+            "weight_version": "v2",
+            "input_token_logprobs": [[None, 1, None], [-2.5, 2, None]],
+            "output_token_logprobs": [[-0.5, 264, None], [-0.25, 9, None]],
+        },
+    }
+    with ScriptedServer({"POST /generate": Answer(body=answer, delay=0.1)}) as server:
+        got = make_client(server).generate(
+            [1, 2, 3], sampling={"max_new_tokens": 2}, prompt_logprobs_from=1, request_id="req-1"
+        )
+    assert server.seen[0].json() == {
+        "input_ids": [1, 2, 3],
+        "sampling_params": {"max_new_tokens": 2},
+        "return_logprob": True,
+        "logprob_start_len": 1,
+        "rid": "req-1",
+    }
+    assert (got.text, got.output_ids, got.logprob_ids) == (" fox", (264, 9), (264, 9))
+    assert got.logprobs == (-0.5, -0.25)
+    assert got.prompt_logprobs == (None, -2.5)
+    assert (got.finish, got.finish_detail) == ("stop", {"matched": 9})
+    assert (got.prompt_tokens, got.completion_tokens, got.cached_tokens) == (3, 2, 1)
+    assert (got.request_id, got.weight_version) == ("req-1", "v2")
+    assert got.seconds >= 0.1
+
+
+def test_a_batch_of_ids_is_sent_as_lists_and_answered_in_order(make_client: MakeClient):
+    def echo(seen: Seen) -> Answer:
+        return Answer(
+            body=[
+                {
+                    "text": "",
+                    "output_ids": ids,
+                    "meta_info": {
+                        "id": str(number),
+                        "finish_reason": {"type": "length"},
+                        "prompt_tokens": len(ids),
+                        "completion_tokens": 1,
+                    },
+                }
+                for number, ids in enumerate(seen.json()["input_ids"])
+            ]
+        )
+
+    with ScriptedServer({"POST /generate": echo}) as server:
+        got = make_client(server).generate_batch([(5, 6), [7]])
+    assert [g.output_ids for g in got] == [(5, 6), (7,)]
+
+
+def test_a_batch_of_nothing_is_refused_before_it_is_sent():
+    with pytest.raises(ValueError, match="at least one"):
+        calls.generate_batch([])
+
+
+def test_a_streamed_chat_is_put_together_from_its_deltas(make_client: MakeClient):
+    def piece(**delta: Any) -> bytes:
+        finish = delta.pop("finish", None)
+        return event({"choices": [{"delta": delta, "finish_reason": finish}], "usage": None})
+
+    usage = {"prompt_tokens": 5, "completion_tokens": 2}
+    pieces = (
+        piece(role="assistant", content=""),
+        piece(content="Par"),
+        piece(content="is"),
+        piece(content=None, finish="stop"),
+        event({"choices": [], "usage": usage}),
+        DONE,
+    )
+    with ScriptedServer({"POST /v1/chat/completions": Answer(pieces=pieces)}) as server:
+        got = make_client(server).chat_streamed([{"role": "user", "content": "Where?"}])
+    assert (got.text, got.finish, got.prompt_tokens, got.completion_tokens, got.chunks) == (
+        "Paris",
+        "stop",
+        5,
+        2,
+        5,
+    )
+    # Without this option SGLang counts nothing.
+    assert server.seen[0].json()["stream_options"] == {"include_usage": True}
+
+
+def test_what_a_server_offers_is_asked_of_it_once(make_client: MakeClient):
+    body = {"paths": {"/flush_cache": {"get": {}, "post": {}}, "/ready": {"get": {}}}}
+    with ScriptedServer({"GET /openapi.json": Answer(body=body)}) as server:
+        client = make_client(server)
+        assert client.has_route("post", "/flush_cache")
+        assert client.has_route("GET", "/ready")
+        assert not client.has_route("POST", "/ready")
+        assert not client.has_route("POST", "/begin_weight_update")
+        assert len(server.seen) == 1
+
+
+def test_a_changed_tensor_is_found_on_whichever_rank_it_is():
+    before = Checksums(({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "2"}), "x")
+    after = Checksums(({"a": "1", "b": "9", "new": "3"}, {"a": "8", "b": "2"}), "y")
+    assert after.changed_since(before) == ["b", "gone", "new", "rank1:a"]
+    assert after.changed_since(after) == []

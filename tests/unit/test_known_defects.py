@@ -1,0 +1,200 @@
+"""Does the registry excuse exactly what it lists, and nothing by mistake?"""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+from typing import Any
+
+import pytest
+import yaml
+
+from sglang_harness import suite
+from sglang_harness.errors import SpecError
+from sglang_harness.suite import known_defects
+from sglang_harness.suite.known_defects import KnownDefect, apply, load
+from sglang_harness.verdict import CheckResult, Outcome
+
+REVIEW = date(2027, 5, 31)
+ENTRY: dict[str, Any] = {
+    "id": "abort-prefix",
+    "check": "stop/abort-whole-id",
+    "versions": ["0.5.22", "0.5.23"],
+    "device": "any",
+    "issue": "none found upstream",
+    "notice": "Aborting 'x-1' silently ends 'x-10' as well.",
+    "review_by": REVIEW,
+}
+
+
+def defect(**changes: Any) -> KnownDefect:
+    return KnownDefect(**{**ENTRY, **changes})
+
+
+def ended(outcome: Outcome, check_id: str = ENTRY["check"]) -> CheckResult:
+    message = "" if outcome is Outcome.PASS else "neighbour: expected 24, got 3"
+    return CheckResult(id=check_id, outcome=outcome, seconds=1.5, message=message)
+
+
+def applied(result: CheckResult, *defects: KnownDefect, **circumstances: Any) -> CheckResult:
+    usual: dict[str, Any] = {"version": "0.5.23", "device": "cpu", "today": REVIEW}
+    return apply(result, list(defects), **{**usual, **circumstances})
+
+
+# --- what an entry excuses --------------------------------------------------------------------
+
+
+def test_a_listed_failure_is_known_and_names_its_entry():
+    before = ended(Outcome.FAIL)
+    after = applied(before, defect())
+    assert (after.outcome, after.known_defect) == (Outcome.KNOWN, "abort-prefix")
+    # What was seen stays readable, and the result that was handed in stays what it was.
+    assert after.message == before.message
+    assert (before.outcome, before.known_defect) == (Outcome.FAIL, None)
+
+
+def test_a_listed_defect_that_does_not_show_is_fixed_and_names_its_entry():
+    after = applied(ended(Outcome.PASS), defect())
+    assert (after.outcome, after.known_defect) == (Outcome.FIXED, "abort-prefix")
+
+
+@pytest.mark.parametrize("outcome", [Outcome.ERROR, Outcome.NOT_RUN])
+def test_what_was_not_found_out_is_never_excused(outcome):
+    before = ended(outcome)
+    assert applied(before, defect()) == before
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FAIL, Outcome.PASS])
+@pytest.mark.parametrize(
+    "version",
+    ["0.5.24", "0.5.2", "0.5.230", "0.5.23.post1", "0.5.23rc1", "", None],
+)
+def test_only_the_very_versions_that_are_listed_are_excused(outcome, version):
+    before = ended(outcome)
+    assert applied(before, defect(), version=version) == before
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FAIL, Outcome.PASS])
+@pytest.mark.parametrize(("listed", "device"), [("gpu", "cpu"), ("cpu", "gpu"), ("gpu", "unknown")])
+def test_a_defect_of_one_device_is_no_excuse_on_another(outcome, listed, device):
+    before = ended(outcome)
+    assert applied(before, defect(device=listed), device=device) == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_defect_of_any_device_is_known_on_each(device):
+    assert applied(ended(Outcome.FAIL), defect(), device=device).outcome is Outcome.KNOWN
+    own = defect(device=device)
+    assert applied(ended(Outcome.FAIL), own, device=device).outcome is Outcome.KNOWN
+
+
+def test_an_entry_excuses_until_its_day_of_review_and_not_a_day_longer():
+    failed, day = ended(Outcome.FAIL), timedelta(days=1)
+    assert applied(failed, defect(), today=REVIEW).outcome is Outcome.KNOWN
+    assert applied(failed, defect(), today=REVIEW + day) == failed
+    # Neither is its silence a notice any more: an expired entry says nothing.
+    passed = ended(Outcome.PASS)
+    assert applied(passed, defect(), today=REVIEW + day) == passed
+
+
+@pytest.mark.parametrize("check_id", ["stop/abort", "stop/abort-whole-id-2"])
+def test_a_check_of_a_similar_name_is_not_excused(check_id):
+    before = ended(Outcome.FAIL, check_id)
+    assert applied(before, defect()) == before
+
+
+def test_of_two_entries_for_one_check_the_one_that_applies_is_named():
+    older = defect(id="older", versions=["0.5.20"])
+    expired = defect(id="expired", review_by=REVIEW - timedelta(days=1))
+    elsewhere = defect(id="elsewhere", device="gpu")
+    after = applied(ended(Outcome.FAIL), older, expired, elsewhere, defect())
+    assert after.known_defect == "abort-prefix"
+
+
+def test_without_entries_every_outcome_stays():
+    for outcome in Outcome:
+        assert applied(ended(outcome)) == ended(outcome)
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """Writes a registry: a text as it is, entries as YAML."""
+
+    def write(content):
+        path = tmp_path / "known_defects.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+CHECKS = {"stop/abort-whole-id", "stop/abort"}
+
+
+def test_entries_are_read_with_their_dates_as_dates(registry):
+    (entry,) = load(CHECKS, registry([ENTRY]))
+    assert entry == defect()
+    assert entry.review_by == REVIEW
+
+
+def test_an_entry_that_names_no_check_is_refused_by_its_id(registry):
+    entries = [ENTRY, {**ENTRY, "id": "renamed", "check": "stop/abort-whole"}]
+    with pytest.raises(SpecError, match="renamed names a check that does not exist"):
+        load(CHECKS, registry(entries))
+
+
+def test_two_entries_of_one_id_are_refused_even_for_different_checks(registry):
+    entries = [ENTRY, {**ENTRY, "check": "stop/abort"}]
+    with pytest.raises(SpecError, match="the id abort-prefix is there twice"):
+        load(CHECKS, registry(entries))
+
+
+def without(field: str) -> dict[str, Any]:
+    return {k: v for k, v in ENTRY.items() if k != field}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("- id: [unclosed", id="broken YAML"),
+        pytest.param("- !!python/object/apply:os.getcwd []", id="YAML that runs code"),
+        pytest.param("", id="an empty file"),
+        pytest.param("abort-prefix", id="a word"),
+        pytest.param({"abort-prefix": ENTRY}, id="a mapping instead of a list"),
+        pytest.param(["abort-prefix"], id="an entry that is a word"),
+        pytest.param([{**ENTRY, "until": "0.5.24"}], id="a field that does not exist"),
+        pytest.param([{**ENTRY, "versions": []}], id="no versions"),
+        pytest.param([{**ENTRY, "versions": "0.5.23"}], id="a version that is no list"),
+        pytest.param([{**ENTRY, "versions": [0.5]}], id="a version that YAML reads as a number"),
+        pytest.param([{**ENTRY, "device": "tpu"}], id="a device that does not exist"),
+        pytest.param([{**ENTRY, "review_by": "some day"}], id="a day that does not exist"),
+        *[pytest.param([without(f)], id=f"no {f}") for f in ENTRY if f != "device"],
+    ],
+)
+def test_a_registry_that_cannot_be_meant_is_refused_by_its_name(registry, content):
+    with pytest.raises(SpecError, match=r"^known_defects\.yaml cannot be read"):
+        load(CHECKS, registry(content))
+
+
+def test_a_registry_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"gone\.yaml cannot be read"):
+        load(CHECKS, tmp_path / "gone.yaml")
+
+
+def test_the_registry_that_is_shipped_names_only_checks_that_exist():
+    registered = suite.registered()
+    entries = load(set(registered))
+    assert {e.check for e in entries} <= set(registered)
+    # With no check registered it would excuse nothing, so loading it then has to fail.
+    with pytest.raises(SpecError, match="names a check that does not exist"):
+        load(set())
+
+
+@pytest.mark.parametrize("entry", load(set(suite.registered())), ids=lambda entry: entry.id)
+def test_every_shipped_entry_tells_a_reader_what_it_is_about(entry):
+    assert entry.notice.endswith(".")
+    assert entry.issue
+    assert all(v and v == v.strip() for v in entry.versions)
+    assert known_defects.FILE.read_text(encoding="utf-8").count(f"id: {entry.id}\n") == 1

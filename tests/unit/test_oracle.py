@@ -1,0 +1,202 @@
+"""The reference itself: compared with transformers asked by hand, one token at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sglang_harness import oracle as oracles
+from sglang_harness.checkpoint import locate
+from sglang_harness.checkpoint.perturb import perturbed
+from sglang_harness.errors import ModelError
+from sglang_harness.oracle import TOLERANCE, Oracle, tolerance
+
+PROMPT = [45, 74, 81, 81, 84]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For a model this small, threads that wait for one another cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_HARNESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        found = locate("tiny", lambda _: None)
+        assert found is not None
+        yield found
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return Oracle(folder)
+
+
+class ByHand:
+    """The same checkpoint, asked for one next token at a time, without a cache or a batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def next_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
+        logits = self.model(torch.tensor([list(ids)])).logits[0, -1]
+        return torch.log_softmax(logits, dim=-1)
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(self.next_logprobs(ids).argmax()))
+        return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def by_hand(folder: Path) -> ByHand:
+    return ByHand(folder)
+
+
+def test_scores_are_those_of_each_token_given_all_before_it(oracle: Oracle, by_hand: ByHand):
+    # Not the greedy continuation: a score that is shifted by one place must show.
+    output = [104, 17, 200, 17, 300, 5]
+    scores = oracle.score(PROMPT, output)
+    assert len(scores.logprobs) == len(scores.best_ids) == len(scores.best_logprobs) == len(output)
+    for place, token in enumerate(output):
+        expected = by_hand.next_logprobs([*PROMPT, *output[:place]])
+        assert scores.logprobs[place] == pytest.approx(float(expected[token]), abs=1e-5)
+        assert scores.best_ids[place] == int(expected.argmax())
+        assert scores.best_logprobs[place] == pytest.approx(float(expected.max()), abs=1e-5)
+        assert scores.best_logprobs[place] >= scores.logprobs[place]
+
+
+def test_a_greedy_continuation_is_the_best_token_at_every_place(oracle: Oracle, by_hand: ByHand):
+    output = by_hand.greedy(PROMPT, 12)
+    scores = oracle.score(PROMPT, output)
+    assert list(scores.best_ids) == output
+    assert scores.logprobs == scores.best_logprobs
+
+
+def test_a_prompt_of_one_token_can_be_continued(oracle: Oracle, by_hand: ByHand):
+    scores = oracle.score([45], [7])
+    assert scores.logprobs[0] == pytest.approx(float(by_hand.next_logprobs([45])[7]), abs=1e-5)
+
+
+def test_a_prompts_own_scores_begin_with_its_second_token(oracle: Oracle, by_hand: ByHand):
+    scores = oracle.prompt_logprobs(PROMPT)
+    assert scores == pytest.approx(
+        [
+            float(by_hand.next_logprobs(PROMPT[:place])[PROMPT[place]])
+            for place in range(1, len(PROMPT))
+        ],
+        abs=1e-5,
+    )
+    assert oracle.prompt_logprobs([45]) == []
+
+
+def test_the_next_tokens_probabilities_are_a_distribution(oracle: Oracle, by_hand: ByHand):
+    probabilities = oracle.next_token_probabilities(PROMPT)
+    assert sum(probabilities) == pytest.approx(1.0, abs=1e-5)
+    assert probabilities == pytest.approx(by_hand.next_logprobs(PROMPT).exp().tolist(), abs=1e-6)
+    # As many as the model has tokens: SGLang may sample any of them.
+    assert len(probabilities) == by_hand.model.config.vocab_size
+
+
+@pytest.mark.parametrize(("prompt", "output"), [([], [1]), ([1], []), ([], [])])
+def test_nothing_cannot_be_scored(oracle: Oracle, prompt: list[int], output: list[int]):
+    with pytest.raises(ValueError, match="needs a prompt and an output"):
+        oracle.score(prompt, output)
+
+
+@pytest.mark.parametrize("question", ["next_token_probabilities", "prompt_logprobs"])
+def test_nothing_has_no_next_token(oracle: Oracle, question: str):
+    with pytest.raises(ValueError, match="prompt"):
+        getattr(oracle, question)([])
+
+
+def test_other_weights_are_beyond_every_tolerance(folder: Path, oracle: Oracle, tmp_path: Path):
+    # What checks of weight updates rest on: old weights can never pass for new ones.
+    other = Oracle(perturbed(folder, tmp_path / "other", seed=1))
+    output = list(range(100, 116))
+    one, two = oracle.score(PROMPT, output).logprobs, other.score(PROMPT, output).logprobs
+    pairs = zip(one, two, strict=True)
+    assert max(abs(a - b) for a, b in pairs) > 2 * max(TOLERANCE.values())
+
+
+def test_text_and_tokens_go_both_ways(oracle: Oracle):
+    text = "The quick brown fox, 0.5 €!"
+    assert oracle.decode(oracle.encode(text)) == text
+    assert oracle.decode([*oracle.encode("fox"), 1]) == "fox"
+
+
+def test_a_chat_is_rendered_by_the_models_own_template(oracle: Oracle):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert oracle.render_chat(messages) == (
+        "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>"
+    )
+
+
+def test_every_token_that_ends_a_generation_is_known(oracle: Oracle, folder: Path, tmp_path: Path):
+    assert oracle.eos_ids == {1}
+    # Instruct models name several.
+    several = tmp_path / "several"
+    shutil.copytree(folder, several)
+    file = several / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [5, 1]}))
+    assert Oracle(several).eos_ids == {1, 5}
+
+
+def test_the_size_of_the_weights_is_that_of_the_file(oracle: Oracle, folder: Path):
+    on_disk = (folder / "model.safetensors").stat().st_size
+    assert on_disk * 0.95 < oracle.parameters_bytes <= on_disk
+
+
+def test_an_oracle_is_loaded_once_for_all_checks(folder: Path):
+    oracles.for_folder.cache_clear()
+    assert oracles.for_folder(folder) is oracles.for_folder(folder)
+
+
+def test_a_folder_that_transformers_cannot_load_is_a_model_error(tmp_path: Path):
+    with pytest.raises(ModelError, match="cannot load"):
+        Oracle(tmp_path)
+
+
+def test_weights_that_are_cut_short_are_a_model_error(folder: Path, tmp_path: Path):
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ModelError):
+        Oracle(cut)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        ("float32", TOLERANCE["float32"]),
+        ("torch.float32", TOLERANCE["float32"]),
+        ("bfloat16", TOLERANCE["bfloat16"]),
+        ("torch.float16", TOLERANCE["float16"]),
+        ("auto", TOLERANCE["bfloat16"]),
+        ("fp8_e4m3", TOLERANCE["bfloat16"]),
+        ("", TOLERANCE["bfloat16"]),
+    ],
+)
+def test_an_unknown_dtype_gets_the_bound_of_the_coarsest(dtype: str, bound: float):
+    assert tolerance(dtype) == bound
+
+
+def test_bounds_are_in_the_order_of_precision_and_tell_something():
+    assert 0 < TOLERANCE["float32"] < TOLERANCE["float16"] < TOLERANCE["bfloat16"]
+    # A bound of ln 2 would let a token of twice the probability pass.
+    assert TOLERANCE["bfloat16"] < math.log(2)
