@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,8 @@ Image = Annotated[
     str | None, typer.Option(help="Image to run; without it the pinned one for the device.")
 ]
 SglangVersion = Annotated[
-    str | None, typer.Option("--sglang-version", help="Version of the CPU image to build.")
+    str | None,
+    typer.Option("--sglang-version", help="Version to build for the CPU, or of the GPU image."),
 ]
 Model = Annotated[
     str | None,
@@ -41,6 +43,10 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or gpu.")]
 Gpus = Annotated[str | None, typer.Option(help="all, or indices or UUIDs joined by commas.")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="auto, docker, or process (without a container).")
+]
+Python = Annotated[Path | None, typer.Option(help="Runtime process: a Python that has SGLang.")]
 Pull = Annotated[str | None, typer.Option(help="missing, always or never.")]
 Port = Annotated[int | None, typer.Option(help="Port on the host; without it a free one.")]
 SpecFile = Annotated[
@@ -48,7 +54,10 @@ SpecFile = Annotated[
 ]
 ServerArg = Annotated[
     list[str] | None,
-    typer.Option("--server-arg", help="A flag of SGLang's: name=value, or name. Repeatable."),
+    typer.Option(
+        "--server-arg",
+        help="A flag of SGLang's: name=value, or name. Repeat it for more flags, or more values.",
+    ),
 ]
 StartLimit = Annotated[
     float | None, typer.Option("--start-timeout", help="Seconds until the first generation.")
@@ -63,7 +72,13 @@ def spec_from(
     """The spec that a file and options make together; options win."""
     fields = {name: value for name, value in given.items() if value is not None}
     if server_args:
-        fields["server_args"] = dict(_server_arg(text) for text in server_args)
+        arguments: dict[str, Any] = {}
+        for name, value in (_server_arg(text) for text in server_args):
+            # Given again, a flag takes several values.
+            before = arguments.get(name)
+            several = [*(before if isinstance(before, list) else [before]), value]
+            arguments[name] = value if before is None else [str(each) for each in several]
+        fields["server_args"] = arguments
     wanted = {name: value for name, value in limits.items() if value is not None}
     spec = ServerSpec.from_yaml(file, **fields) if file else ServerSpec.make(**fields)
     if wanted:
@@ -92,6 +107,8 @@ def qualify(
     port: Port = None,
     spec: SpecFile = None,
     server_arg: ServerArg = None,
+    runtime: RuntimeName = "auto",
+    python: Python = None,
     profile: Annotated[str, typer.Option(help="quick: one server. full: more.")] = "quick",
     select: Annotated[
         list[str] | None, typer.Option("-k", help="Only checks whose id holds this. Repeatable.")
@@ -113,6 +130,7 @@ def qualify(
 ) -> None:
     """Start a server, ask it every question, and judge. Exit code 0 pass, 1 fail, 2 error."""
     from sglang_harness.qualify import Qualification, Request
+    from sglang_harness.runtime.choice import choose
 
     if profile not in ("quick", "full"):
         raise SpecError(f"--profile {profile!r} is neither 'quick' nor 'full'.")
@@ -132,6 +150,7 @@ def qualify(
     request = Request(
         spec=wanted,
         out=out,
+        runtime=choose(runtime, python=python),
         profile="full" if profile == "full" else "quick",
         patterns=select or [],
         seed=seed,
@@ -236,9 +255,10 @@ def doctor() -> None:
     for finding in findings:
         subject = f"[bold]{escape(finding.subject)}[/bold]"
         line = f"{marks[finding.state]} {subject}: {escape(finding.found)}"
-        console.print(line, highlight=False)
+        wide = not console.is_terminal
+        console.print(line, highlight=False, soft_wrap=wide)
         if finding.advice:
-            console.print(f"    {escape(finding.advice)}", highlight=False)
+            console.print(f"    {escape(finding.advice)}", highlight=False, soft_wrap=wide)
     raise typer.Exit(2 if any(f.state == "bad" for f in findings) else 0)
 
 
@@ -321,8 +341,12 @@ def _show_held(server: held.Held) -> None:
 
 
 def _own_command() -> str:
-    name = Path(sys.argv[0])
-    return str(name) if name.name == "sglang-harness" and "/" in str(name) else "sglang-harness"
+    """How this command is called here: by its name where that finds it."""
+    called = Path(sys.argv[0])
+    named = shutil.which("sglang-harness")
+    if called.name != "sglang-harness" or (named and Path(named).samefile(called)):
+        return "sglang-harness"
+    return str(called)
 
 
 @app.command()

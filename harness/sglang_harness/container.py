@@ -30,6 +30,7 @@ class AnswersGeneration(WaitStrategy):
             api_key=container.api_key,
             watch=container.watch,
             limit=container.spec.limits.start,
+            started=container.started_at,
             last_log_line=lambda: container.logs(tail=1).strip(),
         )
 

@@ -65,7 +65,8 @@ class Oracle:
                 folder, dtype=torch.float32, local_files_only=True
             ).eval()
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"transformers cannot load {folder}: {error}.") from None
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"transformers cannot load {folder}: {reason}.") from None
 
     @property
     def parameters_bytes(self) -> int:

@@ -17,7 +17,9 @@ from sglang_harness import __version__, environment, held, suite
 from sglang_harness.errors import HarnessError, Interrupted, ServerDied, SpecError, StartTimeout
 from sglang_harness.interruption import interruptions
 from sglang_harness.report import junit
-from sglang_harness.runtime import engine
+from sglang_harness.runtime import Runtime, engine
+from sglang_harness.runtime.docker import DockerRuntime
+from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import known_defects
@@ -38,6 +40,10 @@ REPLACEMENTS = 2
 
 CPU_CAVEAT = (
     "CPU stand-in kernels: SGLang computed with plain torch; its own kernels were not exercised."
+)
+
+PROCESS_CAVEAT = (
+    "No container: the server ran as a process of this machine, with the rights of the harness."
 )
 
 RESULTS = ("verdict.json", "junit.xml", "server.log")
@@ -66,6 +72,7 @@ class Request:
 
     spec: ServerSpec
     out: Path
+    runtime: Runtime = field(default_factory=DockerRuntime)
     profile: ProfileName = "quick"
     patterns: list[str] = field(default_factory=list)
     seed: int = 0
@@ -154,6 +161,7 @@ class Qualification:
         try:
             server = Server.start(
                 self._request.spec,
+                runtime=self._request.runtime,
                 say=self._viewer.say,
                 run_id=self._run_id,
                 held=self._request.keep_on_failure,
@@ -166,7 +174,7 @@ class Qualification:
         return server
 
     def _never_came_up(self, error: HarnessError) -> None:
-        launched = next((c for c in self._checks if c.id == "launch/phases"), self._checks[0])
+        launched = suite.registered()["launch/phases"]
         message = f"expected a server that comes up; {error}"
         seconds = time.monotonic() - self._began
         result = CheckResult(id=launched.id, outcome=Outcome.FAIL, seconds=seconds, message=message)
@@ -174,7 +182,7 @@ class Qualification:
         self._outside += [
             Outside(id=c.id, reason="the server never came up")
             for c in self._checks
-            if c is not launched
+            if c.id != launched.id
         ]
 
     @contextmanager
@@ -187,12 +195,14 @@ class Qualification:
             update={
                 "model": "tiny",
                 "port": None,
-                "image": first.about()["image"],
+                "image": first.about().get("image"),
                 "sglang_version": None,
                 "pull": "missing",
             }
         )
-        server = Server.start(spec, say=self._viewer.say, run_id=self._run_id)
+        server = Server.start(
+            spec, runtime=self._request.runtime, say=self._viewer.say, run_id=self._run_id
+        )
         try:
             yield server
         finally:
@@ -292,7 +302,11 @@ class Qualification:
             strict_known=request.strict_known,
         )
         device = server.device if server else "unknown"
-        caveats = [*([CPU_CAVEAT] if device == "cpu" else []), *self._caveats]
+        caveats = [
+            *([CPU_CAVEAT] if device == "cpu" else []),
+            *([PROCESS_CAVEAT] if request.runtime.name == "process" else []),
+            *self._caveats,
+        ]
         phases = (
             [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
             if server
@@ -315,8 +329,10 @@ class Qualification:
                 "folder": server.model.name if server and server.model else None,
             },
             device=_device(device, request.spec),
-            runtime=server.running.runtime if server else "docker",
-            spec=request.spec.model_dump(mode="json"),
+            runtime=request.runtime.name,
+            spec=Redactor(*named_as_secrets(request.spec.environment)).data(
+                request.spec.model_dump(mode="json")
+            ),
             seed=request.seed,
             checks=self._results,
             outside_profile=self._outside,

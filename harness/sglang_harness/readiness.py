@@ -24,6 +24,7 @@ from sglang_harness.errors import (
     Unreachable,
 )
 from sglang_harness.runtime.death import DeathWatch
+from sglang_harness.secrets import Redactor
 
 #: Seconds between two looks. A look costs a refused connection or a 503 of a millisecond.
 INTERVAL = 0.05
@@ -155,7 +156,8 @@ def wait_until_ready(
         if death := watch.wait(INTERVAL):
             raise ServerDied(death)
         if time.monotonic() - started > limit:
-            line = last_log_line()
+            # SGLang prints its key while it starts.
+            line = Redactor(api_key or "").text(last_log_line())
             raise StartTimeout(
                 f"The server lives but did not answer a generation within {limit:g} s "
                 f"(last answers: {looker.last()}; last log line: {line or 'none'}).",

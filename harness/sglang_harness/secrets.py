@@ -7,7 +7,9 @@ from a server is cleaned before it reaches a log, a verdict or a terminal.
 from __future__ import annotations
 
 import os
+import re
 import secrets as stdlib_secrets
+from collections.abc import Mapping
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -19,6 +21,12 @@ SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_API_KEY", "SGL
 def new_api_key() -> str:
     """A fresh key for one server: 43 URL-safe characters, 256 bits."""
     return stdlib_secrets.token_urlsafe(32)
+
+
+def named_as_secrets(environment: Mapping[str, str]) -> list[str]:
+    """The values of variables whose names say that they are secret."""
+    telling = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+    return [value for name, value in environment.items() if telling.search(name)]
 
 
 class Redactor:

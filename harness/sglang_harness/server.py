@@ -8,19 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
 from sglang_harness.errors import ServerDied
 from sglang_harness.memory import MemoryLedger, MemorySource
-from sglang_harness.memory.container import ContainerMemory
 from sglang_harness.memory.nvml import NvmlMemory
-from sglang_harness.permissions import check_readable
 from sglang_harness.readiness import StartReport, wait_until_ready
-from sglang_harness.runtime import Reach, Running
-from sglang_harness.runtime.docker import SGLangServerContainer, prepare
-from sglang_harness.secrets import Redactor
+from sglang_harness.runtime import Reach, Running, Runtime
+from sglang_harness.runtime.docker import DockerRuntime
+from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
@@ -53,7 +51,7 @@ class Server:
         device: ``cpu`` or ``gpu``.
         client: the HTTP remote control.
         report: how it came up.
-        memory: readings at marks; ``before start`` (GPUs), ``container started`` and
+        memory: readings at marks; ``before start`` (GPUs), ``started`` and
             ``ready`` are taken already.
     """
 
@@ -63,17 +61,16 @@ class Server:
         running: Running,
         *,
         model: Path | None,
-        device: Literal["cpu", "gpu"],
         report: StartReport,
         memory: MemoryLedger,
     ) -> None:
         self.spec = spec
         self.model = model
-        self.device = device
+        self.device = running.device
         self.report = report
         self.memory = memory
         self.running = running
-        self.redactor = Redactor(running.api_key or "")
+        self.redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
         self.client = Client(
             RequestsTransport(
                 running.address, api_key=running.api_key, read_timeout=spec.limits.request
@@ -92,51 +89,49 @@ class Server:
         cls,
         spec: ServerSpec,
         *,
+        runtime: Runtime | None = None,
         say: Say = _quietly,
         run_id: str | None = None,
         held: bool = False,
     ) -> Server:
-        """Starts a server in a container and waits until it answers.
+        """Starts a server and waits until it answers.
+
+        Args:
+            runtime: how it comes to be; by default in a container.
 
         Raises:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
             ServerDied, StartTimeout: it was started and never answered.
         """
-        run_id = run_id or uuid.uuid4().hex[:12]
         model = checkpoint.locate(spec.model, say)
-        if model is not None:
-            check_readable(model)
-        device, image = prepare(spec, say)
-        container = SGLangServerContainer(
-            spec, model=model, image=image, device=device, run_id=run_id, held=held
+        running = (runtime or DockerRuntime()).prepare(
+            spec, model=model, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say
         )
-        gpu_memory: list[MemorySource] = [NvmlMemory(spec.gpus)] if device == "gpu" else []
-        before = MemoryLedger(gpu_memory)
-        before.mark("before start")
+        devices: list[MemorySource] = [NvmlMemory(spec.gpus)] if running.device == "gpu" else []
+        ledger = MemoryLedger([*devices, running.memory()])
+        ledger.mark("before start", only=devices)
         started = time.monotonic()
-        say(f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})")
-        container.start()
+        running.start()
         try:
-            ledger = MemoryLedger([*gpu_memory, ContainerMemory(container.stats)])
-            ledger.readings += before.readings
-            ledger.mark("container started")
-            say("the container runs, and imports SGLang")
+            ledger.mark("started")
+            say("it runs, and imports SGLang")
             report = wait_until_ready(
-                container.address,
-                api_key=container.api_key,
-                watch=container.watch,
+                running.address,
+                api_key=running.api_key,
+                watch=running.watch,
                 limit=spec.limits.start,
                 started=started,
-                last_log_line=lambda: (container.logs(tail=1).strip().splitlines() or [""])[-1],
+                last_log_line=lambda: (running.logs(tail=1).strip().splitlines() or [""])[-1],
                 say=say,
             )
             ledger.mark("ready")
-            return cls(spec, container, model=model, device=device, report=report, memory=ledger)
+            return cls(spec, running, model=model, report=report, memory=ledger)
         except BaseException as error:
-            # The log would be gone with the container; whoever reports the failure needs it.
-            log = container.logs()
-            container.end()
-            error.server_log = Redactor(container.api_key).text(log)  # type: ignore[attr-defined]
+            # The log would be gone with the server; whoever reports the failure needs it.
+            log = running.logs()
+            running.end()
+            redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
+            error.server_log = redactor.text(log)  # type: ignore[attr-defined]
             raise
 
     @property

@@ -47,7 +47,7 @@ class Limits(_Strict):
     run: Seconds = 5400.0
     """Everything, from the first start to the verdict."""
     request: Seconds = 120.0
-    """One answer, from the last byte sent to the next byte received."""
+    """One whole answer, or the time between two events of a stream."""
     stop: Seconds = 30.0
     """From SIGTERM to SIGKILL. SGLang allows its scheduler 15 s to end."""
 
@@ -55,14 +55,15 @@ class Limits(_Strict):
 class ServerSpec(_Strict):
     """One SGLang server: what it runs from, what it serves, on what, and within which limits.
 
-    Every field can be set from Python, from a YAML file (``ServerSpec.from_yaml``) and from
-    the command line. Raises :class:`SpecError` for whatever cannot be meant.
+    Every field can be set from Python and from a YAML file (``ServerSpec.from_yaml``), the
+    common ones from the command line too. :class:`SpecError` for whatever cannot be meant.
     """
 
     image: str | None = None
     """Image name, tag or digest. ``None``: the pinned image for the device."""
     sglang_version: str | None = None
-    """Which CPU image to build where ``image`` is ``None``; ``None``: the pinned version."""
+    """Which version to build (CPU) or pull (GPU) where ``image`` is ``None``; ``None``: the
+    pinned one."""
     pull: Literal["missing", "always", "never"] = "missing"
     model: str = "smollm2"
     """``smollm2`` (SmolLM2-135M-Instruct), ``tiny`` or ``tiny:SEED`` (a seeded random model,

@@ -217,3 +217,11 @@ def test_a_server_that_refuses_to_generate_says_why_in_the_end():
         pytest.raises(StartTimeout, match="lora path is required"),
     ):
         wait(server, limit=0.4)
+
+
+def test_the_last_log_line_does_not_carry_the_key_into_the_message():
+    line = "server_args={'model_path': 'm', 'api_key': 'the-key-of-this-server'}"
+    with ScriptedServer({}, listening=False) as server, pytest.raises(StartTimeout) as caught:
+        wait(server, limit=0.2, api_key="the-key-of-this-server", last_log_line=lambda: line)
+    assert "model_path" in str(caught.value)
+    assert "the-key-of-this-server" not in str(caught.value)

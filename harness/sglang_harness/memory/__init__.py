@@ -51,10 +51,10 @@ class MemoryLedger:
     def source_names(self) -> list[str]:
         return [source.name for source in self._sources]
 
-    def mark(self, name: str) -> list[Reading]:
-        """Reads every source now under ``name``."""
+    def mark(self, name: str, *, only: list[MemorySource] | None = None) -> list[Reading]:
+        """Reads every source (or ``only`` these) now under ``name``."""
         now = []
-        for source in self._sources:
+        for source in self._sources if only is None else only:
             used, parts = source.read()
             seconds = time.monotonic() - self._began
             now.append(

@@ -97,9 +97,8 @@ def show(verdict: Verdict, console: Console) -> None:
     if verdict.outside_profile:
         console.print("[bold]Outside the profile[/bold]")
         for outside in verdict.outside_profile:
-            console.print(
-                f"  {escape(outside.id)}: {escape(plain(outside.reason))}", highlight=False
-            )
+            line = f"  {escape(outside.id)}: {escape(plain(outside.reason))}"
+            console.print(line, highlight=False, soft_wrap=not console.is_terminal)
     counts = {o: sum(c.outcome is o for c in verdict.checks) for o in Outcome}
     told = ", ".join(f"{n} {o.value}" for o, n in counts.items() if n) or "no check"
     style = {"pass": "green", "fail": "red", "error": "magenta"}[verdict.verdict]

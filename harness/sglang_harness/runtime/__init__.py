@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from sglang_harness.memory import MemorySource
 from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.spec import ServerSpec
 
-__all__ = ["Death", "DeathWatch", "Reach", "Running"]
+__all__ = ["Death", "DeathWatch", "Reach", "Running", "Runtime"]
 
 
 class Reach(Protocol):
@@ -18,11 +21,25 @@ class Reach(Protocol):
 
 
 class Running(Protocol):
-    """A server that a runtime has started. Knows nothing of HTTP beyond an address."""
+    """One server of a runtime. Knows nothing of HTTP beyond an address."""
 
     @property
     def runtime(self) -> str:
         """Name of the runtime, as the verdict states it."""
+
+    @property
+    def device(self) -> Literal["cpu", "gpu"]:
+        """What ``spec.device`` turned out to mean."""
+
+    @property
+    def run_id(self) -> str:
+        """The run that it belongs to."""
+
+    def start(self) -> object:
+        """Sets it going; returns when it runs, long before it answers."""
+
+    def memory(self) -> MemorySource:
+        """Where the host memory of the server is read."""
 
     @property
     def address(self) -> str:
@@ -56,3 +73,30 @@ class Running(Protocol):
 
     def left_behind(self) -> list[str]:
         """What of it is still there after ``end``; empty when all is well."""
+
+
+class Runtime(Protocol):
+    """One way for servers to come to be."""
+
+    @property
+    def name(self) -> str:
+        """As the command line and the verdict call it."""
+
+    def prepare(
+        self,
+        spec: ServerSpec,
+        *,
+        model: Path | None,
+        run_id: str,
+        held: bool,
+        say: Callable[[str], None],
+    ) -> Running:
+        """Everything up to starting: finds the device, builds or fetches what is missing.
+
+        Args:
+            model: the model's folder on this machine, or ``None`` for a name on the hub.
+            held: the server is meant to outlive this process.
+
+        Raises:
+            SpecError, EngineError, ImageError: it cannot be had here.
+        """

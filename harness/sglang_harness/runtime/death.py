@@ -80,7 +80,7 @@ class Death:
         if self.out_of_memory:
             return "The server was killed by the kernel because it ran out of memory."
         code = "an unknown exit code" if self.exit_code is None else f"exit code {self.exit_code}"
-        why = self.cause or self.exception or "its log names no exception"
+        why = (self.cause or self.exception or "its log names no exception").rstrip(".")
         return f"The server ended ({code}): {why}."
 
     def advice(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,10 +20,12 @@ from testcontainers.core.container import DockerContainer, Reaper
 from sglang_harness import device as devices
 from sglang_harness import shipped
 from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.memory.container import ContainerMemory
+from sglang_harness.permissions import check_readable
 from sglang_harness.runtime import engine, images
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
-from sglang_harness.secrets import new_api_key
+from sglang_harness.secrets import Redactor, new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
 PORT = 30000
@@ -56,7 +59,7 @@ class SGLangServerContainer(DockerContainer):
     ) -> None:
         super().__init__(image)
         self.spec = spec
-        self.device = device
+        self.device: Literal["cpu", "gpu"] = device
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.held = held
         self.api_key = new_api_key()
@@ -64,6 +67,8 @@ class SGLangServerContainer(DockerContainer):
         self._model_inside: str | None = None
         self._exit_code: int | None = None
         self._logs_at_end: str | None = None
+        self.started_at = 0.0
+        """``time.monotonic()`` when ``start`` was called."""
         self._address: str | None = None
         self._watch: DeathWatch | None = None
         self._reach: FolderReach | VolumeReach | None = None
@@ -196,6 +201,7 @@ class SGLangServerContainer(DockerContainer):
             EngineError: the engine refused.
             SpecError: the port on the host is taken.
         """
+        self.started_at = time.monotonic()
         try:
             with self._reaper():
                 self.create()
@@ -237,7 +243,7 @@ class SGLangServerContainer(DockerContainer):
             client = docker.from_env(timeout=None)  # type: ignore[arg-type]
             container = client.containers.get(self._id)
             container.wait(timeout=None)
-            log = container.logs().decode(errors="replace")
+            log = Redactor(self.api_key).text(container.logs().decode(errors="replace"))
             container.reload()
             state = container.attrs["State"]
         except (DockerException, OSError) as error:
@@ -339,6 +345,9 @@ class SGLangServerContainer(DockerContainer):
         # The engine's numbers mean these processes only where this is the engine's host.
         return [pid for pid in pids if _belongs_to(pid, self._id)]
 
+    def memory(self) -> ContainerMemory:
+        return ContainerMemory(self.stats)
+
     def stats(self) -> dict[str, Any]:
         """The engine's counters for the container, now."""
         return dict(self._engine.api.stats(self._id, stream=False, one_shot=True))
@@ -383,6 +392,30 @@ class SGLangServerContainer(DockerContainer):
         """Testcontainers' word for :meth:`end`. A server always ends politely first."""
         del force, delete_volume
         self.end()
+
+
+class DockerRuntime:
+    """Servers in containers of their own."""
+
+    name = "docker"
+
+    def prepare(
+        self,
+        spec: ServerSpec,
+        *,
+        model: Path | None,
+        run_id: str,
+        held: bool,
+        say: Callable[[str], None],
+    ) -> SGLangServerContainer:
+        """See :class:`sglang_harness.runtime.Runtime`."""
+        if model is not None:
+            check_readable(model)
+        device, image = prepare(spec, say)
+        say(f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})")
+        return SGLangServerContainer(
+            spec, model=model, image=image, device=device, run_id=run_id, held=held
+        )
 
 
 def _accepts(host: str, port: int) -> bool:

@@ -63,12 +63,19 @@ def is_present(client: docker.DockerClient, name: str) -> bool:
 
 
 def build_cpu_image(version: str | None, say: Say) -> str:
-    """Builds the CPU image with ``docker/build.sh`` (or finds it built); returns its tag.
+    """Builds the CPU image with ``docker/build.sh`` (or finds it built); returns its tag."""
+    return run_script("build.sh", version, say)
+
+
+def run_script(name: str, version: str | None, say: Say) -> str:
+    """Runs a script of ``docker/`` that makes something for a version of SGLang.
+
+    Returns its last line: what it made. Its other lines are said as they come.
 
     Raises:
         ImageError: the script failed; its last words are in the message.
     """
-    script = shipped.root() / "docker" / "build.sh"
+    script = shipped.root() / "docker" / name
     command = ["sh", str(script), *([version] if version else [])]
     # Its own process group, so that an interruption here ends pip and docker too.
     process = subprocess.Popen(
@@ -94,9 +101,11 @@ def build_cpu_image(version: str | None, say: Say) -> str:
         raise
     if code != 0 or not lines:
         words = " | ".join(lines[-4:]) or "it said nothing"
+        what = "The CPU image" if name == "build.sh" else "SGLang's CPU stack"
         raise ImageError(
-            f"The CPU image could not be built (docker/build.sh ended with {code}): {words}",
-            advice="Its whole output is in build.log under the cache folder.",
+            f"{what} could not be built (docker/{name} ended with {code}): {words}",
+            advice="Run it by hand to see all it says; docker's part of a build is in build.log "
+            "in the cache folder.",
         )
     return lines[-1]
 

@@ -11,7 +11,7 @@ from sglang_harness.suite.check import Check, Context, Mismatch, Observation, ex
 from sglang_harness.suite.generate import PROMPTS, greedy
 from sglang_harness.suite.needs import route
 
-TOKENS = 48
+TOKENS = 24
 
 
 class Paused(Observation):
@@ -42,7 +42,9 @@ class PauseHoldsAndContinues(Check[Paused]):
     def observe(self, context: Context) -> Paused:
         client, prompt = context.server.client, PROMPTS[1]
         undisturbed = client.generate(prompt, sampling=greedy(TOKENS))
-        stream = BackgroundStream(client, prompt, sampling=greedy(TOKENS))
+        # About three seconds' worth, so that it surely still runs when it is paused.
+        asked = min(1024, max(2 * TOKENS, int(3 * TOKENS / max(undisturbed.seconds, 1e-3))))
+        stream = BackgroundStream(client, prompt, sampling=greedy(asked))
         if not stream.wait_for(2, 30):
             raise HarnessError("A streamed generation gave no two events within 30 s.")
         client.pause("in_place")
@@ -58,7 +60,7 @@ class PauseHoldsAndContinues(Check[Paused]):
         return Paused(
             undisturbed=undisturbed.text,
             paused=stream.end(90),
-            asked=TOKENS,
+            asked=asked,
             chunks_at_pause=at_pause,
             chunks_at_resume=at_resume,
             ready_while_paused=ready_while_paused,
@@ -66,11 +68,13 @@ class PauseHoldsAndContinues(Check[Paused]):
         )
 
     def judge(self, seen: Paused) -> list[Mismatch]:
-        held = seen.chunks_at_pause < seen.asked
         return [
-            *expect("running when it was paused", True, held),
+            # Three seconds' worth was asked for: over by now, it was not paused at all.
+            *expect("running when it was paused", True, seen.chunks_at_pause < seen.asked),
             *expect("events while paused", 0, seen.chunks_at_resume - seen.chunks_at_pause),
-            *expect("text after continue", seen.undisturbed, seen.paused.text),
+            *expect(
+                "text after continue", seen.undisturbed, seen.paused.text[: len(seen.undisturbed)]
+            ),
             *expect("tokens after continue", seen.asked, seen.paused.tokens),
             *expect("finish reason", "length", seen.paused.finish),
             *expect("/ready while paused", 503, seen.ready_while_paused),

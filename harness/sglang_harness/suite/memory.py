@@ -55,17 +55,17 @@ class MemoryIsSeen(Check[Snapshots]):
         wrong = []
         for source in seen.sources:
             marks = [r.mark for r in seen.readings if r.source == source]
-            for needed in ("container started", "ready", "after generation"):
+            for needed in ("started", "ready", "after generation"):
                 if needed not in marks:
                     wrong.append(Mismatch(source, f"a reading at '{needed}'", str(marks)))
         # On a GPU the weights are on the device, and the host side holds none of them.
         main = seen.sources[0] if seen.sources else ""
         used = {r.mark: r.used_bytes for r in seen.readings if r.source == main}
-        added = used.get("ready", 0) - used.get("container started", 0)
+        added = used.get("ready", 0) - used.get("started", 0)
         if added < seen.weights_bytes:
             wrong.append(
                 Mismatch(
-                    f"{main} from 'container started' to 'ready'",
+                    f"{main} from 'started' to 'ready'",
                     f"at least the weights more, {seen.weights_bytes / MIB:.0f} MiB",
                     f"{added / MIB:.0f} MiB more",
                 )

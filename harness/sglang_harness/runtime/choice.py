@@ -1,0 +1,76 @@
+"""Which runtime a name means, and which one 'auto' turns out to be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.runtime import Running, Runtime, engine
+from sglang_harness.runtime.docker import DockerRuntime
+from sglang_harness.runtime.process import ProcessRuntime
+from sglang_harness.spec import ServerSpec
+
+NAMES = ("auto", "docker", "process")
+
+
+def choose(name: str, *, python: Path | None = None) -> Runtime:
+    """The runtime ``name``; ``python`` is for ``process``, and means it.
+
+    Raises:
+        SpecError: there is no such runtime, or the options contradict each other.
+    """
+    if name not in NAMES:
+        raise SpecError(f"--runtime {name!r} is none of {', '.join(NAMES)}.")
+    if python is not None and name == "docker":
+        raise SpecError("--python belongs to the runtime 'process', not to 'docker'.")
+    if name == "process" or python is not None:
+        return ProcessRuntime(python)
+    if name == "docker":
+        return DockerRuntime()
+    return AutoRuntime()
+
+
+class AutoRuntime:
+    """Containers where an engine answers; else processes, which is said.
+
+    Decided when the first server is prepared, and then kept for the run.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: Runtime | None = None
+
+    @property
+    def name(self) -> str:
+        return "auto" if self._chosen is None else self._chosen.name
+
+    def prepare(
+        self,
+        spec: ServerSpec,
+        *,
+        model: Path | None,
+        run_id: str,
+        held: bool,
+        say: Callable[[str], None],
+    ) -> Running:
+        """See :class:`sglang_harness.runtime.Runtime`.
+
+        Raises:
+            EngineError: no engine answers, and the spec, DOCKER_HOST or ``held`` asks for one.
+        """
+        if self._chosen is None:
+            self._chosen = self._decide(spec, held, say)
+        return self._chosen.prepare(spec, model=model, run_id=run_id, held=held, say=say)
+
+    @staticmethod
+    def _decide(spec: ServerSpec, held: bool, say: Callable[[str], None]) -> Runtime:
+        try:
+            engine.connect().close()
+        except EngineError as error:
+            # Somebody who names an image or an engine means a container.
+            if spec.image or held or spec.device == "gpu" or os.environ.get("DOCKER_HOST"):
+                raise
+            say(f"{error.message} Going on without a container (--runtime docker forbids it)")
+            return ProcessRuntime()
+        return DockerRuntime()
