@@ -21,6 +21,8 @@ from sglang_harness.verdict import Verdict
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
+pytestmark = pytest.mark.engine
+
 
 def test_a_container_of_ones_own_answers_and_its_death_is_told_with_the_reason() -> None:
     """The public class in anybody's test; then somebody kills it in the middle of an answer."""

@@ -20,6 +20,8 @@ from sglang_harness.verdict import Verdict, json_schema
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def run_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

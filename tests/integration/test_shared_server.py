@@ -17,6 +17,8 @@ from sglang_harness.suite.generate import greedy
 from sglang_harness.suite.weights import variant
 from sglang_harness.verdict import Outcome
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def context(shared_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Context:
