@@ -200,9 +200,13 @@ class Qualification:
                 "pull": "missing",
             }
         )
-        server = Server.start(
-            spec, runtime=self._request.runtime, say=self._viewer.say, run_id=self._run_id
-        )
+        try:
+            server = Server.start(
+                spec, runtime=self._request.runtime, say=self._viewer.say, run_id=self._run_id
+            )
+        except (ServerDied, StartTimeout) as error:
+            self._logs.append(getattr(error, "server_log", ""))
+            raise HarnessError(f"The check's own server did not come up. {error}") from error
         try:
             yield server
         finally:

@@ -19,8 +19,12 @@ SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_API_KEY", "SGL
 
 
 def new_api_key() -> str:
-    """A fresh key for one server: 43 URL-safe characters, 256 bits."""
-    return stdlib_secrets.token_urlsafe(32)
+    """A fresh key for one server: 64 hexadecimal digits, 256 bits.
+
+    No other characters: SGLang takes it as an argument, and one that begins with a dash is
+    taken for a flag.
+    """
+    return stdlib_secrets.token_hex(32)
 
 
 def named_as_secrets(environment: Mapping[str, str]) -> list[str]:

@@ -32,7 +32,8 @@ def defect(**changes: Any) -> KnownDefect:
 
 def ended(outcome: Outcome, check_id: str = ENTRY["check"]) -> CheckResult:
     message = "" if outcome is Outcome.PASS else "neighbour: expected 24, got 3"
-    return CheckResult(id=check_id, outcome=outcome, seconds=1.5, message=message)
+    seen = {"asked": 400}
+    return CheckResult(id=check_id, outcome=outcome, seconds=1.5, message=message, evidence=seen)
 
 
 def applied(result: CheckResult, *defects: KnownDefect, **circumstances: Any) -> CheckResult:
@@ -198,3 +199,9 @@ def test_every_shipped_entry_tells_a_reader_what_it_is_about(entry):
     assert entry.issue
     assert all(v and v == v.strip() for v in entry.versions)
     assert known_defects.FILE.read_text(encoding="utf-8").count(f"id: {entry.id}\n") == 1
+
+
+def test_a_failure_without_an_observation_is_not_the_listed_one():
+    """A server that died before the check saw anything failed in another way."""
+    died = ended(Outcome.FAIL).model_copy(update={"evidence": None})
+    assert applied(died, defect()).outcome is Outcome.FAIL
