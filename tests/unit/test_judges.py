@@ -717,6 +717,18 @@ LIES = [
     ),
     Alteration(
         "stop/conditions",
+        "ends at the end of the sequence and calls it length",
+        put({"at_eos.answer.finish": "length"}),
+        "end of sequence, finish: expected 'stop', got 'length'",
+    ),
+    Alteration(
+        "stop/conditions",
+        "ignores the end of the sequence and names it all the same",
+        put({"past_eos.answer.finish": "stop"}),
+        "ignored end of sequence, finish: expected 'length', got 'stop'",
+    ),
+    Alteration(
+        "stop/conditions",
         "ends at an ignored end of sequence",
         put({"past_eos.answer.ids": [1], "past_eos.answer.finish": "stop"}),
         "ignored end of sequence, tokens: expected 3, got 1",
@@ -1274,6 +1286,16 @@ def ready_together(evidence: dict[str, Any]) -> None:
 
 
 HARMLESS = [
+    # A bound that is met exactly is kept.
+    Alteration("launch/phases", "a phase too short to measure", put({"phases.create": 0.0})),
+    Alteration("launch/stop", "the last moment", put({"seconds": 30.0, "limit": 30.0})),
+    Alteration("stop/abort", "the last moment", put({"seconds_to_end": 10.0})),
+    Alteration("memory/device-given-back", "as much as is allowed", put({"after.GPU-2": 64 * MIB})),
+    Alteration(
+        "memory/updates-do-not-grow",
+        "as much as is allowed",
+        put({"used_bytes": [500 * MIB] * 6 + [532 * MIB] * 3}),
+    ),
     Alteration("generate/greedy-tokens", "a near tie goes the other way", near_tie),
     Alteration("generate/batch-equals-single", "a near tie turns", tie_turned_by_the_batch),
     Alteration("generate/stream-equals-whole", "events carry only what is new", as_increments),

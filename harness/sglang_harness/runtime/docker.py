@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
@@ -282,6 +283,16 @@ class SGLangServerContainer(DockerContainer):
             self._address = self._find_address()
         return self._address
 
+    def get_container_host_ip(self) -> str:
+        """Where the server is reached from here; Testcontainers' own waits ask for it."""
+        return str(urlsplit(self.address).hostname)
+
+    def get_exposed_port(self, port: int) -> int:
+        """The port to reach ``port`` of the container at, beside ``get_container_host_ip``."""
+        if port == PORT:
+            return int(urlsplit(self.address).port or port)
+        return int(super().get_exposed_port(port))
+
     def _find_address(self) -> str:
         assert self._container is not None
         self._container.reload()
@@ -291,7 +302,7 @@ class SGLangServerContainer(DockerContainer):
             raise EngineError("The container ended before its port was published.")
         port = int(bindings[0]["HostPort"])
         if engine.is_remote():
-            return f"http://{self.get_container_host_ip()}:{port}"
+            return f"http://{super().get_container_host_ip()}:{port}"
         everywhere = self.spec.publish_on == "0.0.0.0"  # noqa: S104 -- an address to replace
         host = "127.0.0.1" if everywhere else self.spec.publish_on
         inside = next((n["IPAddress"] for n in settings["Networks"].values() if n["IPAddress"]), "")
