@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from datetime import timedelta
@@ -82,6 +83,16 @@ def test_a_tolerance_that_is_loosened_turns_a_failure_into_a_pass(recorded):
     assert [(b.outcome, a.outcome) for b, a in changed] == [(Outcome.FAIL, Outcome.PASS)]
     assert (again.verdict, again.reason) == ("pass", "")
     assert result_of(again, "generate/ids-equal-text").message == ""
+
+
+def test_a_log_probability_that_is_no_number_is_still_none_in_the_saved_run(recorded, tmp_path):
+    # JSON has no NaN; written as null, the run that shows the worst could not be judged again.
+    evidence_of(recorded, "generate/logprobs")["sampled"]["served"][3] = math.nan
+    recorded.write(tmp_path / "verdict.json")
+    again, changed = judge_saved(Verdict.read(tmp_path / "verdict.json"))
+    assert again.verdict == "fail"
+    assert [a.id for _, a in changed] == ["generate/logprobs"]
+    assert "got nan" in changed[0][1].message
 
 
 def test_known_defects_are_those_of_the_day_of_the_run(recorded):
@@ -222,6 +233,12 @@ def test_another_file_is_not_taken_for_a_verdict(tmp_path, content):
     assert "no verdict of this harness" in refused(path)
 
 
+def test_a_file_that_is_no_text_is_not_taken_for_a_verdict(tmp_path):
+    path = tmp_path / "verdict.json"
+    path.write_bytes(b"\xff\xfe\x00{}")
+    assert "not text" in refused(path)
+
+
 def test_a_verdict_of_another_major_schema_is_refused_with_both_versions(recorded, tmp_path):
     path = tmp_path / "verdict.json"
     recorded.schema_version = "2.0"
@@ -326,3 +343,4 @@ def test_a_long_reason_names_three_checks_and_counts_the_rest():
     state, reason = overall(ended(*[Outcome.FAIL] * 5))
     assert state == "fail"
     assert reason == "failed: example/0-fail, example/1-fail, example/2-fail and 2 more"
+    assert "more" not in overall(ended(*[Outcome.FAIL] * 3))[1]

@@ -239,13 +239,17 @@ def judge_again(check: Check[Any], saved: CheckResult) -> CheckResult:
 def _judged(
     check: Check[Any], seen: Observation, result: Callable[..., CheckResult]
 ) -> tuple[CheckResult, list[Figure]]:
-    mismatches = check.judge(seen)
+    try:
+        mismatches, figures = check.judge(seen), check.figures(seen)
+    except Exception as error:
+        message = f"the judge failed: {type(error).__name__} in {_place(error)}: {error}"
+        return result(Outcome.ERROR, message, seen), []
     if mismatches:
         shown = [str(m) for m in mismatches[:5]]
         if len(mismatches) > 5:
             shown.append(f"and {len(mismatches) - 5} more")
-        return result(Outcome.FAIL, "; ".join(shown), seen), check.figures(seen)
-    return result(Outcome.PASS, "", seen), check.figures(seen)
+        return result(Outcome.FAIL, "; ".join(shown), seen), figures
+    return result(Outcome.PASS, "", seen), figures
 
 
 def _place(error: BaseException) -> str:

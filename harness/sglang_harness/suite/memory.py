@@ -133,6 +133,8 @@ class UpdatesDoNotGrow(Check[Growth]):
         return wrong
 
     def figures(self, seen: Growth) -> list[Figure]:
+        if not seen.used_bytes or not seen.push_seconds:
+            return []
         rates = [seen.weights_bytes / max(s, 1e-9) / 1e9 for s in seen.push_seconds]
         return [
             Figure.of(

@@ -86,7 +86,7 @@ def not_greedy(where: str, seen: Scored) -> Iterator[Mismatch]:
     for place, (token, its, best_id, best) in enumerate(
         zip(seen.output_ids, seen.oracle, seen.best_ids, seen.best, strict=True)
     ):
-        if token != best_id and best - its > 2 * seen.tolerance:
+        if token != best_id and not best - its <= 2 * seen.tolerance:  # NaN too
             yield Mismatch(
                 f"{where}, token {place}",
                 f"token {best_id} (log-probability {best:.5f})",
@@ -147,6 +147,11 @@ def unequal(where: str, expected: Tokens, got: Tokens, tolerance: float) -> Iter
     Where the ids part, both chosen tokens must be as probable within twice the tolerance:
     batching changes the order of sums, and in half precision that can turn a tie.
     """
+    for answer in (expected, got):
+        if len(answer.logprobs) != len(answer.ids):
+            scored = f"{len(answer.logprobs)} log-probabilities"
+            yield Mismatch(where, f"{len(answer.ids)} log-probabilities, one a token", scored)
+            return
     for place, (a, b) in enumerate(zip(expected.ids, got.ids, strict=False)):
         apart = abs(expected.logprobs[place] - got.logprobs[place])
         if a != b:

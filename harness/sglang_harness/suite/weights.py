@@ -158,7 +158,7 @@ class DiskUpdateIsServed(Check[NewWeights]):
     def judge(self, seen: NewWeights) -> list[Mismatch]:
         wrong = list(expect("success", True, seen.success))
         # Buffers (rotary tables) are computed, not loaded: they rightly stay.
-        stale = [n for n in seen.unchanged if n.endswith((".weight", ".bias"))]
+        stale = [n for n in seen.unchanged if not n.endswith(("cos_sin_cache", "inv_freq"))]
         if stale or not seen.parameters:
             wrong.append(
                 Mismatch(
