@@ -191,9 +191,11 @@ def _wait_for_ready(looker: _Looker, report: StartReport, pause: Callable[[], No
             # Before 0.5.20 there is no /ready; /health generates a token inside the server.
             route = calls.health()
             continue
-        for path in BYSTANDERS:
+        # Each is asked until it has answered too early once: asking on would hold up the looks
+        # at the route that counts.
+        for path in (p for p in BYSTANDERS if p not in report.premature):
             bystander: Call[None] = Call("GET", path, lambda _: None, timeout=2.0)
-            if looker.look(bystander) == "200" and path not in report.premature:
+            if looker.look(bystander) == "200":
                 report.premature.append(path)
         pause()
 
