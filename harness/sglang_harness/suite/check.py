@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness.errors import HarnessError, MissingExtra, RequestFailed, ServerDied, SpecError
+from sglang_harness.errors import HarnessError, MissingExtra, ServerDied, SpecError
 from sglang_harness.verdict import CheckResult, Figure, Outcome
 
 if TYPE_CHECKING:
@@ -200,8 +200,6 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
         return result(Outcome.NOT_RUN, str(error)), []
     except ServerDied as error:
         return result(Outcome.FAIL, f"expected a server that lives; {error}"), []
-    except RequestFailed as error:
-        return result(Outcome.ERROR, str(error)), []
     except HarnessError as error:
         return result(Outcome.ERROR, str(error)), []
     except Exception as error:
