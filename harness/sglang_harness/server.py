@@ -6,11 +6,9 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
 from sglang_harness.errors import ServerDied
 from sglang_harness.memory import MemoryLedger, MemorySource
@@ -60,12 +58,11 @@ class Server:
         spec: ServerSpec,
         running: Running,
         *,
-        model: Path | None,
         report: StartReport,
         memory: MemoryLedger,
     ) -> None:
         self.spec = spec
-        self.model = model
+        self.model = running.model
         self.device = running.device
         self.report = report
         self.memory = memory
@@ -103,12 +100,11 @@ class Server:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
             ServerDied, StartTimeout: it was started and never answered.
         """
-        model = checkpoint.locate(spec.model, say)
         running = (runtime or DockerRuntime()).prepare(
-            spec, model=model, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say
+            spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say
         )
         devices: list[MemorySource] = [NvmlMemory(spec.gpus)] if running.device == "gpu" else []
-        ledger = MemoryLedger([*devices, running.memory()])
+        ledger = MemoryLedger([*devices, *running.memory()])
         ledger.mark("before start", only=devices)
         started = time.monotonic()
         running.start()
@@ -125,7 +121,7 @@ class Server:
                 say=say,
             )
             ledger.mark("ready")
-            return cls(spec, running, model=model, report=report, memory=ledger)
+            return cls(spec, running, report=report, memory=ledger)
         except BaseException as error:
             # The log would be gone with the server; whoever reports the failure needs it.
             log = running.logs()

@@ -67,4 +67,4 @@ def test_what_only_a_container_gives_is_refused_in_one_line() -> None:
         (ServerSpec(model="tiny", device="gpu"), False, "--python"),
     ):
         with pytest.raises(SpecError, match=words):
-            runtime.prepare(spec, model=None, run_id="x", held=held, say=print)
+            runtime.prepare(spec, run_id="x", held=held, say=print)

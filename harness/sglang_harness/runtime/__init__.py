@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from sglang_harness.memory import MemorySource
 from sglang_harness.runtime.death import Death, DeathWatch
-from sglang_harness.spec import ServerSpec
+from sglang_harness.spec import Argument, ServerSpec
 
 __all__ = ["Death", "DeathWatch", "Reach", "Running", "Runtime"]
 
@@ -35,11 +35,19 @@ class Running(Protocol):
     def run_id(self) -> str:
         """The run that it belongs to."""
 
+    @property
+    def model(self) -> Path | None:
+        """The served model's folder on this machine; ``None`` where it is not here."""
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        """SGLang's flags that it is started with, beside model, address and device."""
+
     def start(self) -> object:
         """Sets it going; returns when it runs, long before it answers."""
 
-    def memory(self) -> MemorySource:
-        """Where the host memory of the server is read."""
+    def memory(self) -> list[MemorySource]:
+        """Where memory is read beside the GPUs: the host memory of the server."""
 
     @property
     def address(self) -> str:
@@ -86,7 +94,6 @@ class Runtime(Protocol):
         self,
         spec: ServerSpec,
         *,
-        model: Path | None,
         run_id: str,
         held: bool,
         say: Callable[[str], None],
@@ -94,9 +101,8 @@ class Runtime(Protocol):
         """Everything up to starting: finds the device, builds or fetches what is missing.
 
         Args:
-            model: the model's folder on this machine, or ``None`` for a name on the hub.
             held: the server is meant to outlive this process.
 
         Raises:
-            SpecError, EngineError, ImageError: it cannot be had here.
+            SpecError, EngineError, ImageError, ModelError: it cannot be had here.
         """

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sglang_harness import checkpoint
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Running, Runtime, engine
 from sglang_harness.runtime.docker import DockerRuntime
@@ -49,7 +50,6 @@ class AutoRuntime:
         self,
         spec: ServerSpec,
         *,
-        model: Path | None,
         run_id: str,
         held: bool,
         say: Callable[[str], None],
@@ -60,8 +60,10 @@ class AutoRuntime:
             EngineError: no engine answers, and the spec, DOCKER_HOST or ``held`` asks for one.
         """
         if self._chosen is None:
+            # A slip in the model's name is told before anything is said of engines.
+            checkpoint.locate(spec.model, say)
             self._chosen = self._decide(spec, held, say)
-        return self._chosen.prepare(spec, model=model, run_id=run_id, held=held, say=say)
+        return self._chosen.prepare(spec, run_id=run_id, held=held, say=say)
 
     @staticmethod
     def _decide(spec: ServerSpec, held: bool, say: Callable[[str], None]) -> Runtime:

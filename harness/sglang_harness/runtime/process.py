@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import psutil
 
-from sglang_harness import shipped
+from sglang_harness import checkpoint, shipped
 from sglang_harness.device import gpus
 from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.memory import MemorySource
 from sglang_harness.runtime import images
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import Redactor, new_api_key
@@ -61,7 +62,8 @@ class SGLangProcess:
         self.name = f"sglang-harness-{uuid.uuid4().hex[:8]}"
         self.api_key = new_api_key()
         self._python = python
-        self._model = model
+        self.model = model
+        self.arguments = spec.arguments(device)
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-harness-process-"))
         self._log = self._folder / "server.log"
         self._port = spec.port or _free_port()
@@ -72,7 +74,7 @@ class SGLangProcess:
         self.reach = SameMachine()
 
     def model_path(self) -> str:
-        return str(self._model) if self._model is not None else self.spec.model
+        return str(self.model) if self.model is not None else self.spec.model
 
     def start(self) -> None:
         """Starts the process.
@@ -92,11 +94,11 @@ class SGLangProcess:
             *(str(self._python), str(launcher), "--model-path", self.model_path()),
             *("--host", "127.0.0.1", "--port", str(self._port)),
             *(("--device", "cpu") if self.device == "cpu" else ()),
-            *command_line(self.spec.arguments(self.device)),
+            *command_line(self.arguments),
         ]
         passed = {n: os.environ[n] for n in self.spec.pass_environment if n in os.environ}
         cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}
-        offline = {"HF_HUB_OFFLINE": "1"} if self._model is not None else {}
+        offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
         basics = {
             n: os.environ[n]
             for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
@@ -158,8 +160,8 @@ class SGLangProcess:
                 text = ""
         return text if tail is None else "\n".join(text.splitlines()[-tail:])
 
-    def memory(self) -> ProcessMemory:
-        return ProcessMemory(self)
+    def memory(self) -> list[MemorySource]:
+        return [ProcessMemory(self)]
 
     def inspect(self) -> dict[str, Any]:
         words = self._process.args if self._process is not None else []
@@ -226,7 +228,6 @@ class ProcessRuntime:
         self,
         spec: ServerSpec,
         *,
-        model: Path | None,
         run_id: str,
         held: bool,
         say: Callable[[str], None],
@@ -235,6 +236,7 @@ class ProcessRuntime:
 
         Raises:
             SpecError: the spec asks for what only a container gives.
+            ModelError: the model is not there.
             ImageError: the environment could not be made.
         """
         if spec.image is not None:
@@ -258,6 +260,7 @@ class ProcessRuntime:
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
         python = self._python or images.run_script("embedded.sh", spec.sglang_version, say)
+        model = checkpoint.locate(spec.model, say)
         say(f"starting {spec.model} with {python} ({device})")
         return SGLangProcess(spec, python=Path(python), model=model, device=device, run_id=run_id)
 

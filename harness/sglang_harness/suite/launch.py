@@ -108,7 +108,7 @@ class InfoAgreesWithSpec(Check[InfoBesideSpec]):
     def observe(self, context: Context) -> InfoBesideSpec:
         server = context.server
         info = server.client.server_info()
-        asked = server.spec.arguments(server.device)
+        asked = server.running.arguments
         return InfoBesideSpec(
             asked=asked,
             info={name: info.get(name.replace("-", "_")) for name in asked},
