@@ -47,6 +47,18 @@ RuntimeName = Annotated[
     str, typer.Option("--runtime", help="auto, docker, or process (without a container).")
 ]
 Python = Annotated[Path | None, typer.Option(help="Runtime process: a Python that has SGLang.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Look at a server that runs already; its key comes from SGLANG_API_KEY."),
+]
+AllowChanges = Annotated[
+    bool,
+    typer.Option("--allow-changes", help="With --url: also what changes it and is put back."),
+]
+Share = Annotated[
+    str | None,
+    typer.Option(help="With --url: LOCAL:INSIDE, a folder that the server sees too."),
+]
 Pull = Annotated[str | None, typer.Option(help="missing, always or never.")]
 Port = Annotated[int | None, typer.Option(help="Port on the host; without it a free one.")]
 SpecFile = Annotated[
@@ -82,8 +94,8 @@ def spec_from(
     wanted = {name: value for name, value in limits.items() if value is not None}
     spec = ServerSpec.from_yaml(file, **fields) if file else ServerSpec.make(**fields)
     if wanted:
-        merged = {**spec.limits.model_dump(), **wanted}
-        spec = ServerSpec.make(**{**spec.model_dump(), "limits": merged})
+        merged = {**spec.limits.model_dump(exclude_unset=True), **wanted}
+        spec = ServerSpec.make(**{**spec.model_dump(exclude_unset=True), "limits": merged})
     return spec
 
 
@@ -109,6 +121,9 @@ def qualify(
     server_arg: ServerArg = None,
     runtime: RuntimeName = "auto",
     python: Python = None,
+    url: Url = None,
+    allow_changes: AllowChanges = False,
+    share: Share = None,
     profile: Annotated[str, typer.Option(help="quick: one server. full: more.")] = "quick",
     select: Annotated[
         list[str] | None, typer.Option("-k", help="Only checks whose id holds this. Repeatable.")
@@ -146,11 +161,23 @@ def qualify(
         pull=pull,
         port=port,
     )
+    attachment = held.attachment(
+        url,
+        allow_changes=allow_changes,
+        share=share,
+        contradicting={
+            "--image": image, "--sglang-version": sglang_version, "--device": device,
+            "--gpus": gpus, "--pull": pull, "--port": port, "--server-arg": server_arg or None,
+            "--spec": spec, "--python": python,
+            "--keep-on-failure": keep_on_failure or None,
+            "--runtime": None if runtime in ("auto", "attach" if url else "") else runtime,
+        },
+    )  # fmt: skip
     view = terminal.Terminal(console)
     request = Request(
         spec=wanted,
         out=out,
-        runtime=choose(runtime, python=python),
+        runtime=attachment or choose(runtime, python=python),
         profile="full" if profile == "full" else "quick",
         patterns=select or [],
         seed=seed,

@@ -41,6 +41,20 @@ class ImageError(HarnessError):
     """The image is not there, cannot be pulled or cannot be built."""
 
 
+class AttachError(HarnessError):
+    """Where a URL points there is no SGLang server that can be looked at."""
+
+
+class ReadOnly(HarnessError):
+    """A call would change a server that is only to be looked at. It was not sent."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(
+            f"{call} would change somebody else's server; it was not sent.",
+            advice="Allow what can be put back with --allow-changes.",
+        )
+
+
 class ModelError(HarnessError):
     """The model is not there, or is not a checkpoint that can be served or read."""
 

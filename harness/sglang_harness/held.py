@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_harness import places
+from sglang_harness.errors import SpecError
 from sglang_harness.runtime import engine
+from sglang_harness.runtime.attach import Attachment, SharedFolder
+from sglang_harness.runtime.reach import EXCHANGE
 from sglang_harness.server import Server
 
 
@@ -24,6 +29,8 @@ class Held(BaseModel):
     api_key: str
     folder: str | None
     """The exchange folder on this machine, to be removed with the server."""
+    model: str | None = None
+    """The served checkpoint's folder on this machine."""
 
     @property
     def file(self) -> Path:
@@ -43,6 +50,7 @@ def hold(server: Server) -> Held:
         address=server.address,
         api_key=server.running.api_key or "",
         folder=None if reach_folder is None else str(reach_folder),
+        model=None if server.model is None else str(server.model),
     )
     held.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     held.file.touch(mode=0o600)
@@ -60,6 +68,49 @@ def held_servers() -> list[Held]:
         except (OSError, ValidationError):
             continue
     return found
+
+
+def attachment(
+    url: str | None,
+    *,
+    allow_changes: bool = False,
+    share: str | None = None,
+    contradicting: Mapping[str, object] | None = None,
+) -> Attachment | None:
+    """What ``--url`` and the options beside it mean; ``None`` where no URL was given.
+
+    The key comes from ``SGLANG_API_KEY``. Of a server that this user holds everything is on
+    record: key, model, and the folder that both sides see.
+
+    Args:
+        contradicting: options that say how to start a server, with what they were given.
+
+    Raises:
+        SpecError: options contradict each other, or cannot be meant.
+    """
+    if url is None:
+        for option, given in (("--allow-changes", allow_changes), ("--share", share)):
+            if given:
+                raise SpecError(f"{option} is for a server that runs already: --url is missing.")
+        if (contradicting or {}).get("--runtime") == "attach":
+            raise SpecError("The runtime 'attach' needs the address of a server: --url.")
+        return None
+    if both := [name for name, given in (contradicting or {}).items() if given is not None]:
+        raise SpecError(
+            f"--url names a server that runs already, and {both[0]} says how to start one.",
+            advice="Give one of the two.",
+        )
+    known = next((h for h in held_servers() if h.address.rstrip("/") == url.rstrip("/")), None)
+    shared = SharedFolder.parse(share) if share else None
+    if shared is None and known and known.folder and Path(known.folder).is_dir():
+        shared = SharedFolder(Path(known.folder), EXCHANGE)
+    return Attachment(
+        url,
+        api_key=os.environ.get("SGLANG_API_KEY") or (known.api_key if known else None),
+        allow_changes=allow_changes,
+        shared=shared,
+        model=Path(known.model) if known and known.model and Path(known.model).is_dir() else None,
+    )
 
 
 def release(held: Held) -> list[str]:

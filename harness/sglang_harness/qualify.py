@@ -18,6 +18,7 @@ from sglang_harness.errors import HarnessError, Interrupted, ServerDied, SpecErr
 from sglang_harness.interruption import interruptions
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine
+from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.server import Server
@@ -46,6 +47,10 @@ PROCESS_CAVEAT = (
     "No container: the server ran as a process of this machine, with the rights of the harness."
 )
 
+ATTACHED_CAVEAT = (
+    "Somebody else's server: it was {how}; its start, its end and its memory were out of sight."
+)
+
 RESULTS = ("verdict.json", "junit.xml", "server.log")
 
 
@@ -72,7 +77,7 @@ class Request:
 
     spec: ServerSpec
     out: Path
-    runtime: Runtime = field(default_factory=DockerRuntime)
+    runtime: Runtime | Attachment = field(default_factory=DockerRuntime)
     profile: ProfileName = "quick"
     patterns: list[str] = field(default_factory=list)
     seed: int = 0
@@ -215,6 +220,10 @@ class Qualification:
 
     @staticmethod
     def _lacking(check: Check[Any], server: Server) -> str | None:
+        if check.own_server and server.running.runtime == "attach":
+            return "it may kill its server, and none is started beside somebody else's"
+        if check.changes and not server.may_change:
+            return "it changes the server for a while (--allow-changes was not given)"
         for need in check.needs:
             try:
                 if reason := need.lacking(server):
@@ -228,7 +237,7 @@ class Qualification:
         if time.monotonic() - self._began > self._request.spec.limits.run:
             return f"the run's limit of {self._request.spec.limits.run:g} s was over"
         if server.running.watch.death is not None:
-            return "the server had died, and was replaced often enough"
+            return "the server had died, and was not replaced again"
         return None
 
     def _record(self, result: CheckResult, figures: list[Figure]) -> None:
@@ -243,6 +252,9 @@ class Qualification:
     def _replace_if_dead(self, context: Context, check: Check[Any]) -> None:
         death = context.server.running.watch.death
         if death is None or self._replaced >= REPLACEMENTS:
+            return
+        if isinstance(self._request.runtime, Attachment):
+            self._replaced = REPLACEMENTS
             return
         self._replaced += 1
         self._caveats.append(f"The server died under {check.id} and was replaced.")
@@ -266,7 +278,8 @@ class Qualification:
                 self._keep(running[-1])
                 return
             for server in running:
-                self._viewer.say("stopping the server")
+                attached = server.running.runtime == "attach"
+                self._viewer.say("looking away" if attached else "stopping the server")
                 self._stop(server)
             if not interrupted and self._servers:
                 self._ask_after_stop(self._servers[-1])
@@ -306,9 +319,11 @@ class Qualification:
             strict_known=request.strict_known,
         )
         device = server.device if server else "unknown"
+        spec = server.spec if server else request.spec
         caveats = [
             *([CPU_CAVEAT] if device == "cpu" else []),
             *([PROCESS_CAVEAT] if request.runtime.name == "process" else []),
+            *self._attached_caveat(),
             *self._caveats,
         ]
         phases = (
@@ -329,14 +344,12 @@ class Qualification:
             sglang_version=self._version,
             image=server.about() if server else None,
             model={
-                "name": request.spec.model,
+                "name": spec.model,
                 "folder": server.model.name if server and server.model else None,
             },
-            device=_device(device, request.spec),
+            device=_device(device, spec),
             runtime=request.runtime.name,
-            spec=Redactor(*named_as_secrets(request.spec.environment)).data(
-                request.spec.model_dump(mode="json")
-            ),
+            spec=Redactor(*named_as_secrets(spec.environment)).data(spec.model_dump(mode="json")),
             seed=request.seed,
             checks=self._results,
             outside_profile=self._outside,
@@ -349,6 +362,13 @@ class Qualification:
             environment={**environment.describe(), "docker": _engine()},
             caveats=caveats,
         )
+
+    def _attached_caveat(self) -> list[str]:
+        how = self._request.runtime
+        if not isinstance(how, Attachment):
+            return []
+        changed = "changed and put back" if how.allow_changes else "only looked at"
+        return [ATTACHED_CAVEAT.format(how=changed)]
 
     def _write(self, verdict: Verdict) -> None:
         out = self._request.out

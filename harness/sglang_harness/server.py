@@ -6,20 +6,27 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
-from sglang_harness.errors import ServerDied
+from sglang_harness.errors import AttachError, ServerDied, StartTimeout
+from sglang_harness.introduction import introduce
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.memory.nvml import NvmlMemory
 from sglang_harness.readiness import StartReport, wait_until_ready
 from sglang_harness.runtime import Reach, Running, Runtime
+from sglang_harness.runtime.attach import AttachedServer, Attachment
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
+
+#: Seconds for the first generation of a server that is said to run already.
+ANSWERS_WITHIN = 60.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Server:
         report: how it came up.
         memory: readings at marks; ``before start`` (GPUs), ``started`` and
             ``ready`` are taken already.
+        may_change: false for somebody else's server that is only looked at.
     """
 
     def __init__(
@@ -60,7 +68,9 @@ class Server:
         *,
         report: StartReport,
         memory: MemoryLedger,
+        may_change: bool = True,
     ) -> None:
+        self.may_change = may_change
         self.spec = spec
         self.model = running.model
         self.device = running.device
@@ -75,6 +85,7 @@ class Server:
             watch=running.watch,
             retry=RetryPolicy(),
             timeout=spec.limits.request,
+            read_only=not may_change,
         )
         self.lacks: dict[str, str | None] = {}
         """What was asked of the server once: why it lacks something, or ``None``."""
@@ -86,7 +97,7 @@ class Server:
         cls,
         spec: ServerSpec,
         *,
-        runtime: Runtime | None = None,
+        runtime: Runtime | Attachment | None = None,
         say: Say = _quietly,
         run_id: str | None = None,
         held: bool = False,
@@ -94,12 +105,15 @@ class Server:
         """Starts a server and waits until it answers.
 
         Args:
-            runtime: how it comes to be; by default in a container.
+            runtime: how it comes to be; by default in a container. An attachment starts
+                nothing: see :meth:`attach`.
 
         Raises:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
             ServerDied, StartTimeout: it was started and never answered.
         """
+        if isinstance(runtime, Attachment):
+            return cls.attach(runtime, spec, say=say, run_id=run_id)
         running = (runtime or DockerRuntime()).prepare(
             spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say
         )
@@ -129,6 +143,62 @@ class Server:
             redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
             error.server_log = redactor.text(log)  # type: ignore[attr-defined]
             raise
+
+    @classmethod
+    def attach(
+        cls,
+        attachment: Attachment,
+        spec: ServerSpec | None = None,
+        *,
+        say: Say = _quietly,
+        run_id: str | None = None,
+    ) -> Server:
+        """Looks at a server that runs already; ``stop`` looks away and leaves it running.
+
+        Args:
+            spec: of its fields only ``limits`` and, where it is set, ``model`` (the served
+                checkpoint on this machine) mean anything.
+
+        Raises:
+            AttachError: nothing answers there, it wants another key, or it is no SGLang.
+            ModelError: ``model`` was given and is not there.
+        """
+        spec = spec or ServerSpec()
+        given = "model" in spec.model_fields_set
+        model = checkpoint.locate(spec.model, say) if given else attachment.model
+        about = introduce(attachment)
+        if model is None and not given and Path(about.model_path).is_dir():
+            model = Path(about.model_path)
+        running = AttachedServer(
+            attachment,
+            run_id=run_id or uuid.uuid4().hex[:12],
+            device=about.device,
+            model_path=about.model_path,
+            model=model,
+        )
+        say(f"looking at SGLang {about.version} at {running.address} ({about.device})")
+        try:
+            wait_until_ready(
+                running.address,
+                api_key=running.api_key,
+                watch=running.watch,
+                limit=spec.limits.start if "limits" in spec.model_fields_set else ANSWERS_WITHIN,
+            )
+        except (ServerDied, StartTimeout) as error:
+            running.end()
+            raise AttachError(
+                f"The server at {running.address} states what it serves, and generates nothing: "
+                f"{error.message}",
+                advice="It may be paused, loading or stuck; look at its log.",
+            ) from None
+        named = spec.model_copy(update={"model": str(model or about.model_path)})
+        return cls(
+            named,
+            running,
+            report=StartReport(),
+            memory=MemoryLedger([]),
+            may_change=attachment.allow_changes,
+        )
 
     @property
     def reach(self) -> Reach:

@@ -16,6 +16,7 @@ from sglang_harness.client.transport import RequestsTransport, Transport
 from sglang_harness.errors import (
     BadAnswer,
     NoAnswerInTime,
+    ReadOnly,
     Refused,
     RequestFailed,
     ServerDied,
@@ -50,6 +51,7 @@ class Client:
             :class:`ServerDied` with the reason instead of a broken connection.
         retry: when a failed call is sent again; by default never.
         timeout: seconds for an answer where neither the call nor a deadline says less.
+        read_only: a call that changes the server is not sent, and raises :class:`ReadOnly`.
 
     Raises, for every call: :class:`Refused`, :class:`BadAnswer`, :class:`Unreachable`,
     :class:`NoAnswerInTime`, and :class:`ServerDied`.
@@ -62,7 +64,9 @@ class Client:
         watch: DeathWatch | None = None,
         retry: RetryPolicy | None = None,
         timeout: float = 120.0,
+        read_only: bool = False,
     ) -> None:
+        self.read_only = read_only
         self._timeout = timeout
         self._transport = transport
         self._watch = watch
@@ -75,6 +79,8 @@ class Client:
 
     def send(self, call: Call[T]) -> T:
         """The answer to ``call``; see the class for what it raises."""
+        if self.read_only and call.changes:
+            raise ReadOnly(str(call))
         failed = 0
         while True:
             bounded = self._bounded(call)

@@ -35,6 +35,7 @@ class Call(Generic[T]):
         repeatable: sending it twice does no more than sending it once, so that a lost reply
             may be answered by sending it again.
         timeout: seconds for the answer; ``None``: the client's.
+        changes: leaves the server other than it was, for those who use it too.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Call(Generic[T]):
     query: tuple[tuple[str, str], ...] = ()
     repeatable: bool = False
     timeout: float | None = None
+    changes: bool = False
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"

@@ -212,7 +212,9 @@ def abort(request_id: str) -> Call[None]:
 
 
 def abort_all() -> Call[None]:
-    return Call("POST", "/abort_request", _nothing, {"abort_all": True}, repeatable=True)
+    return Call(
+        "POST", "/abort_request", _nothing, {"abort_all": True}, repeatable=True, changes=True
+    )
 
 
 # --- weights ---------------------------------------------------------------------------
@@ -235,7 +237,7 @@ def update_weights_from_disk(
     }
     if weight_version is not None:
         body["weight_version"] = weight_version
-    return Call("POST", "/update_weights_from_disk", _update, body, timeout=timeout)
+    return Call("POST", "/update_weights_from_disk", _update, body, timeout=timeout, changes=True)
 
 
 def checksums() -> Call[Checksums]:
@@ -258,28 +260,30 @@ def _update(reply: Reply) -> Update:
 def flush_cache() -> Call[None]:
     """Empties the prefix cache. 400 while requests run; and for some milliseconds after an
     answer its request still counts as running (0.5.23), so the server is given 5 s."""
-    return Call("POST", "/flush_cache", _nothing, query=(("timeout", "5"),), repeatable=True)
+    return Call(
+        "POST", "/flush_cache", _nothing, query=(("timeout", "5"),), repeatable=True, changes=True
+    )
 
 
 def pause(mode: str = "abort") -> Call[None]:
     """Stops generating. ``abort`` ends running requests, ``retract`` and ``in_place`` keep
     them for ``resume``. While paused a new request hangs rather than fails (0.5.23)."""
-    return Call("POST", "/pause_generation", _nothing, {"mode": mode})
+    return Call("POST", "/pause_generation", _nothing, {"mode": mode}, changes=True)
 
 
 def resume() -> Call[None]:
     """SGLang's ``/continue_generation``. The body is required."""
-    return Call("POST", "/continue_generation", _nothing, {}, repeatable=True)
+    return Call("POST", "/continue_generation", _nothing, {}, repeatable=True, changes=True)
 
 
 def release_memory(tags: Sequence[str] | None = None) -> Call[None]:
     """Gives memory back; frees nothing without ``--enable-memory-saver``, and answers 200
     all the same. Not repeatable: a second release of the same tag can kill the server."""
     body = {"tags": list(tags)} if tags is not None else {}
-    return Call("POST", "/release_memory_occupation", _nothing, body)
+    return Call("POST", "/release_memory_occupation", _nothing, body, changes=True)
 
 
 def resume_memory(tags: Sequence[str] | None = None) -> Call[None]:
     """Takes memory back. Not repeatable: without a release before it the server dies."""
     body = {"tags": list(tags)} if tags is not None else {}
-    return Call("POST", "/resume_memory_occupation", _nothing, body)
+    return Call("POST", "/resume_memory_occupation", _nothing, body, changes=True)

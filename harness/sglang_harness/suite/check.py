@@ -111,6 +111,12 @@ class Context:
             self._dtype = str(self.server.client.server_info().get("dtype", "auto"))
         return self._dtype
 
+    def empty_prefix_cache(self) -> None:
+        """Before an answer that must not come out of the cache. A server that is only looked
+        at keeps its cache: then such an answer is still judged, with less force."""
+        if self.server.may_change:
+            self.server.client.flush_cache()
+
     def random(self, salt: str) -> random.Random:
         return random.Random(f"{self.seed}:{salt}")  # noqa: S311 -- reproducible on purpose
 
@@ -124,6 +130,8 @@ class Check(ABC, Generic[O]):
         profile: ``quick`` checks also run in ``full``.
         own_server: may kill its server, so it gets one of its own.
         after_stop: asked when the server has been stopped.
+        changes: leaves the server other than it was until it has put it back, so it is not
+            asked of somebody else's server unless that is allowed.
     """
 
     id: ClassVar[str]
@@ -133,6 +141,7 @@ class Check(ABC, Generic[O]):
     profile: ClassVar[Literal["quick", "full"]] = "quick"
     own_server: ClassVar[bool] = False
     after_stop: ClassVar[bool] = False
+    changes: ClassVar[bool] = False
 
     @abstractmethod
     def observe(self, context: Context) -> O:

@@ -154,7 +154,7 @@ class BatchEqualsSingle(Check[Pairs]):
         client = context.server.client
         single = [client.generate(p, sampling=greedy(8), logprobs=True) for p in PROMPTS]
         # Answers of a warm cache would hide what the batch itself computes.
-        client.flush_cache()
+        context.empty_prefix_cache()
         batch = client.generate_batch(PROMPTS, sampling=greedy(8), logprobs=True)
         return Pairs(
             labels=list(PROMPTS),
@@ -210,7 +210,7 @@ class StreamEqualsWhole(Check[Streamed]):
     def observe(self, context: Context) -> Streamed:
         client, prompt = context.server.client, PROMPTS[1]
         whole = client.generate(prompt, sampling=greedy(24))
-        client.flush_cache()
+        context.empty_prefix_cache()
         chunks = list(client.stream(prompt, sampling=greedy(24)))
         last = chunks[-1].data["meta_info"] if chunks else {}
         return Streamed(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sglang_harness.readiness import PHASES
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
+from sglang_harness.suite.needs import STARTED_HERE
 
 
 class Seen(BaseModel):
@@ -47,6 +48,7 @@ class StartsInPhases(Check[CameUp]):
     id = "launch/phases"
     sentence = "The server comes up through every phase and ends with a real generation."
     observation = CameUp
+    needs = (STARTED_HERE,)
 
     def observe(self, context: Context) -> CameUp:
         return _came_up(context)
@@ -68,6 +70,7 @@ class ReadinessIsTrue(Check[CameUp]):
         "answer earlier are known for it."
     )
     observation = CameUp
+    needs = (STARTED_HERE,)
 
     def observe(self, context: Context) -> CameUp:
         return _came_up(context)
@@ -104,6 +107,7 @@ class InfoAgreesWithSpec(Check[InfoBesideSpec]):
     id = "launch/server-info"
     sentence = "The server states the model, device and flags that it was started with."
     observation = InfoBesideSpec
+    needs = (STARTED_HERE,)
 
     def observe(self, context: Context) -> InfoBesideSpec:
         server = context.server
@@ -147,6 +151,7 @@ class LogIsClean(Check[LogLines]):
     id = "launch/log"
     sentence = "The log of a server that was used as intended holds no traceback."
     observation = LogLines
+    needs = (STARTED_HERE,)
 
     def observe(self, context: Context) -> LogLines:
         lines = context.server.logs().splitlines()
@@ -175,6 +180,7 @@ class StopsCleanly(Check[WentDown]):
     id = "launch/stop"
     sentence = "Asked to end, the server ends with exit code 0 in time and leaves nothing behind."
     observation = WentDown
+    needs = (STARTED_HERE,)
     after_stop = True
 
     def observe(self, context: Context) -> WentDown:

@@ -10,8 +10,8 @@ from sglang_harness.memory import Reading
 from sglang_harness.memory.nvml import NvmlMemory
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.generate import PROMPTS, greedy
-from sglang_harness.suite.needs import DISK_UPDATE, GPU
-from sglang_harness.suite.weights import first_weights_afterwards, update_from_disk, variant
+from sglang_harness.suite.needs import GPU, STARTED_HERE
+from sglang_harness.suite.weights import PUSHED, first_weights_afterwards, update_from_disk, variant
 from sglang_harness.verdict import Figure
 
 MIB = 1 << 20
@@ -35,6 +35,7 @@ class MemoryIsSeen(Check[Snapshots]):
         "loading adds at least the weights."
     )
     observation = Snapshots
+    needs = (STARTED_HERE,)
 
     def observe(self, context: Context) -> Snapshots:
         server = context.server
@@ -93,7 +94,8 @@ class UpdatesDoNotGrow(Check[Growth]):
     id = "memory/updates-do-not-grow"
     sentence = "Eight updates from disk leave no more memory in use than two."
     observation = Growth
-    needs = (DISK_UPDATE,)
+    needs = (*PUSHED, STARTED_HERE)
+    changes = True
 
     def observe(self, context: Context) -> Growth:
         server, new = context.server, variant(context)
@@ -160,7 +162,7 @@ class DeviceIsGivenBack(Check[DeviceMemory]):
     id = "memory/device-given-back"
     sentence = "When the server is gone each GPU is back where it was before."
     observation = DeviceMemory
-    needs = (GPU,)
+    needs = (GPU, STARTED_HERE)
     after_stop = True
 
     def observe(self, context: Context) -> DeviceMemory:

@@ -40,6 +40,47 @@ def _no_gpu(server: Server) -> str | None:
 GPU = Need("a GPU", _no_gpu)
 
 
+def _started_by_somebody_else(server: Server) -> str | None:
+    if server.running.runtime == "attach":
+        return "the server was started by somebody else: its start, log and memory are out of sight"
+    return None
+
+
+STARTED_HERE = Need("a server that this run starts", _started_by_somebody_else)
+
+
+def _no_key(server: Server) -> str | None:
+    return None if server.running.api_key else "the server was started without a key"
+
+
+API_KEY = Need("a server with a key", _no_key)
+
+
+def _no_shared_folder(server: Server) -> str | None:
+    if getattr(server.running, "shares_a_folder", True):
+        return None
+    return "no folder is shared with this server (--share)"
+
+
+SHARED_FOLDER = Need("a folder that both sides see", _no_shared_folder)
+
+
+def _not_its_first_weights(server: Server) -> str | None:
+    """On somebody else's server only weights that can be put back are replaced."""
+    if server.running.runtime != "attach" or "weights" in server.lacks:
+        return server.lacks.get("weights")
+    version = str(server.client.model_info().get("weight_version"))
+    server.lacks["weights"] = (
+        None
+        if version == "default"
+        else f"somebody pushed weights ({version}), and these could not be put back"
+    )
+    return server.lacks["weights"]
+
+
+FIRST_WEIGHTS = Need("weights that can be put back", _not_its_first_weights)
+
+
 def _no_prefix_cache(server: Server) -> str | None:
     if server.client.server_info().get("disable_radix_cache"):
         return "the server was started with --disable-radix-cache"

@@ -22,7 +22,13 @@ from sglang_harness.suite.check import (
     register,
 )
 from sglang_harness.suite.generate import PROMPTS, greedy
-from sglang_harness.suite.needs import CHECKSUMS, DISK_UPDATE, PREFIX_CACHE
+from sglang_harness.suite.needs import (
+    CHECKSUMS,
+    DISK_UPDATE,
+    FIRST_WEIGHTS,
+    PREFIX_CACHE,
+    SHARED_FOLDER,
+)
 from sglang_harness.suite.scored import (
     Scored,
     Tokens,
@@ -34,6 +40,9 @@ from sglang_harness.suite.scored import (
 from sglang_harness.verdict import Figure
 
 NEW_VERSION = "harness-new"
+
+#: What every check needs that serves other weights from disk for a while.
+PUSHED = (DISK_UPDATE, SHARED_FOLDER, FIRST_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,8 @@ class DiskUpdateIsServed(Check[NewWeights]):
         "with what is generated, the old one does not, and the label is the new one."
     )
     observation = NewWeights
-    needs = (DISK_UPDATE, CHECKSUMS)
+    needs = (*PUSHED, CHECKSUMS)
+    changes = True
 
     def observe(self, context: Context) -> NewWeights:
         client, new = context.server.client, variant(context)
@@ -210,7 +220,8 @@ class DiskUpdateRestores(Check[Restored]):
         "the name that is served."
     )
     observation = Restored
-    needs = (DISK_UPDATE, CHECKSUMS)
+    needs = (*PUSHED, CHECKSUMS)
+    changes = True
 
     def observe(self, context: Context) -> Restored:
         client, new = context.server.client, variant(context)
@@ -269,7 +280,8 @@ class NoStalePrefix(Check[PrefixCache]):
         "control, told not to flush) is found out."
     )
     observation = PrefixCache
-    needs = (DISK_UPDATE, PREFIX_CACHE)
+    needs = (*PUSHED, PREFIX_CACHE)
+    changes = True
 
     def observe(self, context: Context) -> PrefixCache:
         client, new = context.server.client, variant(context)
@@ -325,7 +337,8 @@ class MissingPathIsRefused(Check[RefusedPath]):
     id = "weights/disk-missing-path"
     sentence = "An update from a path that does not exist is refused, and nothing has changed."
     observation = RefusedPath
-    needs = (DISK_UPDATE, CHECKSUMS)
+    needs = (DISK_UPDATE, FIRST_WEIGHTS, CHECKSUMS)
+    changes = True
 
     def observe(self, context: Context) -> RefusedPath:
         client = context.server.client

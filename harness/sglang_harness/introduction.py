@@ -1,0 +1,68 @@
+"""Finds out what answers at an address, before it is treated as an SGLang server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sglang_harness.client import Client, RequestsTransport
+from sglang_harness.errors import AttachError, BadAnswer, NoAnswerInTime, Refused, Unreachable
+from sglang_harness.runtime.attach import Attachment
+
+#: Seconds for each of the two questions; ``/server_info`` hangs when the scheduler is stuck.
+PATIENCE = 15.0
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a server says of itself."""
+
+    version: str
+    model_path: str
+    device: Literal["cpu", "gpu"]
+
+
+def introduce(attachment: Attachment) -> Introduction:
+    """Asks the server at ``attachment.url`` who it is. Changes nothing.
+
+    Raises:
+        AttachError: nothing answers, it wants another key, or it is no SGLang.
+    """
+    where = attachment.url
+    transport = RequestsTransport(where, api_key=attachment.api_key, read_timeout=PATIENCE)
+    client = Client(transport, timeout=PATIENCE, read_only=True)
+    try:
+        model, server = client.model_info(), client.server_info()
+    except (Unreachable, NoAnswerInTime) as error:
+        raise AttachError(
+            f"No server answers at {where}: {error.message}.",
+            advice="Check host and port, and that the server has come up.",
+        ) from None
+    except Refused as error:
+        if error.status in (401, 403):
+            said = "the one in SGLANG_API_KEY" if attachment.api_key else "none"
+            raise AttachError(
+                f"The server at {where} wants a key ({error.status}), and {said} was sent.",
+                advice="Put its key into the variable SGLANG_API_KEY.",
+            ) from None
+        raise _stranger(where, error.message) from None
+    except BadAnswer as error:
+        raise _stranger(where, error.message) from None
+    finally:
+        client.close()
+    return _read(where, model, server)
+
+
+def _read(where: str, model: dict[str, Any], server: dict[str, Any]) -> Introduction:
+    for name, told in (("model_path", model), ("version", server)):
+        if not isinstance(told.get(name), str) or not told[name]:
+            raise _stranger(where, f"it states no {name}")
+    device: Literal["cpu", "gpu"] = "cpu" if server.get("device") == "cpu" else "gpu"
+    return Introduction(str(server["version"]), str(model["model_path"]), device)
+
+
+def _stranger(where: str, why: str) -> AttachError:
+    return AttachError(
+        f"What answers at {where} is not SGLang: {' '.join(why.split())[:120]}.",
+        advice="Give the address of the server itself, not of a router or another service.",
+    )

@@ -1,0 +1,205 @@
+"""A server of somebody else's: only an address. It is never started, ended or logged here."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.memory import MemorySource
+from sglang_harness.permissions import make_readable
+from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.spec import Argument
+
+#: Seconds between two looks at whether the server still takes connections.
+LOOK_EVERY = 1.0
+
+
+@dataclass(frozen=True)
+class SharedFolder:
+    """A folder of this machine that the server sees too, as ``inside``."""
+
+    local: Path
+    inside: PurePosixPath
+    copies: list[Path] = field(default_factory=list, compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> SharedFolder:
+        """``LOCAL:INSIDE``, or one path that is the same on both sides.
+
+        Raises:
+            SpecError: the local folder is not there, or the path inside is not absolute.
+        """
+        local, _, inside = text.partition(":")
+        folder = Path(local).expanduser()
+        if not local or not folder.is_dir():
+            raise SpecError(
+                f"--share {text!r}: {local or 'the part before the colon'} is no folder here.",
+                advice="Write LOCAL:INSIDE, a folder here and its path as the server sees it.",
+            )
+        path = PurePosixPath(inside or folder.resolve())
+        if not path.is_absolute():
+            raise SpecError(f"--share {text!r}: {inside} is no absolute path.")
+        return cls(folder.resolve(), path)
+
+    def share(self, path: Path) -> PurePosixPath:
+        """See :class:`sglang_harness.runtime.Reach`; copied where it lies elsewhere."""
+        path = path.resolve()
+        if path.is_relative_to(self.local):
+            return self.inside / path.relative_to(self.local)
+        copy = self.local / f"sglang-harness-{uuid.uuid4().hex[:8]}" / path.name
+        copy.parent.mkdir()
+        self.copies.append(copy.parent)
+        copy.parent.chmod(0o755)
+        if path.is_dir():
+            shutil.copytree(path, copy)
+        else:
+            shutil.copy2(path, copy)
+        make_readable(copy)
+        return self.inside / copy.relative_to(self.local)
+
+    def clear(self) -> None:
+        """Removes what :meth:`share` has copied."""
+        while self.copies:
+            shutil.rmtree(self.copies.pop(), ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """How to look at a running server, instead of a runtime that starts one.
+
+    Attributes:
+        url: its base URL, without a key in it.
+        api_key: what it asks for; from the environment, never from an argument.
+        allow_changes: what can be put back may be changed. Off, the server is only read.
+        shared: a folder that both sides see, for weights from disk.
+        model: the served checkpoint on this machine, for the oracle; ``None``: found by the
+            path that the server states, where that is here too.
+
+    Raises:
+        SpecError: the URL is none, or holds a secret.
+    """
+
+    url: str
+    api_key: str | None = None
+    allow_changes: bool = False
+    shared: SharedFolder | None = None
+    model: Path | None = None
+
+    name = "attach"
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+            _ = parts.port
+        except ValueError:
+            usable = False
+        if not usable:
+            raise SpecError(
+                f"--url {self.url!r} is no URL of a server.",
+                advice="Write it as http://127.0.0.1:30000.",
+            )
+        if parts.username or parts.password or parts.query:
+            raise SpecError(
+                "--url holds more than an address, perhaps a secret.",
+                advice="Put the server's key into the variable SGLANG_API_KEY.",
+            )
+
+
+class AttachedServer:
+    """Somebody else's server as a :class:`sglang_harness.runtime.Running`."""
+
+    runtime = "attach"
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        *,
+        run_id: str,
+        device: Literal["cpu", "gpu"],
+        model_path: str,
+        model: Path | None,
+    ) -> None:
+        self.run_id = run_id
+        self.device: Literal["cpu", "gpu"] = device
+        self.model = model
+        self.arguments: dict[str, Argument] = {}
+        self.address = attachment.url.rstrip("/")
+        self.api_key = attachment.api_key
+        self._attachment = attachment
+        self._model_path = model_path
+        self._over = threading.Event()
+        self.watch = DeathWatch(self._wait_for_death)
+
+    def start(self) -> None:
+        """Nothing: it runs."""
+
+    def _wait_for_death(self) -> Death:
+        parts = urlsplit(self.address)
+        where = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        refused = 0
+        while not self._over.wait(LOOK_EVERY):
+            try:
+                socket.create_connection(where, timeout=5).close()
+                refused = 0
+            except ConnectionRefusedError:
+                refused += 1
+            except OSError:
+                # A slow or broken way there is no death; the calls will say what they meet.
+                continue
+            if refused >= 2:
+                why = f"nothing listens at {self.address} any more (not ours: no log to look at)"
+                return Death(None, False, why, "", ())
+        return Death(None, False, "no longer looked at", "", ())
+
+    def memory(self) -> list[MemorySource]:
+        return []
+
+    @property
+    def reach(self) -> SharedFolder:
+        if self._attachment.shared is None:
+            raise EngineError(
+                "No folder is shared with this server.",
+                advice="Name one that both sides see with --share LOCAL:INSIDE.",
+            )
+        return self._attachment.shared
+
+    @property
+    def shares_a_folder(self) -> bool:
+        return self._attachment.shared is not None
+
+    def model_path(self) -> str:
+        return self._model_path
+
+    def logs(self, *, tail: int | None = None) -> str:
+        """Empty: the log is its owner's."""
+        del tail
+        return ""
+
+    def inspect(self) -> dict[str, Any]:
+        return {
+            "url": self.address,
+            "model_path": self._model_path,
+            "changes_allowed": self._attachment.allow_changes,
+        }
+
+    def host_pids(self) -> list[int]:
+        return []
+
+    def end(self) -> int | None:
+        """Looks away. The server goes on."""
+        self.watch.expected = True
+        self._over.set()
+        if self._attachment.shared is not None:
+            self._attachment.shared.clear()
+        return None
+
+    def left_behind(self) -> list[str]:
+        return []
