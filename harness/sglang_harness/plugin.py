@@ -371,7 +371,7 @@ def gpu_memory(sglang_server: Server) -> Callable[[], dict[str, int]]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
+    item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failing test shows how its server came up, and what it wrote."""
     report = yield
