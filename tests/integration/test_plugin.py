@@ -7,7 +7,18 @@ import re
 import pytest
 from commands import COMMAND_LIMIT
 
+from sglang_harness import places
+
 pytest_plugins = ["pytester"]
+
+#: Looked up here: a pytester has a home of its own.
+CACHE = str(places.cache())
+
+
+@pytest.fixture(autouse=True)
+def _what_was_made_before_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_HARNESS_CACHE", CACHE)
+
 
 PUSHING = """
 import pytest
