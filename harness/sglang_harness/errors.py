@@ -125,6 +125,15 @@ class BadAnswer(RequestFailed):
     """The server answered 200 with something that this call cannot mean."""
 
 
+class PeerFailed(HarnessError):
+    """What was put beside the server did not do its part of a push."""
+
+    def __init__(self, reason: str, words: str = "") -> None:
+        last = [line for line in words.splitlines() if line.strip()][-1:]
+        said = f" It said: {last[0].strip()[:300]}" if last else ""
+        super().__init__(f"The peer failed: {reason}.{said}")
+
+
 class Interrupted(BaseException):
     """The run was ended from outside, by Ctrl-C or SIGTERM. Nothing that handles errors
     handles this.
