@@ -79,11 +79,14 @@ class Checkpoint:
         """Of all tensors, as they are in memory."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(
+        self, names: Iterable[str] | None = None, *, dtypes: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors one after another: contiguous, on the CPU, each with memory of its own.
 
         Args:
             names: which ones, in this order; all, in the order of the files, where not given.
+            dtypes: what to bring tensors to, by name; the others stay as they are saved.
 
         Raises:
             MissingExtra: torch is not installed.
@@ -93,20 +96,22 @@ class Checkpoint:
         wanted = list(self.tensors if names is None else names)
         if unknown := [name for name in wanted if name not in self.tensors]:
             raise KeyError(f"{self.path} holds no {unknown[0]}")
-        return self._read(wanted)
+        return self._read(wanted, dtypes or {})
 
-    def _read(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _read(
+        self, names: list[str], dtypes: Mapping[str, str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         with Files(self._stamps) as files:
             for name in names:
                 # Not bound to a name here: the tensor is its receiver's alone.
-                yield name, self._tensor(name, files)
+                yield name, self._tensor(name, files, dtypes.get(name))
 
-    def _tensor(self, name: str, files: Files) -> torch.Tensor:
+    def _tensor(self, name: str, files: Files, dtype: str | None) -> torch.Tensor:
         info, places = self.tensors[name], self._places[name]
         spans = (place if isinstance(place, Span) else place.span(files) for place in places)
         if len(places) == 1 and places[0].start is None:
-            return read_span(next(spans), files)
-        whole = empty(info.shape, info.dtype)
+            return read_span(next(spans), files, dtype)
+        whole = empty(info.shape, dtype or info.dtype)
         for span in spans:
             read_into(whole, span, files)
         return whole
