@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_harness.errors import PeerFailed
 from sglang_harness.runtime import Beside, Running
-from sglang_harness.weights.buckets import Bucket
+
+if TYPE_CHECKING:
+    from sglang_harness.weights.buckets import Bucket
 
 __all__ = ["Peer"]
 

@@ -44,7 +44,10 @@ class Sender:
     # --- what is sent ---------------------------------------------------------------------
 
     def open(self, folder: str) -> dict[str, Any]:
-        """Finds every tensor of the folder's safetensors files; reads none."""
+        """Finds every tensor of the folder's safetensors files; reads none. Imports torch, which
+        takes seconds, while nothing waits for it."""
+        import torch  # noqa: F401
+
         self.places = {}
         for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
             with open(path, "rb") as file:
@@ -61,11 +64,11 @@ class Sender:
             "bytes": sum(place[2] for place in self.places.values()),
         }
 
-    def _fill(self, slots: list[Any], extent: int, shared: bool) -> float:
+    def _fill(self, slots: list[Any], room: int, shared: bool) -> float:
         """Reads a bucket straight from the files into one buffer, which is used again."""
         started = time.monotonic()
-        if self.room is None or self.room.numel() < extent or self.shared != shared:
-            self._make_room(extent, shared)
+        if self.room is None or self.room.numel() < room or self.shared != shared:
+            self._make_room(room, shared)
         memory = memoryview(self.room.numpy())
         path: str | None = None
         file: Any = None
@@ -94,6 +97,7 @@ class Sender:
         import torch
 
         self.room = None
+        self._unlink()
         self.shared = shared
         if not shared:
             self.room = torch.empty(extent, dtype=torch.uint8)
@@ -123,6 +127,7 @@ class Sender:
         self,
         slots: list[Any],
         extent: int,
+        room: int,
         ranks: int,
         flattened: bool = True,
         cuda: bool = False,
@@ -132,18 +137,18 @@ class Sender:
 
         import torch.multiprocessing  # noqa: F401 -- teaches that pickler tensors
 
-        read = self._fill(slots, extent, shared=not cuda)
+        read = self._fill(slots, room, shared=not cuda)
         started = time.monotonic()
         payloads = []
         for rank in range(ranks):
-            room = self._to_device(rank, extent) if cuda else self.room
+            there = self._to_device(rank, extent, room) if cuda else self.room
             if flattened:
                 content: Any = {
-                    "flattened_tensor": room[:extent],
+                    "flattened_tensor": there[:extent],
                     "metadata": self._metadata(slots),
                 }
             else:
-                content = list(self._tensors(slots, room))
+                content = list(self._tensors(slots, there))
             packed = io.BytesIO()
             ForkingPickler(packed).dump(content)
             payloads.append(base64.b64encode(packed.getvalue()).decode())
@@ -154,7 +159,7 @@ class Sender:
             "segments": self.segments,
         }
 
-    def _to_device(self, rank: int, extent: int) -> Any:
+    def _to_device(self, rank: int, extent: int, room: int) -> Any:
         """The bucket on the GPU of one rank. Not run yet on any GPU by this project."""
         import torch
 
@@ -166,8 +171,8 @@ class Sender:
 
             monkey_patch_torch_reductions()
         there = self.on_device.get(rank)
-        if there is None or there.numel() < extent:
-            there = torch.empty(extent, dtype=torch.uint8, device=f"cuda:{rank}")
+        if there is None or there.numel() < room:
+            there = torch.empty(room, dtype=torch.uint8, device=f"cuda:{rank}")
             self.on_device[rank] = there
         there[:extent].copy_(self.room[:extent])
         torch.cuda.synchronize(rank)
@@ -226,13 +231,13 @@ class Sender:
 
         return {"seconds": time.monotonic() - started}
 
-    def broadcast(self, slots: list[Any], extent: int) -> dict[str, Any]:
+    def broadcast(self, slots: list[Any], room: int) -> dict[str, Any]:
         """One broadcast a tensor, in the order of the names. Returns when all are sent."""
         import torch
 
         if self.group is None:
             raise RuntimeError("no group was joined")
-        read = self._fill(slots, extent, shared=False)
+        read = self._fill(slots, room, shared=False)
         started = time.monotonic()
         for _name, tensor in self._tensors(slots, self.room):
             # NCCL sends from a GPU only. Not run yet on any GPU by this project.
@@ -262,9 +267,13 @@ class Sender:
         }
 
     def close(self) -> dict[str, Any]:
-        """Whoever still has a segment open keeps it; its name goes."""
         self.room = None
         self.on_device = {}
+        return {"left": self._unlink()}
+
+    def _unlink(self) -> list[str]:
+        """Takes the names of shared memory away; whoever has it open keeps it. Returns those
+        that are still there."""
         for name in self.segments:
             try:
                 os.unlink(os.path.join(SHARED_MEMORY, name))
@@ -272,7 +281,7 @@ class Sender:
                 continue
         left = [n for n in self.segments if os.path.exists(os.path.join(SHARED_MEMORY, n))]
         self.segments = []
-        return {"left": left}
+        return left
 
 
 def bucket_module() -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sglang_harness.client import calls
-from sglang_harness.peer import Peer, slots
+from sglang_harness.peer import Peer, largest, slots
 from sglang_harness.weights.buckets import Bucket
 from sglang_harness.weights.in_body import fields, lacks_tensor_update
 from sglang_harness.weights.route import Job, Sent, register
@@ -72,10 +72,9 @@ class SharedMemory:
         packed = self._peer.ask(
             "pack",
             slots=slots(bucket),
-            # One buffer for all: the largest bucket decides.
-            extent=max(each.extent for each in job.buckets)
-            if bucket.number == 0
-            else bucket.extent,
+            extent=bucket.extent,
+            # One buffer for all of them, as large as the largest.
+            room=largest(job.buckets),
             ranks=job.ranks,
             cuda=self.cuda,
             timeout=job.timeout,

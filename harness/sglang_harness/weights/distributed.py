@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sglang_harness.client import Update, calls
 from sglang_harness.errors import HarnessError, NoAnswerInTime
-from sglang_harness.peer import Peer, slots
+from sglang_harness.peer import Peer, largest, slots
 from sglang_harness.weights.beside import lacks_peer, open_in_peer
 from sglang_harness.weights.buckets import Bucket
 from sglang_harness.weights.in_body import lacks_one_replica
@@ -109,7 +109,7 @@ class Distributed:
         job, peer = self._job, self._peer
         assert peer is not None
         started = time.monotonic()
-        peer.tell("broadcast", slots=slots(bucket), extent=bucket.extent)
+        peer.tell("broadcast", slots=slots(bucket), room=largest(job.buckets))
         update = job.server.client.send(
             calls.update_weights_from_distributed(
                 names=bucket.names,

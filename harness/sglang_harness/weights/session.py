@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from sglang_harness.client import Client, calls
 from sglang_harness.client.call import Call
@@ -49,14 +50,13 @@ class Session:
         flush: bool,
         bracket: bool,
         timeout: float,
-        started: float | None = None,
     ) -> None:
         self._client = client
         self._pause = pause
         self._flush = flush
         self._bracket = bracket
         self._timeout = timeout
-        self._started = time.monotonic() if started is None else started
+        self._started = time.monotonic()
         self._paused = False
         self._begun = False
         self._silent = False
@@ -64,6 +64,10 @@ class Session:
         self.steps: list[Step] = []
         self.left_open: list[str] = []
         self.closing_errors: list[HarnessError] = []
+
+    def restart_clock(self, now: float) -> None:
+        """From when on the times of steps are counted (``time.monotonic()``)."""
+        self._started = now
 
     def __enter__(self) -> Session:
         try:
@@ -126,9 +130,7 @@ class Session:
         at = time.monotonic() - self._started
         self.steps.append(Step(name=name, at=at, seconds=0.0, outcome="left out", detail=why))
 
-    def _send(self, call: Call[object]) -> None:
-        from dataclasses import replace
-
+    def _send(self, call: Call[Any]) -> None:
         timeout = min(self._timeout, CLOSES_WITHIN) if self._silent else self._timeout
         self._client.send(replace(call, timeout=timeout))
 
@@ -153,7 +155,7 @@ class Session:
             self._paused = False
             self._try("continue", calls.resume(), "generation is paused")
 
-    def _try(self, name: str, call: Call[object], otherwise: str) -> None:
+    def _try(self, name: str, call: Call[Any], otherwise: str) -> None:
         if self._dead:
             self._leave_out(name, "the server is dead")
             return
