@@ -59,6 +59,38 @@ class ModelError(HarnessError):
     """The model is not there, or is not a checkpoint that can be served or read."""
 
 
+class UnsafeCheckpoint(ModelError):
+    """A pickle names something that is no tensor. It was not run, and neither was the rest.
+
+    Attributes:
+        loads: what it tried to load, such as ``os.system``.
+    """
+
+    def __init__(self, message: str, loads: str, *, advice: str = "") -> None:
+        super().__init__(message, advice=advice)
+        self.loads = loads
+
+
+class ShardedCheckpoint(ModelError):
+    """The file holds what one rank had of a model; the advice says what to convert it to."""
+
+
+class BrokenCheckpoint(ModelError):
+    """Cut short, or not what its format says it has to be."""
+
+
+class CheckpointMismatch(ModelError):
+    """A checkpoint does not fit the model. Nothing was sent.
+
+    Attributes:
+        names: every tensor that does not fit.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...], *, advice: str = "") -> None:
+        super().__init__(message, advice=advice)
+        self.names = names
+
+
 class MissingExtra(HarnessError):
     """A part of the package is needed that was not installed with it."""
 
@@ -123,6 +155,15 @@ class Refused(RequestFailed):
 
 class BadAnswer(RequestFailed):
     """The server answered 200 with something that this call cannot mean."""
+
+
+class PeerFailed(HarnessError):
+    """What was put beside the server did not do its part of a push."""
+
+    def __init__(self, reason: str, words: str = "") -> None:
+        last = [line for line in words.splitlines() if line.strip()][-1:]
+        said = f" It said: {last[0].strip()[:300]}" if last else ""
+        super().__init__(f"The peer failed: {reason}.{said}")
 
 
 class Interrupted(BaseException):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
@@ -22,6 +22,9 @@ from sglang_harness.runtime.attach import AttachedServer, Attachment
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.spec import ServerSpec
+
+if TYPE_CHECKING:
+    from sglang_harness.weights import WeightPusher
 
 Say = Callable[[str], None]
 
@@ -91,6 +94,17 @@ class Server:
         """What was asked of the server once: why it lacks something, or ``None``."""
         self.stopped: Stopped | None = None
         self._about: dict[str, Any] | None = None
+        self._weights: WeightPusher | None = None
+
+    @property
+    def weights(self) -> WeightPusher:
+        """Pushes new weights and finds out whether they arrived."""
+        if self._weights is None:
+            # Not everybody pushes, and only who does needs what pushing needs.
+            from sglang_harness.weights import WeightPusher
+
+            self._weights = WeightPusher(self)
+        return self._weights
 
     @classmethod
     def start(
@@ -226,11 +240,12 @@ class Server:
     def stop(self) -> Stopped:
         """Ends the server and removes what belongs to it. Again: the same answer."""
         if self.stopped is None:
+            left = self._weights.close() if self._weights is not None else []
             self.client.close()
             started = time.monotonic()
             exit_code = self.running.end()
             seconds = time.monotonic() - started
-            self.stopped = Stopped(exit_code, seconds, self.running.left_behind())
+            self.stopped = Stopped(exit_code, seconds, [*left, *self.running.left_behind()])
         return self.stopped
 
     def __enter__(self) -> Server:

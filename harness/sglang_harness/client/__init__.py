@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sglang_harness.client import calls
 from sglang_harness.client.answers import ChatAnswer, Checksums, Chunk, Generation, Update
@@ -227,6 +227,22 @@ class Client:
     def update_weights_from_disk(self, path: str, **options: Any) -> Update:
         """See :func:`calls.update_weights_from_disk`. An answer is no evidence."""
         return self.send(calls.update_weights_from_disk(path, **options))
+
+    def begin_weight_update(self, **options: Any) -> Update:
+        """See :func:`calls.begin_weight_update`."""
+        return self.send(calls.begin_weight_update(**options))
+
+    def end_weight_update(self, **options: Any) -> Update:
+        """See :func:`calls.end_weight_update`."""
+        return self.send(calls.end_weight_update(**options))
+
+    def update_weight_version(self, version: str) -> Update:
+        """See :func:`calls.update_weight_version`."""
+        return self.send(calls.update_weight_version(version))
+
+    def check_weights(self, action: Literal["snapshot", "reset_tensors", "compare"]) -> Update:
+        """See :func:`calls.check_weights`."""
+        return self.send(calls.check_weights(action))
 
     def checksums(self) -> Checksums:
         return self.send(calls.checksums())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from sglang_harness.errors import BadAnswer, NoAnswerInTime, Refused, RequestFailed, Unreachable
 
@@ -25,6 +25,15 @@ class Reply:
         return json.loads(self.body)
 
 
+class Content(Protocol):
+    """A body of JSON that is too large to be held whole: sent piece by piece."""
+
+    def __len__(self) -> int:
+        """Bytes of all pieces."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request to a server, and how to read its answer.
@@ -36,6 +45,7 @@ class Call(Generic[T]):
             may be answered by sending it again.
         timeout: seconds for the answer; ``None``: the client's.
         changes: leaves the server other than it was, for those who use it too.
+        content: the body where it is no dictionary; then ``body`` is not sent.
     """
 
     method: str
@@ -46,6 +56,7 @@ class Call(Generic[T]):
     repeatable: bool = False
     timeout: float | None = None
     changes: bool = False
+    content: Content | None = None
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"

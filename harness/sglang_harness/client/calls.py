@@ -6,10 +6,10 @@ Facts about the endpoints are from SGLang 0.5.23 (docs/sglang.md says what was s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sglang_harness.client.answers import ChatAnswer, Checksums, Generation, Update
-from sglang_harness.client.call import Call, Reply
+from sglang_harness.client.call import Call, Content, Reply
 
 Prompt = str | Sequence[int]
 
@@ -247,6 +247,106 @@ def checksums() -> Call[Checksums]:
         return Checksums.parse(_object(reply))
 
     return Call("POST", "/weights_checker", read, {"action": "checksum"}, repeatable=True)
+
+
+def begin_weight_update(*, timeout: float | None = None) -> Call[Update]:
+    """Opens SGLang's session (0.5.21 and later), without which pushes of tensors are refused.
+    400 where one is open already, so not repeatable."""
+    return Call("POST", "/begin_weight_update", _update, {}, timeout=timeout, changes=True)
+
+
+def end_weight_update(*, timeout: float | None = None) -> Call[Update]:
+    """Closes the session. 400 where none is open, so not repeatable."""
+    return Call("POST", "/end_weight_update", _update, {}, timeout=timeout, changes=True)
+
+
+def update_weights_from_tensor(content: Content, *, timeout: float | None = None) -> Call[Update]:
+    """Tensors, or handles to them, in the body. What kills a scheduler (0.5.23): a wrong
+    shape, and a payload that cannot be unpickled. Never repeatable.
+
+    Args:
+        content: the whole body; see :class:`sglang_harness.weights.packing.TensorBody`.
+    """
+    return Call(
+        "POST",
+        "/update_weights_from_tensor",
+        _update,
+        timeout=timeout,
+        changes=True,
+        content=content,
+    )
+
+
+def init_weights_update_group(
+    *,
+    master_address: str,
+    master_port: int,
+    rank_offset: int,
+    world_size: int,
+    group_name: str,
+    backend: str,
+    timeout: float | None = None,
+) -> Call[Update]:
+    """Joins a process group whose rank 0 is the trainer. The scheduler answers nothing else
+    until every rank is there: a peer that never joins holds the whole server (0.5.23)."""
+    body = {
+        "master_address": master_address,
+        "master_port": master_port,
+        "rank_offset": rank_offset,
+        "world_size": world_size,
+        "group_name": group_name,
+        "backend": backend,
+    }
+    return Call("POST", "/init_weights_update_group", _update, body, timeout=timeout, changes=True)
+
+
+def destroy_weights_update_group(group_name: str, *, timeout: float | None = None) -> Call[Update]:
+    """Leaves the group. 400 for one that is not there."""
+    body = {"group_name": group_name}
+    return Call(
+        "POST", "/destroy_weights_update_group", _update, body, timeout=timeout, changes=True
+    )
+
+
+def update_weights_from_distributed(
+    *,
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    group_name: str,
+    weight_version: str | None = None,
+    flush_cache: bool = False,
+    abort_all_requests: bool = False,
+    timeout: float | None = None,
+) -> Call[Update]:
+    """Receives one broadcast a tensor from rank 0, in this order. Never repeatable: a second
+    one would wait for tensors that nobody sends."""
+    body: dict[str, Any] = {
+        "names": list(names),
+        "dtypes": list(dtypes),
+        "shapes": [list(shape) for shape in shapes],
+        "group_name": group_name,
+        "flush_cache": flush_cache,
+        "abort_all_requests": abort_all_requests,
+    }
+    if weight_version is not None:
+        body["weight_version"] = weight_version
+    return Call(
+        "POST", "/update_weights_from_distributed", _update, body, timeout=timeout, changes=True
+    )
+
+
+def update_weight_version(version: str) -> Call[Update]:
+    """Changes the label alone. SGLang's own default aborts every request; here none is."""
+    body = {"new_version": version, "abort_all_requests": False}
+    return Call("POST", "/update_weight_version", _update, body, repeatable=True, changes=True)
+
+
+def check_weights(action: Literal["snapshot", "reset_tensors", "compare"]) -> Call[Update]:
+    """Other actions of ``/weights_checker``. ``reset_tensors`` fills every parameter with
+    noise; ``compare`` needs CUDA (0.5.23) and answers 400 for tensors that differ from the
+    snapshot. Not repeatable: a comparison uses its snapshot up."""
+    return Call("POST", "/weights_checker", _update, {"action": action}, changes=True)
 
 
 def _update(reply: Reply) -> Update:

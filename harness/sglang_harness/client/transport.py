@@ -91,7 +91,10 @@ class RequestsTransport:
         return self._session().request(
             call.method,
             self._base_url + call.path,
-            json=call.body,
+            json=None if call.content is not None else call.body,
+            # With a known length it goes out piece by piece, and never as 'chunked'.
+            data=call.content,
+            headers={"Content-Type": "application/json"} if call.content is not None else None,
             params=list(call.query),
             timeout=(self._connect_timeout, self._timeout(call)),
             stream=stream,

@@ -10,7 +10,7 @@ from sglang_harness.memory import MemorySource
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.spec import Argument, ServerSpec
 
-__all__ = ["Death", "DeathWatch", "Reach", "Running", "Runtime"]
+__all__ = ["Beside", "Death", "DeathWatch", "Reach", "Running", "Runtime"]
 
 
 class Reach(Protocol):
@@ -18,6 +18,29 @@ class Reach(Protocol):
 
     def share(self, path: Path) -> PurePosixPath:
         """Makes a local file or folder readable for the server; returns its path there."""
+
+
+class Beside(Protocol):
+    """One program beside a server."""
+
+    @property
+    def name(self) -> str: ...
+
+    def write(self, line: bytes) -> None:
+        """Raises :class:`EngineError`: it does not listen any more."""
+
+    def read(self, timeout: float) -> bytes | None:
+        """Its next line; ``None`` when it has ended.
+
+        Raises:
+            TimeoutError: no line within ``timeout`` seconds.
+        """
+
+    def words(self) -> str:
+        """The end of its error output."""
+
+    def end(self) -> list[str]:
+        """Ends it, removes what it left, and says what could not be removed. Again: nothing."""
 
 
 class Running(Protocol):
@@ -63,6 +86,17 @@ class Running(Protocol):
 
     @property
     def reach(self) -> Reach: ...
+
+    def beside(self, script: str) -> Beside:
+        """Starts a program beside the server that shares its user, ``/dev/shm``, ``TMPDIR``,
+        loopback and files. It goes when the server ends, if not before.
+
+        Args:
+            script: Python for the server's own interpreter, in one text.
+
+        Raises:
+            EngineError: nothing can be put beside this server.
+        """
 
     def model_path(self) -> str:
         """The path (or hub name) of the served model as the server knows it."""

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.permissions import make_readable
+from sglang_harness.runtime import Beside
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.spec import Argument
 
@@ -174,6 +175,14 @@ class AttachedServer:
     @property
     def shares_a_folder(self) -> bool:
         return self._attachment.shared is not None
+
+    def beside(self, script: str) -> Beside:
+        """Nothing can be put beside somebody else's server."""
+        del script
+        raise EngineError(
+            "Somebody else started this server: nothing can be put beside it from here.",
+            advice="Push from disk or in the body of the request.",
+        )
 
     def model_path(self) -> str:
         return self._model_path

@@ -28,6 +28,7 @@ from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.permissions import check_readable
 from sglang_harness.runtime import engine, images
+from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.reach import EXCHANGE, FolderReach
@@ -170,6 +171,8 @@ class ComposeServer(RunningContainer):
         self._told = arguments
         self.api_key: str | None = environment["SGLANG_API_KEY"]
         self._service = service
+        self._held = held
+        self.name = f"sglang-harness-{uuid.uuid4().hex[:8]}"
         labels = {"labels": engine.labels(run_id, held=held)}
         # All that compose makes for this project, so that 'sweep' finds it whatever happens.
         second: dict[str, dict[str, Any]] = {
@@ -179,10 +182,12 @@ class ComposeServer(RunningContainer):
             "volumes": [f"{self.reach.folder}:{EXCHANGE}:ro"],
             **additions,
         }
+        if self._ours:
+            second["services"][service]["volumes"].append(f"{self.name}-tmp:{TEMPORARY}")
+            second.setdefault("volumes", {})[f"{self.name}-tmp"] = {"external": True}
         self._second = self.reach.folder / "additions.json"
         # JSON is YAML that needs no library and no quoting rules.
         self._second.write_text(json.dumps(second), encoding="utf-8")
-        self.name = f"sglang-harness-{uuid.uuid4().hex[:8]}"
         self._project = Project(
             [file, self._second],
             name=self.name,
@@ -199,6 +204,8 @@ class ComposeServer(RunningContainer):
             SpecError: the port is taken.
         """
         try:
+            if self._ours:
+                self._make_temporary(self.name, held=self._held)
             self._project.start()
             found = self._project.get_container(self._service, include_all=True)
             self._container = self._engine.containers.get(str(found.ID))
@@ -389,7 +396,9 @@ class ComposeRuntime:
             "image": image,
             "command": [word.replace("$", "$$") for word in words],
             # By name alone: compose takes the values from its own environment.
-            "environment": dict.fromkeys(inside),
+            # What a peer has to see too: see runtime/beside.py.
+            "environment": {"TMPDIR": str(TEMPORARY), **dict.fromkeys(inside)},
+            "ipc": "shareable",
             "shm_size": spec.shm_size,
             # Readiness and death are watched from here; a health check would generate tokens
             # beside the checks.

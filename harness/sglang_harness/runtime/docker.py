@@ -21,6 +21,7 @@ from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.permissions import check_readable
 from sglang_harness.runtime import engine, images
+from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
 from sglang_harness.runtime.running_container import PORT, RunningContainer
@@ -93,7 +94,9 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
         cache = {"HF_HOME": "/hub"} if self.spec.hub_cache else {}
         key = {"SGLANG_API_KEY": self.api_key or ""}
-        return {**offline, **cache, **passed, **self.spec.environment, **key}
+        # torch's shared memory is found by a socket in here: a peer has to see it too.
+        shared = {"TMPDIR": str(TEMPORARY)}
+        return {**offline, **cache, **shared, **passed, **self.spec.environment, **key}
 
     def _command_words(self) -> list[str]:
         return [
@@ -145,6 +148,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         if self.spec.hub_cache is not None:
             own_mounts.append(Mount("/hub", str(self.spec.hub_cache.resolve()), type="bind"))
         try:
+            own_mounts.append(self._make_temporary(str(self._name), held=self.held))
             self._container = self.get_docker_client().create(
                 self.image,
                 command=self._command,
@@ -157,6 +161,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             )
         except BaseException as error:
             self._reach.close()
+            self._remove_temporary()
             if isinstance(error, APIError):
                 raise EngineError(
                     f"The engine refused to make the container: {error.explanation}."
@@ -247,10 +252,15 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
 
     def left_behind(self) -> list[str]:
         """What of this server is still on the engine or on disk after ``stop``."""
-        mine = {self._name, *([self._reach.name] if isinstance(self._reach, VolumeReach) else [])}
+        mine = {self._name, f"{self._name}-tmp"}
+        mine |= {self._reach.name} if isinstance(self._reach, VolumeReach) else set()
         client = engine.connect()
         try:
-            found = [f"{t.kind} {t.name}" for t in engine.ours(client) if t.name in mine]
+            found = [
+                f"{t.kind} {t.name}"
+                for t in engine.ours(client)
+                if t.name in mine or t.name.startswith(f"{self._name}-peer-")
+            ]
         finally:
             client.close()
         if isinstance(self._reach, FolderReach) and self._reach.folder.exists():

@@ -28,6 +28,7 @@ from sglang_harness.device import gpus
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.runtime import images
+from sglang_harness.runtime.beside import ProcessBeside, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import Redactor, new_api_key
 from sglang_harness.spec import ServerSpec, command_line
@@ -71,6 +72,7 @@ class SGLangProcess:
         self._watch: DeathWatch | None = None
         self._family: dict[int, psutil.Process] = {}
         self._logs_at_end: str | None = None
+        self._beside: list[ProcessBeside] = []
         self.reach = SameMachine()
 
     def model_path(self) -> str:
@@ -96,24 +98,7 @@ class SGLangProcess:
             *(("--device", "cpu") if self.device == "cpu" else ()),
             *command_line(self.arguments),
         ]
-        passed = {n: os.environ[n] for n in self.spec.pass_environment if n in os.environ}
-        cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}
-        offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
-        basics = {
-            n: os.environ[n]
-            for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-            if n in os.environ
-        }
-        environment = {
-            **basics, **cpu, **offline, **passed, **self.spec.environment,
-            "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
-            "TMPDIR": str(self._folder), "SGLANG_API_KEY": self.api_key,
-        }  # fmt: skip
-        libc = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
-
-        def end_with_parent() -> None:
-            if libc is not None:
-                libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        environment = {**self._environment(), "SGLANG_API_KEY": self.api_key}
 
         try:
             with self._log.open("wb") as log:
@@ -125,12 +110,40 @@ class SGLangProcess:
                     cwd=self._folder,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=end_with_parent,
+                    preexec_fn=_ends_with_parent(),
                 )
         except OSError as error:
             self._remove_folder()
             raise EngineError(f"{self._python} cannot be run: {error.strerror}.") from None
         self._watch = DeathWatch(self._wait_for_death)
+
+    def _environment(self) -> dict[str, str]:
+        """For the server and what stands beside it; without the key."""
+        passed = {n: os.environ[n] for n in self.spec.pass_environment if n in os.environ}
+        cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}
+        offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
+        basics = {
+            n: os.environ[n]
+            for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+            if n in os.environ
+        }
+        return {
+            **basics, **cpu, **offline, **passed, **self.spec.environment,
+            "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
+            "TMPDIR": str(self._folder),
+        }  # fmt: skip
+
+    def beside(self, script: str) -> ProcessBeside:
+        """A second process of the same Python: see :class:`sglang_harness.runtime.Running`."""
+        made = ProcessBeside(
+            [str(self._python), "-c", script],
+            name=f"{self.name}-peer",
+            environment={**self._environment(), "GLOO_SOCKET_IFNAME": "lo"},
+            folder=self._folder,
+            before=_ends_with_parent(),
+        )
+        self._beside.append(made)
+        return made
 
     def _wait_for_death(self) -> Death:
         assert self._process is not None
@@ -185,6 +198,8 @@ class SGLangProcess:
         """SIGTERM, ``limits.stop`` seconds, then SIGKILL for whatever of it is left."""
         if self._watch is not None and self._watch.death is None:
             self._watch.expected = True
+        while self._beside:
+            self._beside.pop().end()
         if self._process is None:
             self._remove_folder()
             return None
@@ -201,6 +216,7 @@ class SGLangProcess:
         self._logs_at_end = self.logs()
         self._remove_folder()
         _remove_shared_memory(p.pid for p in family)
+        remove_segments(p.pid for p in family)
         return self._process.wait(timeout=5)
 
     def left_behind(self) -> list[str]:
@@ -292,6 +308,17 @@ class ProcessMemory:
                     if name in fields:
                         parts[fields[name]] += int(rest.split()[0]) * 1024
         return parts["anonymous"] + parts["shared"], parts
+
+
+def _ends_with_parent() -> Callable[[], None]:
+    """What a child does before it becomes another program: it is to end when this one does."""
+    libc = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
+
+    def end_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return end_with_parent
 
 
 def _free_port() -> int:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import socket
+import uuid
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import docker
 from docker.errors import APIError, DockerException, NotFound
 from docker.models.containers import Container
+from docker.types import Mount
 from testcontainers.core.docker_client import DockerClient
 
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.container import ContainerMemory
 from sglang_harness.runtime import engine, images
+from sglang_harness.runtime.beside import ContainerBeside, make_temporary_volume
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import Redactor
 from sglang_harness.spec import ServerSpec
@@ -38,6 +41,11 @@ class RunningContainer:
     api_key: str | None
     port: int = PORT
     """The server's port inside the container."""
+    device: Literal["cpu", "gpu"]
+    run_id: str
+    _temporary: Any = None
+    """The volume of :func:`make_temporary_volume`, where the server got one."""
+    _beside: list[ContainerBeside]
     _container: Container | None = None
     _address: str | None = None
     _watch: DeathWatch | None = None
@@ -153,6 +161,39 @@ class RunningContainer:
         """The engine's counters for the container, now."""
         return dict(self._engine.api.stats(self._id, stream=False, one_shot=True))
 
+    def _make_temporary(self, name: str, *, held: bool) -> Mount:
+        """The volume for ``TMPDIR``; goes with the server."""
+        self._temporary, mount = make_temporary_volume(
+            self._engine, f"{name}-tmp", engine.labels(self.run_id, held=held)
+        )
+        return mount
+
+    def _remove_temporary(self) -> None:
+        if self._temporary is not None:
+            with suppress(NotFound, APIError):
+                self._temporary.remove(force=True)
+
+    def beside(self, script: str) -> ContainerBeside:
+        """A second container of this image beside the server: see
+        :class:`sglang_harness.runtime.Running`."""
+        attributes = self._engine.api.inspect_container(self._id)
+        if attributes["HostConfig"]["IpcMode"] in ("private", "none"):
+            raise EngineError(
+                "The server's container keeps its shared memory to itself (ipc: private), so "
+                "nothing can be put beside it.",
+                advice="Set 'ipc: shareable' for the service in your compose file.",
+            )
+        made = ContainerBeside(
+            attributes,
+            script,
+            name=f"{attributes['Name'].lstrip('/')}-peer-{uuid.uuid4().hex[:6]}",
+            labels=engine.labels(self.run_id),
+            temporary=self._temporary.name if self._temporary is not None else None,
+            shares_processes=self.device == "gpu",
+        )
+        self.__dict__.setdefault("_beside", []).append(made)
+        return made
+
     def end(self) -> int | None:
         """Ends the server within ``limits.stop`` seconds and removes what belongs to it.
 
@@ -160,6 +201,8 @@ class RunningContainer:
         """
         if self._watch is not None and self._watch.death is None:
             self._watch.expected = True
+        for peer in self.__dict__.pop("_beside", []):
+            peer.end()
         if self._container is not None:
             container = self._container
             try:
@@ -174,6 +217,7 @@ class RunningContainer:
                     container.remove(force=True, v=True)
                 self._container = None
         self._clear_away()
+        self._remove_temporary()
         return self._exit_code
 
     def _clear_away(self) -> None:

@@ -1,0 +1,288 @@
+"""A torch checkpoint of any layout, opened without running anything from it and read tensor by
+tensor: memory stays near the largest tensor, however large the checkpoint is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from sglang_harness.checkpoint.distributed import Found, Saved, is_distributed, read_distributed
+from sglang_harness.checkpoint.names import canonical, weights_in
+from sglang_harness.checkpoint.pickles import CONVERSION, NoValues, StoredTensor
+from sglang_harness.checkpoint.safetensors_files import read_safetensors
+from sglang_harness.checkpoint.spans import (
+    SIZES,
+    Files,
+    Span,
+    empty,
+    read_into,
+    read_span,
+    stamp,
+)
+from sglang_harness.checkpoint.torch_files import read_torch_file
+from sglang_harness.errors import BrokenCheckpoint, ModelError, ShardedCheckpoint
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read.
+
+    Attributes:
+        dtype: as torch names it, without ``torch.``: ``bfloat16``.
+        shape: of the whole tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor in memory."""
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An open checkpoint. Holds descriptions, no tensors and no open files.
+
+    Attributes:
+        path: as it was given, resolved.
+        layout: ``safetensors``, ``torch zip``, ``torch legacy`` or ``distributed checkpoint``;
+            with ``, sharded`` where it is in several files.
+        tensors: by name, wrappers' marks taken off, in the order of the files.
+        notes: what a person should know, such as which part was read.
+        saved_as: the name that each tensor has in its file.
+    """
+
+    path: Path
+    layout: str
+    tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...]
+    saved_as: Mapping[str, str]
+    _places: Mapping[str, tuple[Span | Saved, ...]] = field(repr=False)
+    _stamps: dict[Path, tuple[int, ...]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, as they are in memory."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(
+        self, names: Iterable[str] | None = None, *, dtypes: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors one after another: contiguous, on the CPU, each with memory of its own.
+
+        Args:
+            names: which ones, in this order; all, in the order of the files, where not given.
+            dtypes: what to bring tensors to, by name; the others stay as they are saved.
+
+        Raises:
+            MissingExtra: torch is not installed.
+            BrokenCheckpoint: a file ends early, or changed since it was opened.
+            KeyError: a name that is not in the checkpoint.
+        """
+        wanted = list(self.tensors if names is None else names)
+        if unknown := [name for name in wanted if name not in self.tensors]:
+            raise KeyError(f"{self.path} holds no {unknown[0]}")
+        return self._read(wanted, dtypes or {})
+
+    def _read(
+        self, names: list[str], dtypes: Mapping[str, str]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        with Files(self._stamps) as files:
+            for name in names:
+                # Not bound to a name here: the tensor is its receiver's alone.
+                yield name, self._tensor(name, files, dtypes.get(name))
+
+    def _tensor(self, name: str, files: Files, dtype: str | None) -> torch.Tensor:
+        info, places = self.tensors[name], self._places[name]
+        spans = (place if isinstance(place, Span) else place.span(files) for place in places)
+        if len(places) == 1 and places[0].start is None:
+            return read_span(next(spans), files, dtype)
+        whole = empty(info.shape, dtype or info.dtype)
+        for span in spans:
+            read_into(whole, span, files)
+        return whole
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Opens a file or a folder of any layout that a trainer leaves. Reads no tensor yet.
+
+    Raises:
+        UnsafeCheckpoint: a pickle names something that is no tensor; it was not run.
+        ShardedCheckpoint: files of single ranks; the advice names the conversion.
+        BrokenCheckpoint: cut short or damaged.
+        ModelError: not there, no checkpoint, or no telling which of several files is meant.
+    """
+    path = Path(path).expanduser().resolve()
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file():
+            return _open_files(path, [path])
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
+    raise ModelError(f"{path} is not there.", advice="Give a checkpoint: a file or a folder.")
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if is_distributed(path):
+        found, notes = read_distributed(path)
+        return _made(path, "distributed checkpoint", found, notes)
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+        if indices := sorted(path.glob(f"{pattern}.index.json")):
+            return _open_indexed(path, indices[0])
+        files = [f for f in sorted(path.glob(pattern)) if not _BESIDE.match(f.name)]
+        if files:
+            return _open_files(path, _one_set(path, files))
+    inner = [each.name for each in sorted(path.iterdir()) if each.is_dir()]
+    raise ModelError(
+        f"{path} holds no checkpoint (*.safetensors, *.bin, *.pt, *.pth, .metadata).",
+        advice=f"Perhaps one of its folders is meant: {', '.join(inner[:5])}."
+        if inner
+        else "Give the folder or file that the weights are in.",
+    )
+
+
+#: What trainers leave beside the weights, in files of the same kind.
+_BESIDE = re.compile(
+    r"(training_args|optimizer|optim_|scheduler|rng_state|random_states|extra_state|scaler)"
+)
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.\w+$")
+
+
+def _one_set(path: Path, files: list[Path]) -> list[Path]:
+    """The files that make one checkpoint.
+
+    Raises:
+        ModelError: shards are missing, or there is no telling which file is meant.
+    """
+    if len(files) == 1 and not _SHARD.match(files[0].name):
+        return files
+    if whole := [file for file in files if file.stem in ("model", "pytorch_model")]:
+        return whole
+    shards: dict[tuple[str, int], dict[int, Path]] = {}
+    for file in files:
+        if found := _SHARD.match(file.name):
+            key = (found["stem"], int(found["count"]))
+            shards.setdefault(key, {})[int(found["number"])] = file
+    if len(shards) == 1 and sum(map(len, shards.values())) == len(files):
+        (((stem, count), numbered),) = shards.items()
+        # Counted from one nearly always, from zero by some.
+        if missing := set(range(1, count)) - set(numbered) or len(numbered) < count:
+            which = f"number {min(missing)}" if isinstance(missing, set) else "one"
+            raise ModelError(
+                f"{path} lacks shards of {stem}: {len(numbered)} of {count} are there, {which} "
+                "is not.",
+                advice="Finish the download.",
+            )
+        return list(numbered.values())
+    if any("rank" in file.name for file in files):
+        raise ShardedCheckpoint(
+            f"{path} holds files of single ranks ({', '.join(f.name for f in files[:3])}), "
+            "not whole tensors.",
+            advice=CONVERSION,
+        )
+    raise ModelError(
+        f"{path} holds several checkpoints: {', '.join(f.name for f in files[:5])}.",
+        advice="Give the one file that is meant.",
+    )
+
+
+def _open_indexed(path: Path, index: Path) -> Checkpoint:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {str(name): path / str(file) for name, file in names.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenCheckpoint(f"{index} cannot be read as an index of shards.") from None
+    files = sorted(set(wanted.values()))
+    for file in files:
+        if file.parent != path or not file.is_file():
+            raise ModelError(
+                f"{path} lacks {file.name}, which {index.name} names.",
+                advice="Finish the download.",
+            )
+    layout, found, notes = _read_files(path, files)
+    if missing := [name for name in wanted if name not in found]:
+        raise BrokenCheckpoint(
+            f"{wanted[missing[0]]} lacks {missing[0]}, which {index.name} says it holds "
+            f"({len(missing)} such tensors).",
+            advice="Copy or write it again.",
+        )
+    if more := [name for name in found if name not in wanted]:
+        notes.append(f"not in the index, not read: {', '.join(more[:5])}")
+    return _made(path, layout, {n: it for n, it in found.items() if n in wanted}, notes)
+
+
+def _open_files(path: Path, files: list[Path]) -> Checkpoint:
+    return _made(path, *_read_files(path, files))
+
+
+def _read_files(path: Path, files: list[Path]) -> tuple[str, dict[str, Found], list[str]]:
+    """Layout, tensors and notes of files that make one checkpoint."""
+    found: dict[str, Found] = {}
+    notes: list[str] = []
+    layouts: list[str] = []
+    for file in files:
+        layout, spans, more = _read_file(file)
+        layouts.append(layout)
+        notes += [note if len(files) == 1 else f"{file.name}: {note}" for note in more]
+        for name, span in spans.items():
+            if name in found:
+                raise ModelError(
+                    f"{path} holds {name} twice, the second time in {file.name}.",
+                    advice="Give the one file that is meant, or an index.",
+                )
+            found[name] = Found(span.dtype, span.shape, (span,))
+    return layouts[0] + (", sharded" if len(files) > 1 else ""), found, notes
+
+
+def _read_file(file: Path) -> tuple[str, dict[str, Span], list[str]]:
+    if file.suffix == ".safetensors":
+        return "safetensors", read_safetensors(file), []
+    opened = read_torch_file(file)
+    weights, notes = weights_in(
+        opened.content, lambda it: isinstance(it, (StoredTensor, NoValues)), str(file)
+    )
+    if empty := [name for name, it in weights.items() if isinstance(it, NoValues)]:
+        raise ModelError(
+            f"{file} holds {empty[0]} without its values, as {len(empty)} of its tensors.",
+            advice="Save the model after it is filled, not from torch's meta device.",
+        )
+    if opened.layout == "torch legacy":
+        notes.append("an old file of torch, from before 1.6; streamed like any other")
+    return opened.layout, {name: opened.span(name, it) for name, it in weights.items()}, notes
+
+
+def _made(path: Path, layout: str, found: dict[str, Found], notes: list[str]) -> Checkpoint:
+    if not found:
+        raise ModelError(f"{path} holds no tensors.", advice="Give a checkpoint.")
+    short = canonical(found, str(path))
+    if any(name != own for name, own in short.items()):
+        name, own = next((n, o) for n, o in short.items() if n != o)
+        notes = [*notes, f"names without their wrappers: {name} is {own}"]
+    files = sorted({place.file for it in found.values() for place in it.places})
+    return Checkpoint(
+        path,
+        layout,
+        MappingProxyType(
+            {short[name]: TensorInfo(short[name], it.dtype, it.shape) for name, it in found.items()}
+        ),
+        tuple(notes),
+        MappingProxyType({own: name for name, own in short.items()}),
+        MappingProxyType({short[name]: it.places for name, it in found.items()}),
+        {file: stamp(file) for file in files},
+    )

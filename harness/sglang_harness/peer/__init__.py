@@ -1,0 +1,106 @@
+"""The trainer's side of routes that need to stand beside the server: what the harness sees."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_harness.errors import PeerFailed
+from sglang_harness.runtime import Beside, Running
+
+if TYPE_CHECKING:
+    from sglang_harness.weights.buckets import Bucket
+
+__all__ = ["Peer"]
+
+#: Seconds for a Python to start where everybody starts at once.
+STARTS_WITHIN = 120.0
+
+
+def script() -> str:
+    """The sender as one text, for any Python that has torch."""
+    return (Path(__file__).parent / "sender.py").read_text(encoding="utf-8")
+
+
+class Peer:
+    """One sender beside a server. One order at a time.
+
+    Raises:
+        EngineError: nothing can be put beside this server.
+        PeerFailed: it did not come up.
+    """
+
+    def __init__(self, running: Running) -> None:
+        self._beside: Beside = running.beside(script())
+        self.name = self._beside.name
+        self.ended = False
+        self._owed: str | None = None
+        try:
+            self._owed = "start"
+            self.about = self.answer(STARTS_WITHIN)
+        except BaseException:
+            self.end()
+            raise
+
+    def tell(self, do: str, **order: Any) -> None:
+        """Gives an order; :meth:`answer` waits for what comes of it."""
+        if self._owed is not None:
+            raise PeerFailed(f"{do}: it still owes an answer to '{self._owed}'")
+        self._owed = do
+        self._beside.write(json.dumps({"do": do, **order}).encode())
+
+    def answer(self, timeout: float) -> dict[str, Any]:
+        """The answer to the last order.
+
+        Raises:
+            PeerFailed: the order failed, the peer ended, or it took longer than ``timeout``
+                seconds; after the last it is of no use any more.
+        """
+        started, do = time.monotonic(), self._owed
+        try:
+            line = self._beside.read(timeout)
+        except TimeoutError:
+            raise PeerFailed(f"'{do}' took longer than {timeout:g} s", self.words()) from None
+        if line is None:
+            seconds = time.monotonic() - started
+            raise PeerFailed(f"it ended after {seconds:.1f} s of '{do}'", self.words())
+        self._owed = None
+        answer = json.loads(line)
+        if not isinstance(answer, dict) or "error" in answer:
+            raise PeerFailed(f"'{do}' failed: {answer['error']}", self.words())
+        return answer
+
+    def ask(self, do: str, *, timeout: float, **order: Any) -> dict[str, Any]:
+        """:meth:`tell` and :meth:`answer`."""
+        self.tell(do, **order)
+        return self.answer(timeout)
+
+    def words(self) -> str:
+        """The end of its error output."""
+        return self._beside.words()
+
+    def end(self) -> list[str]:
+        """Ends it; returns what of it could not be removed. Again: nothing."""
+        if self.ended:
+            return []
+        self.ended = True
+        left: list[str] = []
+        if self._owed is None:
+            try:
+                left = [f"/dev/shm/{n}" for n in self.ask("close", timeout=10.0)["left"]]  # noqa: S108
+            except Exception as error:
+                left = [f"the peer did not close: {error}"]
+        return [*left, *self._beside.end()]
+
+
+def slots(bucket: Bucket) -> list[list[Any]]:
+    """A bucket as orders name it: name, start, bytes, dtype and shape of each tensor."""
+    return [[s.name, s.start, s.nbytes, s.dtype, list(s.shape)] for s in bucket.slots]
+
+
+def largest(buckets: Iterable[Bucket]) -> int:
+    """Bytes of buffer for any one of them."""
+    return max(bucket.extent for bucket in buckets)

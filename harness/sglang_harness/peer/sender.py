@@ -1,0 +1,334 @@
+"""The trainer's side of a push, beside the server: one file, run by the server's own Python.
+
+It cannot import the harness, and needs nothing but torch and, for some routes, the SGLang that
+is there. Orders come as lines of JSON on standard input, one answer a line goes back:
+
+    open        a folder of safetensors            -> {"tensors": n, "bytes": n}
+    pack        a bucket into shared memory        -> {"payloads": [base64 a rank], ...}
+    port        a free port on loopback            -> {"port": n}
+    join        a process group as its rank 0      -> {"seconds": s}
+    broadcast   a bucket, one tensor after another -> {"seconds_read": s, ...}
+    leave       the process group                  -> {}
+    close       gives everything back              -> {"left": [names in /dev/shm]}
+
+A failed order answers {"error": "..."}. When standard input ends, so does this.
+"""
+
+from __future__ import annotations
+
+import base64
+import glob
+import importlib.util
+import io
+import json
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[str, int, int]] = {}
+        self.room: Any = None
+        self.shared = False
+        self.on_device: dict[int, Any] = {}
+        self.segments: list[str] = []
+        self.group: Any = None
+        self.backend = ""
+
+    # --- what is sent ---------------------------------------------------------------------
+
+    def open(self, folder: str) -> dict[str, Any]:
+        """Finds every tensor of the folder's safetensors files; reads none. Imports torch, which
+        takes seconds, while nothing waits for it."""
+        import torch  # noqa: F401
+
+        self.places = {}
+        for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            for name, told in header.items():
+                if name != "__metadata__":
+                    begin, end = told["data_offsets"]
+                    self.places[name] = (path, 8 + length + begin, end - begin)
+        if not self.places:
+            raise FileNotFoundError(f"no safetensors in {folder}")
+        return {
+            "tensors": len(self.places),
+            "bytes": sum(place[2] for place in self.places.values()),
+        }
+
+    def _fill(self, slots: list[Any], room: int, shared: bool) -> float:
+        """Reads a bucket straight from the files into one buffer, which is used again."""
+        started = time.monotonic()
+        if self.room is None or self.room.numel() < room or self.shared != shared:
+            self._make_room(room, shared)
+        memory = memoryview(self.room.numpy())
+        path: str | None = None
+        file: Any = None
+        try:
+            for name, start, nbytes, _dtype, _shape in slots:
+                there, offset, size = self.places[name]
+                if size != nbytes:
+                    raise ValueError(f"{name} has {size} bytes, planned were {nbytes}")
+                if there != path:
+                    if file is not None:
+                        file.close()
+                    path, file = there, open(there, "rb", buffering=0)  # noqa: SIM115
+                file.seek(offset)
+                done = 0
+                while done < nbytes:
+                    got = file.readinto(memory[start + done : start + nbytes])
+                    if not got:
+                        raise EOFError(f"{there} ends before {name} does")
+                    done += got
+        finally:
+            if file is not None:
+                file.close()
+        return time.monotonic() - started
+
+    def _make_room(self, extent: int, shared: bool) -> None:
+        import torch
+
+        self.room = None
+        self._unlink()
+        self.shared = shared
+        if not shared:
+            self.room = torch.empty(extent, dtype=torch.uint8)
+            return
+        free = os.statvfs(SHARED_MEMORY)
+        if free.f_bavail * free.f_frsize < extent:
+            raise MemoryError(
+                f"{SHARED_MEMORY} has {free.f_bavail * free.f_frsize} bytes free, a bucket takes "
+                f"{extent}: give the server more (shm_size) or make buckets smaller"
+            )
+        # torch's own default hands over a file descriptor, which only a child can take: an
+        # unrelated server dies of it (AuthenticationError, SGLang 0.5.23).
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        storage = torch.UntypedStorage._new_shared(extent)
+        self.segments.append(storage._share_filename_cpu_()[1].decode().lstrip("/"))
+        self.room = torch.empty(0, dtype=torch.uint8).set_(storage)
+
+    def _tensors(self, slots: list[Any], room: Any) -> Any:
+        import torch
+
+        for name, start, nbytes, dtype, shape in slots:
+            yield name, room[start : start + nbytes].view(getattr(torch, dtype)).view(shape)
+
+    # --- shared memory and CUDA's handles -------------------------------------------------
+
+    def pack(
+        self,
+        slots: list[Any],
+        extent: int,
+        room: int,
+        ranks: int,
+        flattened: bool = True,
+        cuda: bool = False,
+    ) -> dict[str, Any]:
+        """One payload a rank. It holds a handle; the bytes stay here until the next order."""
+        from multiprocessing.reduction import ForkingPickler
+
+        import torch.multiprocessing  # noqa: F401 -- teaches that pickler tensors
+
+        read = self._fill(slots, room, shared=not cuda)
+        started = time.monotonic()
+        payloads = []
+        for rank in range(ranks):
+            there = self._to_device(rank, extent, room) if cuda else self.room
+            if flattened:
+                content: Any = {
+                    "flattened_tensor": there[:extent],
+                    "metadata": self._metadata(slots),
+                }
+            else:
+                content = list(self._tensors(slots, there))
+            packed = io.BytesIO()
+            ForkingPickler(packed).dump(content)
+            payloads.append(base64.b64encode(packed.getvalue()).decode())
+        return {
+            "payloads": payloads,
+            "seconds_read": read,
+            "seconds_pack": time.monotonic() - started,
+            "segments": self.segments,
+        }
+
+    def _to_device(self, rank: int, extent: int, room: int) -> Any:
+        """The bucket on the GPU of one rank. Not run yet on any GPU by this project."""
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RuntimeError("the peer sees no GPU, and CUDA's handles need one")
+        if not self.on_device:
+            # Handles that name a GPU by its UUID: its number may be another over there.
+            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+            monkey_patch_torch_reductions()
+        there = self.on_device.get(rank)
+        if there is None or there.numel() < room:
+            there = torch.empty(room, dtype=torch.uint8, device=f"cuda:{rank}")
+            self.on_device[rank] = there
+        there[:extent].copy_(self.room[:extent])
+        torch.cuda.synchronize(rank)
+        return there
+
+    def _metadata(self, slots: list[Any]) -> list[Any]:
+        import torch
+
+        kind = bucket_module().FlattenedTensorMetadata
+        return [
+            kind(
+                name=name,
+                shape=torch.Size(shape),
+                dtype=getattr(torch, dtype),
+                start_idx=start,
+                end_idx=start + nbytes,
+                numel=nbytes,
+            )
+            for name, start, nbytes, dtype, shape in slots
+        ]
+
+    # --- process groups -------------------------------------------------------------------
+
+    def port(self) -> dict[str, Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return {"port": probe.getsockname()[1]}
+
+    def join(
+        self, backend: str, port: int, world: int, group: str, timeout: float
+    ) -> dict[str, Any]:
+        """Rank 0 of a group whose other ranks are the server's. The rendezvous is SGLang's own
+        function, so that both sides agree on it whatever its version."""
+        started = time.monotonic()
+        from sglang.srt.utils import init_custom_process_group
+
+        imported = time.monotonic()
+        self.group = init_custom_process_group(
+            backend=backend,
+            init_method=f"tcp://127.0.0.1:{port}",
+            world_size=world,
+            rank=0,
+            group_name=group,
+            timeout=timedelta(seconds=timeout),
+        )
+        self.backend = backend
+        return {
+            "seconds_import": imported - started,
+            "seconds": time.monotonic() - imported,
+        }
+
+    def prepare(self) -> dict[str, Any]:
+        """Imports what ``join`` needs, which takes seconds, before anything waits for it."""
+        started = time.monotonic()
+        import sglang.srt.utils  # noqa: F401
+
+        return {"seconds": time.monotonic() - started}
+
+    def broadcast(self, slots: list[Any], room: int) -> dict[str, Any]:
+        """One broadcast a tensor, in the order of the names. Returns when all are sent."""
+        import torch
+
+        if self.group is None:
+            raise RuntimeError("no group was joined")
+        read = self._fill(slots, room, shared=False)
+        started = time.monotonic()
+        for _name, tensor in self._tensors(slots, self.room):
+            # NCCL sends from a GPU only. Not run yet on any GPU by this project.
+            sent = tensor.cuda(0) if self.backend == "nccl" else tensor
+            torch.distributed.broadcast(sent, src=0, group=self.group)
+        if self.backend == "nccl":
+            torch.cuda.synchronize(0)
+        return {"seconds_read": read, "seconds_send": time.monotonic() - started}
+
+    def leave(self) -> dict[str, Any]:
+        if self.group is not None:
+            import torch
+
+            torch.distributed.destroy_process_group(self.group)
+            self.group = None
+        return {}
+
+    # --- the end --------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """Peak resident memory of this process so far, in bytes (Linux)."""
+        with open("/proc/self/status") as status:
+            told = dict(line.split(":", 1) for line in status)
+        return {
+            "peak": int(told["VmHWM"].split()[0]) * 1024,
+            "now": int(told["VmRSS"].split()[0]) * 1024,
+        }
+
+    def close(self) -> dict[str, Any]:
+        self.room = None
+        self.on_device = {}
+        return {"left": self._unlink()}
+
+    def _unlink(self) -> list[str]:
+        """Takes the names of shared memory away; whoever has it open keeps it. Returns those
+        that are still there."""
+        for name in self.segments:
+            try:
+                os.unlink(os.path.join(SHARED_MEMORY, name))
+            except FileNotFoundError:
+                continue
+        left = [n for n in self.segments if os.path.exists(os.path.join(SHARED_MEMORY, n))]
+        self.segments = []
+        return left
+
+
+def bucket_module() -> Any:
+    """SGLang's module of flattened buckets, without importing the rest of SGLang, which takes
+    ten seconds."""
+    name = "sglang.srt.weight_sync.tensor_bucket"
+    if name in sys.modules:
+        return sys.modules[name]
+    package = importlib.util.find_spec("sglang")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(folder, "srt", "weight_sync", "tensor_bucket.py")
+        if os.path.isfile(path):
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+            return module
+    raise ImportError(f"this Python has no {name}")
+
+
+def main() -> None:
+    # What others print, and a daemon that torch starts, must not end up among the answers.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    sender = Sender()
+    orders = {
+        name: getattr(sender, name)
+        for name in (
+            "open", "pack", "port", "join", "prepare", "broadcast", "leave", "memory", "close"
+        )
+    }  # fmt: skip
+
+    def answer(what: dict[str, Any]) -> None:
+        answers.write(json.dumps(what).encode() + b"\n")
+
+    answer({"pid": os.getpid(), "uid": os.getuid(), "temporary": os.environ.get("TMPDIR")})
+    for line in sys.stdin.buffer:
+        order = json.loads(line)
+        try:
+            answer(orders[order.pop("do")](**order))
+        except Exception as error:
+            answer({"error": f"{type(error).__name__}: {error}"})
+    sender.close()
+    # Threads of a group that nobody joined would hold the interpreter up.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

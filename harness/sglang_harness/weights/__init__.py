@@ -1,0 +1,10 @@
+"""New weights for a running server: the routes that they take, and the witnesses that they
+arrived."""
+
+from __future__ import annotations
+
+from sglang_harness.weights import beside, disk, distributed, in_body  # noqa: F401 -- register
+from sglang_harness.weights.pusher import WeightPusher
+from sglang_harness.weights.report import PushFailed, PushReport
+
+__all__ = ["PushFailed", "PushReport", "WeightPusher"]

@@ -1,0 +1,555 @@
+"""One call for a person: ``server.weights.push("checkpoint.pt", route="tensor")``."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_harness.checkpoint.fitting import Fit, fit
+from sglang_harness.checkpoint.reading import TensorInfo, open_checkpoint
+from sglang_harness.client import Checksums, calls
+from sglang_harness.errors import (
+    HarnessError,
+    MissingExtra,
+    NoAnswerInTime,
+    PeerFailed,
+    ReadOnly,
+    Refused,
+    ServerDied,
+    SpecError,
+)
+from sglang_harness.peer import Peer
+from sglang_harness.weights import route as routes
+from sglang_harness.weights.buckets import Bucket, plan
+from sglang_harness.weights.expected import Expected, Served, expected_checksums
+from sglang_harness.weights.model_folder import model_folder
+from sglang_harness.weights.report import BucketSent, PushFailed, PushReport, Token, Witness
+from sglang_harness.weights.route import Job, Route
+from sglang_harness.weights.session import Pause, Session
+from sglang_harness.weights.staging import Source
+from sglang_harness.weights.witnesses import (
+    ask_tokens,
+    judge_checksums,
+    judge_label,
+    judge_logprobs,
+    known_states,
+)
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
+
+#: Bytes of one bucket. Trainers use 512 MiB and more; a server's /dev/shm has 1 GiB by default.
+BUCKET = 256 << 20
+
+_EVERYTHING = 1 << 62
+
+#: Seconds for a server to show that it still generates.
+ANSWERS_WITHIN = 30.0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A checkpoint under the names and in the dtypes of the served model."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    _fit: Fit
+
+    def read(self, names: Any = None) -> Iterator[tuple[str, Any]]:
+        return self._fit.read(names)
+
+
+@dataclass
+class _Push:
+    """What is gathered while a push goes on."""
+
+    route: Route
+    job: Job
+    served: Served
+    strict: bool
+    session: Session
+    started: float
+    buckets: list[BucketSent] = field(default_factory=list)
+    before: Checksums | None = None
+    after: Checksums | None = None
+    why_no_checksums: str = ""
+    expected: Expected | None = None
+    tokens: list[Token] = field(default_factory=list)
+    stated: dict[str, str | None] = field(default_factory=dict)
+    error: HarnessError | None = None
+    entered: bool = False
+    seconds: float = 0.0
+
+
+class WeightPusher:
+    """Pushes checkpoints to one server, and finds out whether they arrived.
+
+    Attributes:
+        unfit: why the server must not be used any more after a push that failed; ``None``.
+        last: the last push.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._peer: Peer | None = None
+        self._scratch: Path | None = None
+        self._first: tuple[str, str] | None = None
+        self._first_checksums: Checksums | None = None
+        self._served_folder: Path | None = server.model
+        self._own = 0
+        self.unfit: str | None = None
+        self.last: PushReport | None = None
+
+    # --- the door ---------------------------------------------------------------------------
+
+    def push(
+        self,
+        checkpoint: Path | str,
+        *,
+        route: str | Route = "tensor",
+        version: str | None = None,
+        pause: Pause | None = "retract",
+        flush: bool = True,
+        abort_all_requests: bool = False,
+        bucket_bytes: int = BUCKET,
+        strict: bool = False,
+        logprobs: bool = True,
+        allow: tuple[str, ...] = (),
+        timeout: float | None = None,
+    ) -> PushReport:
+        """Pushes a checkpoint and looks for two witnesses that it arrived.
+
+        Args:
+            checkpoint: a file or folder of any layout that the harness reads.
+            route: a name of :func:`.route.names`, or a route of the caller's own.
+            version: the label; one of its own where not given, as without any the server goes
+                on to state the label of the old weights.
+            pause: ``retract`` takes running requests back and computes them anew with the new
+                weights; ``in_place`` lets them go on with a cache of the old ones; ``abort``
+                ends them; ``None`` does not pause.
+            flush: empty the prefix cache before and after.
+            abort_all_requests: have the server end every request before each bucket.
+            bucket_bytes: at most so many bytes travel together.
+            strict: fill every parameter with noise before the push, so that an old tensor whose
+                successor never arrived cannot hide.
+            logprobs: ask for the second witness, which loads the checkpoint into transformers.
+            allow: patterns of names that the checkpoint may lack, or have beside the model's.
+            timeout: seconds for the server's answer to one bucket.
+
+        Returns:
+            A report whose outcome is ``good``; or ``unproven``, where a witness can say nothing
+            on this server, with the reason.
+
+        Raises:
+            SpecError: no such route, or not to this server.
+            ModelError, CheckpointMismatch: the checkpoint cannot be read, or does not fit; then
+                nothing was sent, because a wrong shape kills a server (SGLang 0.5.23).
+            PushFailed: it did not arrive. Its report says what is new, what is old, what is
+                unknown, and what the server serves now.
+        """
+        server = self._server
+        chosen = routes.make(route) if isinstance(route, str) else route
+        if not server.may_change:
+            raise ReadOnly(f"A push by '{chosen.name}'")
+        if self.unfit:
+            raise SpecError(f"The server is unfit: {self.unfit}.", advice="Start it anew.")
+        if reason := chosen.lacking(server):
+            raise SpecError(f"The route '{chosen.name}' does not lead to this server: {reason}.")
+        source = self._open(Path(checkpoint), allow)
+        about = server.client.server_info()
+        served = Served.of(server.model, about, server.device)
+        infos = list(source.tensors.values())
+        job = Job(
+            server=server,
+            source=source,
+            buckets=plan(infos, _EVERYTHING if chosen.in_one_piece else bucket_bytes),
+            ranks=served.ranks,
+            version=version or self._label(),
+            timeout=timeout or server.spec.limits.check,
+            abort_all_requests=abort_all_requests,
+            peer=self._any_peer,
+        )  # fmt: skip
+        self._remember_first()
+        bracket = chosen.needs_session and server.client.has_route("POST", "/begin_weight_update")
+        session = Session(
+            server.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
+        )
+        push = _Push(chosen, job, served, strict, session, time.monotonic())
+        if not served.unknown:
+            push.expected = expected_checksums(source, served)
+        push.before, push.why_no_checksums = self._checksums()
+        try:
+            self._send(push)
+            if push.error is None:
+                self._look(push, logprobs)
+            return self._conclude(push, pause, flush)
+        except BaseException as error:
+            if not isinstance(error, PushFailed):
+                self.unfit = f"a push was broken off ({type(error).__name__})"
+            raise
+        finally:
+            for folder in job.staged:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _open(self, path: Path, allow: tuple[str, ...]) -> Source:
+        opened = open_checkpoint(path)
+        if self._server.model is None:
+            return opened
+        fitted = fit(opened, self._server.model)
+        fitted.raise_if_unfit(allow=allow)
+        if (
+            not fitted.renamed
+            and not fitted.converted
+            and set(fitted.sources) == set(opened.tensors)
+        ):
+            return opened  # fmt: skip
+        tensors = {
+            name: TensorInfo(
+                name,
+                fitted.converted.get(name, (None, opened.tensors[own].dtype))[1],
+                opened.tensors[own].shape,
+            )
+            for name, own in fitted.sources.items()
+        }
+        return Fitted(opened.path, tensors, fitted)
+
+    def _label(self) -> str:
+        self._own += 1
+        return f"harness-{uuid.uuid4().hex[:6]}-{self._own}"
+
+    def _any_peer(self) -> Peer:
+        if self._peer is None or self._peer.ended:
+            self._peer = Peer(self._server.running)
+        return self._peer
+
+    # --- sending ----------------------------------------------------------------------------
+
+    def _send(self, push: _Push) -> None:
+        """Everything up to the closed bracket; what went wrong is in ``push.error``."""
+        route, job = push.route, push.job
+        try:
+            route.open(job)
+            push.started = time.monotonic()
+            push.session.restart_clock(push.started)
+            with push.session:
+                push.entered = True
+                if push.strict:
+                    push.session.step("wipe", lambda: self._wipe(push))
+                for bucket in job.buckets:
+                    self._send_bucket(push, bucket)
+        except HarnessError as error:
+            push.error = error
+        finally:
+            push.seconds = time.monotonic() - push.started
+            if isinstance(push.error, PeerFailed | NoAnswerInTime | ServerDied):
+                self._drop_peer(job)
+            else:
+                job.notes += route.close()
+        if push.error is None and push.session.closing_errors:
+            push.error = push.session.closing_errors[0]
+
+    def _send_bucket(self, push: _Push, bucket: Bucket) -> None:
+        common: dict[str, Any] = {
+            "number": bucket.number,
+            "tensors": bucket.names,
+            "bytes": bucket.nbytes,
+            "weight_version": push.job.version,
+        }
+        started = time.monotonic()
+
+        def send() -> None:
+            try:
+                sent = push.route.send(bucket)
+            except HarnessError as error:
+                push.buckets.append(
+                    BucketSent(
+                        **common,
+                        outcome="refused" if isinstance(error, Refused) else "unknown",
+                        server=time.monotonic() - started,
+                        detail=error.message,
+                    )
+                )
+                raise
+            times = {n: getattr(sent, n) for n in ("read", "pack", "hand_over", "server")}
+            push.buckets.append(BucketSent(**common, outcome="done", detail=sent.message, **times))
+
+        push.session.step(f"bucket {bucket.number}", send)
+
+    def _wipe(self, push: _Push) -> None:
+        """Every parameter becomes noise; checksums show that it did."""
+        client = self._server.client
+        client.check_weights("reset_tensors")
+        if push.before is None:
+            push.job.notes.append("wiped, but without checksums nothing shows that it worked")
+            return
+        wiped = client.checksums()
+        kept = [n for n, s in wiped.ranks[0].items() if push.before.ranks[0].get(n) == s]
+        if kept:
+            raise Refused("POST /weights_checker", 200, f"reset_tensors left {kept[0]} as it was")
+
+    def _drop_peer(self, job: Job) -> None:
+        if self._peer is not None:
+            job.notes += self._peer.end()
+            self._peer = None
+
+    # --- looking ----------------------------------------------------------------------------
+
+    def _look(self, push: _Push, logprobs: bool) -> None:
+        client = self._server.client
+        try:
+            push.after, why = self._checksums()
+            push.why_no_checksums = push.why_no_checksums or why
+            push.stated["/model_info"] = _text(client.model_info().get("weight_version"))
+            answer = client.generate("Hello", sampling={"max_new_tokens": 1})
+            push.stated["answers"] = answer.weight_version
+            if logprobs:
+                self._ask(push)
+        except HarnessError as error:
+            push.error = error
+
+    def _ask(self, push: _Push) -> None:
+        from sglang_harness import oracle as oracles
+
+        model = self._server.model
+        if model is None:
+            push.job.notes.append("the model's config and tokenizer are not on this machine")
+            return
+        try:
+            folder = model_folder(push.job.source, model, self._room() / uuid.uuid4().hex[:8])
+            new = oracles.for_folder(folder)
+            old = oracles.for_folder(self._served_folder) if self._served_folder else None
+        except MissingExtra as error:
+            push.job.notes.append(error.message)
+            return
+        push.tokens = ask_tokens(self._server.client, new, old)
+        # From here on these are the weights that a next push replaces.
+        self._served_folder = folder
+
+    def _checksums(self) -> tuple[Checksums | None, str]:
+        client = self._server.client
+        if not client.has_route("POST", "/weights_checker"):
+            return None, "this SGLang has no POST /weights_checker"
+        try:
+            return client.checksums(), ""
+        except Refused as error:
+            return None, f"this SGLang cannot compute checksums here ({error.reason})"
+
+    def _remember_first(self) -> None:
+        """What is put back after a push that failed: the checkpoint that is on disk."""
+        if self._first is None:
+            told = self._server.client.model_info()
+            self._first = (str(told["model_path"]), str(told.get("weight_version")))
+            if self._first[1] == "default":
+                self._first_checksums, _ = self._checksums()
+            else:
+                # Somebody pushed before: which weights these are is not known.
+                self._served_folder = None
+
+    # --- the end of a push -------------------------------------------------------------------
+
+    def _conclude(self, push: _Push, pause: Pause | None, flush: bool) -> PushReport:
+        checksums, logprobs, label = self._judge(push)
+        failed = push.error is not None or "differs" in (checksums.says, logprobs.says)
+        outcome = "good" if checksums.says == logprobs.says == "agrees" else "unproven"
+        reason, put_back = "", None
+        new: set[str] = set()
+        old: set[str] = set()
+        names = list(push.job.source.tensors)
+        if failed:
+            outcome = "failed"
+            reason = self._reason(push, checksums, logprobs)
+            new, old = self._states(push)
+            put_back = self._put_back(push)
+        elif outcome == "unproven":
+            silent = [w for w in (checksums, logprobs) if w.says != "agrees"]
+            reason = "; ".join(f"{w.name}: {w.how}" for w in silent)
+        done = {b.number for b in push.buckets}
+        rest = [
+            BucketSent(
+                number=b.number, tensors=b.names, bytes=b.nbytes, outcome="not sent",
+                weight_version=None,
+            )
+            for b in push.job.buckets
+            if b.number not in done
+        ]  # fmt: skip
+        begun = any(s.name == "begin" and s.outcome == "done" for s in push.session.steps)
+        report = PushReport.model_validate(
+            {
+                "route": push.route.name,
+                "checkpoint": str(push.job.source.path),
+                "outcome": outcome,
+                "reason": reason,
+                "tensors": len(names),
+                "bytes": sum(info.nbytes for info in push.job.source.tensors.values()),
+                "ranks": push.job.ranks,
+                "version": push.job.version,
+                "pause": pause,
+                "flush": flush,
+                "strict": push.strict,
+                "session": begun,
+                "seconds": push.seconds,
+                "seconds_staged": push.job.seconds_staged,
+                "buckets": [*push.buckets, *rest],
+                "steps": push.session.steps,
+                "checksums": checksums,
+                "logprobs": logprobs,
+                "label": label,
+                "tokens": push.tokens,
+                "new": [n for n in names if n in new],
+                "old": [n for n in names if n in old],
+                "unknown": [n for n in names if n not in new | old] if failed else [],
+                "put_back": put_back,
+                "unfit": self.unfit,
+                "notes": push.job.notes,
+            }
+        )
+        self.last = report
+        if failed:
+            raise PushFailed(report) from push.error
+        return report
+
+    def _judge(self, push: _Push) -> tuple[Witness, Witness, Witness]:
+        if push.error is not None:
+            how = "the push did not go through"
+            return (
+                Witness(name="checksums", says="not available", how=how),
+                Witness(name="log-probabilities", says="not available", how=how),
+                Witness(name="weight version", says="not available", how=how),
+            )
+        checksums = judge_checksums(
+            push.before,
+            push.after,
+            push.expected,
+            why_none=push.why_no_checksums or push.served.unknown or "",
+            pushed=push.job.source.tensors,
+            known_here=lambda: self._can_reproduce(push),
+        )
+        same = push.before is not None and (
+            push.expected is not None
+            and all(
+                then.get(name) == wanted
+                for then, rank in zip(push.before.ranks, push.expected.ranks, strict=False)
+                for name, wanted in rank.items()
+            )
+        )
+        if push.tokens or not any("machine" in n or "package" in n for n in push.job.notes):
+            logprobs = judge_logprobs(push.tokens, push.served.dtype, same_weights=same)
+        else:
+            logprobs = Witness(
+                name="log-probabilities", says="not available", how="; ".join(push.job.notes)
+            )
+        return checksums, logprobs, judge_label(push.job.version, push.stated)
+
+    def _can_reproduce(self, push: _Push) -> bool:
+        """Whether the weights that the server was started with give its first checksums."""
+        if self._first_checksums is None or self._server.model is None:
+            return True
+        computed = expected_checksums(open_checkpoint(self._server.model), push.served)
+        return all(
+            stated.get(name) == wanted
+            for stated, rank in zip(self._first_checksums.ranks, computed.ranks, strict=False)
+            for name, wanted in rank.items()
+        )
+
+    @staticmethod
+    def _reason(push: _Push, checksums: Witness, logprobs: Witness) -> str:
+        if push.error is not None:
+            failed = [s.name for s in push.session.steps if s.outcome == "failed"]
+            where = failed[0] if failed else ("opening the route" if not push.entered else "look")
+            return f"{where}: {push.error.message}"
+        said = [w for w in (checksums, logprobs) if w.says == "differs"]
+        return "; ".join(
+            f"witness {w.name}: {w.wrong[0]}"
+            + (f" (and {len(w.wrong) - 1} more)" if len(w.wrong) > 1 else "")
+            for w in said
+        )
+
+    def _states(self, push: _Push) -> tuple[set[str], set[str]]:
+        """Which tensors are new and which are old; proven by checksums where there are any,
+        else by which buckets the server took."""
+        if not push.buckets and not push.strict:
+            return set(), set(push.job.source.tensors)
+        if push.after is None and not isinstance(push.error, ServerDied | NoAnswerInTime):
+            with suppress(HarnessError):
+                push.after, _ = self._checksums()
+        if push.after is not None and push.expected is not None:
+            how = push.served.layout(push.job.source)
+            parts = {name: recipe.parts for name, recipe in how.recipes.items()}
+            return known_states(push.before, push.after, push.expected, parts)
+        taken = {n for b in push.buckets if b.outcome == "done" for n in b.tensors}
+        tried = {n for b in push.buckets for n in b.tensors}
+        untouched = set() if push.strict else set(push.job.source.tensors) - tried
+        return taken, untouched
+
+    # --- after a failure ---------------------------------------------------------------------
+
+    def _put_back(self, push: _Push) -> str | None:
+        """Known weights on a server that answers; or the server is marked unfit."""
+        if self._server.running.watch.death is not None or isinstance(push.error, ServerDied):
+            self.unfit = "it died"
+            return None
+        if push.session.left_open:
+            self.unfit = f"{' and '.join(push.session.left_open)}, and could not be closed"
+            return None
+        if not self._generates():
+            self.unfit = f"it generates nothing within {ANSWERS_WITHIN:g} s"
+            return None
+        if not push.buckets and not push.strict:
+            return "nothing was sent: it serves what it served before"
+        assert self._first is not None
+        path, version = self._first
+        client = self._server.client
+        again = Session(
+            client, pause="retract", flush=True, bracket=False, timeout=push.job.timeout
+        )
+        try:
+            with again:
+                client.update_weights_from_disk(
+                    path, weight_version=version, flush_cache=False, timeout=push.job.timeout
+                )
+            if again.closing_errors:
+                raise again.closing_errors[0]
+            now, _ = self._checksums()
+        except HarnessError as error:
+            self.unfit = f"its first weights could not be put back ({error.message})"
+            return None
+        if self._first_checksums is not None and now != self._first_checksums:
+            self.unfit = "its first weights were put back, and their checksums differ"
+            return None
+        self._served_folder = self._server.model
+        proof = "by their checksums" if self._first_checksums else "by the server's word alone"
+        return f"it serves its first weights again ({path}), {proof}"
+
+    def _generates(self) -> bool:
+        call = calls.generate("Hello", sampling={"max_new_tokens": 1}, timeout=ANSWERS_WITHIN)
+        try:
+            return self._server.client.send(call).completion_tokens == 1
+        except HarnessError:
+            return False
+
+    # --- what it keeps -----------------------------------------------------------------------
+
+    def _room(self) -> Path:
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-weights-"))
+        return self._scratch
+
+    def close(self) -> list[str]:
+        """Ends the peer and removes what was made; returns what could not be removed."""
+        left = self._peer.end() if self._peer is not None else []
+        self._peer = None
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+        return left
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
