@@ -32,10 +32,13 @@ FROM ${BASE_IMAGE}
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin sglang
 COPY --from=dependencies /opt/sglang /opt/sglang
 # sglang wants its own home for caches; with a read-only root it gets a tmpfs on /tmp.
+# What SGLang would have torch compile (the choice of experts) needs a C++ compiler, which is
+# not here: it computes with plain torch.
 ENV PATH=/opt/sglang/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     SGLANG_USE_CPU_ENGINE=1 \
+    TORCH_COMPILE_DISABLE=1 \
     TOKENIZERS_PARALLELISM=false
 USER sglang
 WORKDIR /tmp

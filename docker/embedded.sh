@@ -21,7 +21,8 @@ if [ "$have" != "$PYTHON_VERSION" ]; then
     exit 3
 fi
 recipe=$(cat "$here/requirements-cpu.txt" "$here/stand_ins/pyproject.toml" "$here/stand_ins/sgl_kernel/__init__.py" \
-    "$here/stand_ins/torchvision_operators.py" "$here/stand_ins/torchvision_operators.pth" | sha256sum | cut -c1-12)
+    "$here/stand_ins/torchvision_operators.py" "$here/stand_ins/torchvision_operators.pth" \
+    "$here/stand_ins/unpinned_memory.py" "$here/stand_ins/unpinned_memory.pth" | sha256sum | cut -c1-12)
 environment=$cache/embedded-$version-$recipe
 if [ -e "$environment/complete" ]; then
     echo "$environment/bin/python"

@@ -39,7 +39,10 @@ SglangVersion = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="A folder, a hub name, 'smollm2' (the default) or 'tiny[:SEED]'."),
+    typer.Option(
+        help="A folder, a hub name, 'smollm2' (the default), 'tiny[:SEED]', or a tiny one of "
+        "another architecture: tiny-qwen2, tiny-qwen3, tiny-qwen3-moe, tiny-mixtral."
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or gpu.")]
 Gpus = Annotated[str | None, typer.Option(help="all, or indices or UUIDs joined by commas.")]
@@ -324,7 +327,9 @@ def checks(
 
 @app.command()
 def model(
-    name: Annotated[str, typer.Argument(help="'smollm2', 'tiny' or 'tiny:SEED'.")] = "smollm2",
+    name: Annotated[
+        str, typer.Argument(help="'smollm2', or 'tiny[-ARCHITECTURE][:SEED]'.")
+    ] = "smollm2",
 ) -> None:
     """Make a model that needs no hub, where it is missing, and print its folder."""
     from sglang_harness import checkpoint

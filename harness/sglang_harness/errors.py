@@ -117,6 +117,10 @@ class StartTimeout(HarnessError):
     """The server lives but did not answer a generation within ``limits.start`` seconds."""
 
 
+class DidNotComeUp(HarnessError):
+    """A server that a check started for itself died at its start, or never answered."""
+
+
 class RequestFailed(HarnessError):
     """A call got no usable answer. The common base of the four ways in which that happens.
 

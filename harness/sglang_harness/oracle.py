@@ -44,12 +44,16 @@ class Scores:
 class Oracle:
     """One checkpoint, loaded in float32.
 
+    Args:
+        folder: the checkpoint, in Hugging Face's layout.
+        adapter: a LoRA adapter for it, in PEFT's layout, that PEFT applies.
+
     Raises:
-        MissingExtra: torch or transformers is not installed.
-        ModelError: transformers cannot load the folder.
+        MissingExtra: torch, transformers or, with an adapter, PEFT is not installed.
+        ModelError: transformers cannot load the folder, or PEFT the adapter.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
         try:
             import torch
             from safetensors import SafetensorError
@@ -67,6 +71,8 @@ class Oracle:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"transformers cannot load {folder}: {reason}.") from None
+        if adapter is not None:
+            self._model = _adapted(self._model, adapter)
 
     @property
     def parameters_bytes(self) -> int:
@@ -148,6 +154,19 @@ def _scores(logprobs: torch.Tensor, output: Sequence[int]) -> Scores:
     best = logprobs.max(dim=-1)
     chosen = logprobs[range(len(output)), list(output)]
     return Scores(tuple(chosen.tolist()), tuple(best.indices.tolist()), tuple(best.values.tolist()))
+
+
+def _adapted(model: Any, adapter: Path) -> Any:
+    try:
+        from peft import PeftModel
+        from safetensors import SafetensorError
+    except ImportError:
+        raise MissingExtra("The oracle of a LoRA adapter", "torch") from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"PEFT cannot load {adapter}: {reason}.") from None
 
 
 @lru_cache(maxsize=3)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sglang_harness import __version__, environment, held, suite
-from sglang_harness.errors import HarnessError, Interrupted, ServerDied, SpecError, StartTimeout
+from sglang_harness.errors import (
+    DidNotComeUp,
+    HarnessError,
+    Interrupted,
+    MissingExtra,
+    ServerDied,
+    SpecError,
+    StartTimeout,
+)
 from sglang_harness.interruption import interruptions
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine
@@ -23,9 +31,9 @@ from sglang_harness.runtime.compose import ComposeRuntime
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.server import Server
-from sglang_harness.spec import ServerSpec
+from sglang_harness.spec import Argument, ServerSpec
 from sglang_harness.suite import installed, known_defects
-from sglang_harness.suite.check import Check, Context, run_check
+from sglang_harness.suite.check import Check, Context, NotProvided, run_check
 from sglang_harness.verdict import (
     CheckResult,
     Figure,
@@ -195,32 +203,40 @@ class Qualification:
         ]
 
     @contextmanager
-    def _own_server(self) -> Iterator[Server]:
-        """Another server in the same image, with the seeded tiny model whatever ``--model`` is:
-        nobody waits for a large model to load again."""
-        wanted = self._request.spec
-        first = self._servers[0]
-        spec = wanted.model_copy(
-            update={
-                "model": "tiny",
-                "port": None,
-                "image": first.about().get("image"),
-                "sglang_version": None,
-                "pull": "missing",
-            }
+    def _own_server(
+        self,
+        *,
+        model: str = "tiny",
+        server_args: Mapping[str, Argument] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Iterator[Server]:
+        """See :class:`sglang_harness.suite.check.OwnServer`."""
+        spec = beside(
+            self._request.spec,
+            image=self._servers[0].about().get("image"),
+            model=model,
+            server_args=server_args,
+            environment=environment,
         )
+        title = " ".join([model, *(f"--{name}={v}" for name, v in spec.server_args.items())])
         try:
             runtime = self._request.runtime
             if isinstance(runtime, ComposeRuntime):
                 runtime = runtime.for_another_server()
             server = Server.start(spec, runtime=runtime, say=self._viewer.say, run_id=self._run_id)
         except (ServerDied, StartTimeout) as error:
-            self._logs.append(getattr(error, "server_log", ""))
-            raise HarnessError(f"The check's own server did not come up. {error}") from error
+            log = getattr(error, "server_log", "")
+            self._logs.append(f"--- a server of its own that did not come up: {title} ---\n{log}")
+            raise DidNotComeUp(f"The check's own server did not come up. {error}") from error
+        except MissingExtra as error:
+            raise NotProvided(str(error)) from None
+        server.client.deadline = time.monotonic() + spec.limits.check
         try:
             yield server
         finally:
-            self._logs.append(f"--- a server of its own for one check ---\n{server.logs()}")
+            self._logs.append(
+                f"--- a server of its own for one check: {title} ---\n{server.logs()}"
+            )
             server.stop()
 
     @staticmethod
@@ -384,6 +400,31 @@ class Qualification:
         verdict.write(out / "verdict.json")
         junit.write(verdict, out / "junit.xml")
         (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8", errors="replace")
+
+
+def beside(
+    wanted: ServerSpec,
+    *,
+    image: str | None,
+    model: str,
+    server_args: Mapping[str, Argument] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ServerSpec:
+    """The spec of another server beside the one that ``wanted`` describes.
+
+    Args:
+        image: what the first one turned out to run from.
+        server_args: ``None``: those of ``wanted``.
+        environment: added to that of ``wanted``.
+    """
+    given = wanted.model_dump(exclude_unset=True)
+    given |= {"model": model, "port": None, "image": image, "sglang_version": None}
+    given["pull"] = "missing"
+    if server_args is not None:
+        given["server_args"] = dict(server_args)
+    if environment:
+        given["environment"] = {**wanted.environment, **environment}
+    return ServerSpec.make(**given)
 
 
 def _prepare(out: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from sglang_harness.checkpoint import tiny
 from sglang_harness.errors import ModelError
 
 __all__ = ["check_folder", "locate"]
@@ -15,7 +16,7 @@ __all__ = ["check_folder", "locate"]
 def locate(model: str, say: Callable[[str], None]) -> Path | None:
     """The folder of the checkpoint that ``model`` names; ``None`` for a name on the hub.
 
-    ``smollm2`` and ``tiny[:SEED]`` are made in the cache the first time.
+    ``smollm2`` and ``tiny[-ARCHITECTURE][:SEED]`` are made in the cache the first time.
 
     Raises:
         ModelError: a path that does not exist or holds no checkpoint.
@@ -25,10 +26,9 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
         from sglang_harness.checkpoint import smollm2
 
         return smollm2.folder(say)
-    if found := re.fullmatch(r"tiny(?::(\d{1,9}))?", model):
-        from sglang_harness.checkpoint import tiny
-
-        return tiny.folder(int(found[1] or 0))
+    if meant := tiny.named(model):
+        architecture, seed = meant
+        return tiny.folder(seed, architecture)
     try:
         path = Path(model).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -50,7 +50,7 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
         raise ModelError(
             f"The model {model} is not there.",
             advice="Give a folder with config.json and weights, a hub name (owner/name), "
-            "'smollm2' or 'tiny'.",
+            f"'smollm2', or one of {', '.join(tiny.NAMES)}.",
         )
     return None
 

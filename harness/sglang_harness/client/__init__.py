@@ -10,7 +10,14 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from sglang_harness.client import calls
-from sglang_harness.client.answers import ChatAnswer, Checksums, Chunk, Generation, Update
+from sglang_harness.client.answers import (
+    AdapterUpdate,
+    ChatAnswer,
+    Checksums,
+    Chunk,
+    Generation,
+    Update,
+)
 from sglang_harness.client.call import Attempt, Call, Reply, RetryPolicy, error_words, understand
 from sglang_harness.client.transport import RequestsTransport, Transport
 from sglang_harness.errors import (
@@ -25,6 +32,7 @@ from sglang_harness.errors import (
 from sglang_harness.runtime.death import DeathWatch
 
 __all__ = [
+    "AdapterUpdate",
     "Attempt",
     "Call",
     "ChatAnswer",
@@ -246,6 +254,20 @@ class Client:
 
     def checksums(self) -> Checksums:
         return self.send(calls.checksums())
+
+    def load_lora_adapter(self, name: str, path: str, **options: Any) -> AdapterUpdate:
+        """See :func:`calls.load_lora_adapter`. An answer is no evidence."""
+        return self.send(calls.load_lora_adapter(name, path, **options))
+
+    def load_lora_adapter_from_tensors(
+        self, name: str, config: dict[str, Any], tensors: Sequence[str], **options: Any
+    ) -> AdapterUpdate:
+        """See :func:`calls.load_lora_adapter_from_tensors`. An answer is no evidence."""
+        return self.send(calls.load_lora_adapter_from_tensors(name, config, tensors, **options))
+
+    def unload_lora_adapter(self, name: str) -> AdapterUpdate:
+        """See :func:`calls.unload_lora_adapter`."""
+        return self.send(calls.unload_lora_adapter(name))
 
     def flush_cache(self) -> None:
         self.send(calls.flush_cache())

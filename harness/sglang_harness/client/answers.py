@@ -35,6 +35,8 @@ class Generation:
     weight_version: str | None
     seconds: float
     weight_spans: tuple[tuple[str, int, int], ...] = ()
+    dp_rank: int | None = None
+    """Which replica answered, where a data-parallel server says so."""
 
     @classmethod
     def parse(cls, data: dict[str, Any], seconds: float) -> Generation:
@@ -61,6 +63,7 @@ class Generation:
                 (str(span["version"]), int(span["start"]), int(span["end"]))
                 for span in meta.get("weight_versions") or ()
             ),
+            dp_rank=meta.get("dp_rank"),
         )
 
 
@@ -97,23 +100,41 @@ class Update:
 
 
 @dataclass(frozen=True)
+class AdapterUpdate:
+    """The server's word on a LoRA adapter. Not evidence that it is applied.
+
+    Attributes:
+        loaded: names of the adapters that it says it holds now.
+    """
+
+    success: bool
+    message: str
+    loaded: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Checksums:
     """Per-tensor checksums as ``/weights_checker`` answers them.
 
     Attributes:
         ranks: one mapping a rank, from the fused parameter name to 16 hexadecimal digits.
         engine: the checksum over everything.
+        places: for each of ``ranks`` where it stands: ``tp_rank``, ``dp_rank``, ``pp_rank`` and
+            their sizes, as far as the server says so.
     """
 
     ranks: tuple[dict[str, str], ...]
     engine: str
+    places: tuple[dict[str, int], ...] = ()
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Checksums:
         ranks = tuple(dict(rank["checksums"]) for rank in data["ranks"])
         if not ranks or not all(ranks):
             raise ValueError("no checksums in the answer")
-        return cls(ranks, str(data.get("per_engine_checksum", "")))
+        places = tuple(_place(rank.get("parallelism_info")) for rank in data["ranks"])
+        return cls(ranks, str(data.get("per_engine_checksum", "")), places)
 
     def changed_since(self, before: Checksums) -> list[str]:
         """Names that differ from ``before`` on any rank, ``rankN:`` put before all but rank 0."""
@@ -124,3 +145,11 @@ class Checksums:
                 prefix + n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n)
             ]
         return changed
+
+
+def _place(info: Any) -> dict[str, int]:
+    """Where a rank stands; newer servers list one place a role, the target's first."""
+    told = info[0] if isinstance(info, list) and info else info
+    if not isinstance(told, dict):
+        return {}
+    return {name: value for name, value in told.items() if isinstance(value, int)}

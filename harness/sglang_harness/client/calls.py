@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from sglang_harness.client.answers import ChatAnswer, Checksums, Generation, Update
+from sglang_harness.client.answers import (
+    AdapterUpdate,
+    ChatAnswer,
+    Checksums,
+    Generation,
+    Update,
+)
 from sglang_harness.client.call import Call, Content, Reply
 
 Prompt = str | Sequence[int]
@@ -81,6 +87,8 @@ def generate(
     logprobs: bool = False,
     prompt_logprobs_from: int | None = None,
     request_id: str | None = None,
+    lora_path: str | None = None,
+    routed_dp_rank: int | None = None,
     timeout: float | None = None,
 ) -> Call[Generation]:
     """One prompt, as text or as token ids.
@@ -89,8 +97,14 @@ def generate(
         sampling: SGLang's ``sampling_params``, as they are.
         logprobs: ask for the log-probability of each generated token.
         prompt_logprobs_from: also those of the prompt, from this position on.
+        lora_path: name of a loaded LoRA adapter (SGLang's word for it); ``None``: the base.
+        routed_dp_rank: which replica of a data-parallel server answers; ``None``: any.
     """
     body = _generate_body(prompt, sampling, logprobs, prompt_logprobs_from)
+    if lora_path is not None:
+        body["lora_path"] = lora_path
+    if routed_dp_rank is not None:
+        body["routed_dp_rank"] = routed_dp_rank
     if request_id is not None:
         body["rid"] = request_id
 
@@ -106,11 +120,20 @@ def generate_batch(
     *,
     sampling: dict[str, Any] | None = None,
     logprobs: bool = False,
+    lora_path: Sequence[str | None] | None = None,
 ) -> Call[list[Generation]]:
-    """Several prompts in one request; answers in the order of the prompts."""
+    """Several prompts in one request; answers in the order of the prompts.
+
+    Args:
+        lora_path: a LoRA adapter's name for each prompt, ``None`` where the base shall answer.
+    """
     if not prompts:
         raise ValueError("a batch needs at least one prompt")
     body = _generate_body(prompts[0], sampling, logprobs, None)
+    if lora_path is not None:
+        if len(lora_path) != len(prompts):
+            raise ValueError(f"{len(lora_path)} adapters for {len(prompts)} prompts")
+        body["lora_path"] = list(lora_path)
     kind = "text" if _is_text(prompts[0]) else "input_ids"
     body[kind] = [p if _is_text(p) else list(p) for p in prompts]
 
@@ -352,6 +375,54 @@ def check_weights(action: Literal["snapshot", "reset_tensors", "compare"]) -> Ca
 def _update(reply: Reply) -> Update:
     data = _object(reply)
     return Update(bool(data["success"]), str(data.get("message", "")), reply.seconds)
+
+
+# --- LoRA adapters -----------------------------------------------------------------------
+
+
+def load_lora_adapter(name: str, path: str, *, pinned: bool = False) -> Call[AdapterUpdate]:
+    """Loads an adapter folder of the server's (PEFT's layout). Needs ``--enable-lora``.
+
+    Args:
+        pinned: it may not be put out of memory by others.
+    """
+    body = {"lora_name": name, "lora_path": path, "pinned": pinned}
+    return Call("POST", "/load_lora_adapter", _adapter_update, body, changes=True)
+
+
+def load_lora_adapter_from_tensors(
+    name: str, config: dict[str, Any], tensors: Sequence[str], *, pinned: bool = False
+) -> Call[AdapterUpdate]:
+    """Loads an adapter whose weights travel in the request.
+
+    Args:
+        config: PEFT's ``adapter_config.json``.
+        tensors: for each tensor-parallel rank a base64 pickle of ``{name: tensor}`` with PEFT's
+            names and whole, unsharded CPU tensors: each rank reads its own copy (0.5.23).
+    """
+    body = {
+        "lora_name": name,
+        "config_dict": config,
+        "serialized_named_tensors": list(tensors),
+        "pinned": pinned,
+    }
+    return Call("POST", "/load_lora_adapter_from_tensors", _adapter_update, body, changes=True)
+
+
+def unload_lora_adapter(name: str) -> Call[AdapterUpdate]:
+    """Waits for the requests that use it (0.5.23)."""
+    body = {"lora_name": name}
+    return Call("POST", "/unload_lora_adapter", _adapter_update, body, changes=True)
+
+
+def _adapter_update(reply: Reply) -> AdapterUpdate:
+    data = _object(reply)
+    return AdapterUpdate(
+        bool(data["success"]),
+        str(data.get("error_message") or ""),
+        tuple(sorted(data.get("loaded_adapters") or ())),
+        reply.seconds,
+    )
 
 
 # --- control and memory ----------------------------------------------------------------

@@ -27,7 +27,7 @@ from sglang_harness import checkpoint, shipped
 from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import engine, images
+from sglang_harness.runtime import cores, engine, images
 from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.docker import DockerRuntime
@@ -391,7 +391,8 @@ class ComposeRuntime:
             *command_line(arguments),
         ]
         passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
-        inside = {**passed, **spec.environment}
+        bound = cores.binding(arguments, cores.cores_of(client)) if device == "cpu" else {}
+        inside = {**bound, **passed, **spec.environment}
         additions = {
             "image": image,
             "command": [word.replace("$", "$$") for word in words],

@@ -20,7 +20,7 @@ from sglang_harness import checkpoint, shipped
 from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import engine, images
+from sglang_harness.runtime import cores, engine, images
 from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
@@ -94,9 +94,13 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
         cache = {"HF_HOME": "/hub"} if self.spec.hub_cache else {}
         key = {"SGLANG_API_KEY": self.api_key or ""}
+        bound = {}
+        if self.device == "cpu" and cores.ranks(self.arguments) > 1:
+            bound = cores.binding(self.arguments, cores.cores_of(self._engine))
         # torch's shared memory is found by a socket in here: a peer has to see it too.
         shared = {"TMPDIR": str(TEMPORARY)}
-        return {**offline, **cache, **shared, **passed, **self.spec.environment, **key}
+        environment = {**offline, **cache, **bound, **shared, **passed, **self.spec.environment}
+        return {**environment, **key}
 
     def _command_words(self) -> list[str]:
         return [

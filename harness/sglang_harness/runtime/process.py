@@ -27,7 +27,7 @@ from sglang_harness import checkpoint, shipped
 from sglang_harness.device import gpus
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime import images
+from sglang_harness.runtime import cores, images
 from sglang_harness.runtime.beside import ProcessBeside, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import Redactor, new_api_key
@@ -120,7 +120,12 @@ class SGLangProcess:
     def _environment(self) -> dict[str, str]:
         """For the server and what stands beside it; without the key."""
         passed = {n: os.environ[n] for n in self.spec.pass_environment if n in os.environ}
-        cpu = {"SGLANG_USE_CPU_ENGINE": "1"} if self.device == "cpu" else {}
+        cpu: dict[str, str] = {}
+        if self.device == "cpu":
+            bound = cores.binding(self.arguments, cores.cores_here())
+            # As in the CPU image: torch would compile some functions, and a machine need not
+            # have a C++ compiler.
+            cpu = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1", **bound}
         offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
         basics = {
             n: os.environ[n]

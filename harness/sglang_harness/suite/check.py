@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,6 +26,7 @@ from sglang_harness.verdict import CheckResult, Figure, Outcome
 if TYPE_CHECKING:
     from sglang_harness.oracle import Oracle
     from sglang_harness.server import Server
+    from sglang_harness.spec import Argument
 
 
 class Observation(BaseModel):
@@ -68,20 +70,45 @@ class NotProvided(HarnessError):
     no pass."""
 
 
+class OwnServer(Protocol):
+    """Starts another server in the same image; it is gone when the ``with`` block ends."""
+
+    def __call__(
+        self,
+        *,
+        model: str = "tiny",
+        server_args: Mapping[str, Argument] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> AbstractContextManager[Server]:
+        """
+        Args:
+            model: as :class:`sglang_harness.ServerSpec` takes it. The seeded tiny model, so
+                that nobody waits for a large one to load again.
+            server_args: SGLang's flags in place of those of the run, which are for the run's
+                model; ``None``: those of the run. The harness's own for the device come too.
+            environment: variables beside those of the run.
+
+        Raises:
+            DidNotComeUp: it died at its start, or never answered.
+            NotProvided: the model cannot be made here.
+            SpecError, EngineError, ImageError, ModelError: it could not be started.
+        """
+
+
 @dataclass
 class Context:
     """What ``observe`` works with.
 
     Attributes:
         seed: makes prompts, perturbations and samples the same in every run.
-        own_server: starts another server in the same image with the tiny model, for a check
-            that may kill it; it is gone when the ``with`` block ends.
+        own_server: starts another server in the same image, for a check that may kill it or
+            needs one that runs otherwise.
         scratch: a folder for what the check makes, removed after the run.
     """
 
     server: Server
     seed: int
-    own_server: Callable[[], Any]
+    own_server: OwnServer
     scratch: Path
     variants: dict[int, Any] = field(default_factory=dict)
 
@@ -104,11 +131,30 @@ class Context:
         except MissingExtra as error:
             raise NotProvided(str(error)) from None
 
+    @staticmethod
+    def oracle_of(server: Server, *, adapter: Path | None = None) -> Oracle:
+        """The reference for a server that a check started for itself; kept by the caller alone.
+
+        Args:
+            adapter: a LoRA adapter on this machine that it answers with.
+
+        Raises:
+            NotProvided: torch, transformers or PEFT is missing, or the model is not here.
+        """
+        from sglang_harness import oracle
+
+        if server.model is None:
+            raise NotProvided(f"The oracle cannot read {server.spec.model}: it is not here.")
+        try:
+            return oracle.Oracle(server.model, adapter=adapter)
+        except MissingExtra as error:
+            raise NotProvided(str(error)) from None
+
     @property
     def dtype(self) -> str:
         """The dtype that the server computes in, as its launch configuration states it."""
         if not hasattr(self, "_dtype"):
-            self._dtype = str(self.server.client.server_info().get("dtype", "auto"))
+            self._dtype = dtype_of(self.server)
         return self._dtype
 
     def empty_prefix_cache(self) -> None:
@@ -121,6 +167,11 @@ class Context:
         return random.Random(f"{self.seed}:{salt}")  # noqa: S311 -- reproducible on purpose
 
 
+def dtype_of(server: Server) -> str:
+    """The dtype that a server computes in, as its launch configuration states it."""
+    return str(server.client.server_info().get("dtype", "auto"))
+
+
 class Check(ABC, Generic[O]):
     """One question with a yes or no answer; see the module.
 
@@ -128,7 +179,7 @@ class Check(ABC, Generic[O]):
         id: ``subject/what-must-hold``, stable.
         sentence: the required behaviour, as one sentence.
         profile: ``quick`` checks also run in ``full``.
-        own_server: may kill its server, so it gets one of its own.
+        own_server: may kill its server, or needs one that runs otherwise: it starts its own.
         after_stop: asked when the server has been stopped.
         changes: leaves the server other than it was until it has put it back, so it is not
             asked of somebody else's server unless that is allowed.
