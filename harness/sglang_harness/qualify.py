@@ -322,12 +322,19 @@ class Qualification:
         self._logs.append(server.logs() or log)
 
     def _ask_after_stop(self, server: Server) -> None:
-        if server.stopped is None or server.stopped.exit_code is None:
+        if server.stopped is None:
             return
         context = Context(server, self._request.seed, self._own_server, self._scratch)
         for check in (c for c in self._checks if c.after_stop):
             if reason := self._lacking(check, server):
                 self._outside.append(Outside(id=check.id, reason=reason))
+                continue
+            if server.stopped.exit_code is None:
+                reason = "how the server ended could not be told"
+                result = CheckResult(
+                    id=check.id, outcome=Outcome.NOT_RUN, seconds=0, message=reason
+                )
+                self._record(result, [])
                 continue
             self._viewer.begin(check.id, len(self._checks), len(self._checks))
             self._record(*run_check(check, context))
