@@ -105,7 +105,7 @@ class Sender:
             bucket_module()
         return {"seconds": time.monotonic() - started}
 
-    def _make_room(self, extent: int, shared: bool) -> None:
+    def _make_room(self, room: int, shared: bool) -> None:
         import torch
 
         if self.room is not None and self.room.numel() >= room and self.shared == shared:
@@ -114,18 +114,18 @@ class Sender:
         self._unlink()
         self.shared = shared
         if not shared:
-            self.room = torch.empty(extent, dtype=torch.uint8)
+            self.room = torch.empty(room, dtype=torch.uint8)
             return
         free = os.statvfs(SHARED_MEMORY)
-        if free.f_bavail * free.f_frsize < extent:
+        if free.f_bavail * free.f_frsize < room:
             raise MemoryError(
                 f"{SHARED_MEMORY} has {free.f_bavail * free.f_frsize} bytes free, a bucket takes "
-                f"{extent}: give the server more (shm_size) or make buckets smaller"
+                f"{room}: give the server more (shm_size) or make buckets smaller"
             )
         # torch's own default hands over a file descriptor, which only a child can take: an
         # unrelated server dies of it (AuthenticationError, SGLang 0.5.23).
         torch.multiprocessing.set_sharing_strategy("file_system")
-        storage = torch.UntypedStorage._new_shared(extent)
+        storage = torch.UntypedStorage._new_shared(room)
         self.segments.append(storage._share_filename_cpu_()[1].decode().lstrip("/"))
         self.room = torch.empty(0, dtype=torch.uint8).set_(storage)
 
@@ -341,7 +341,8 @@ def main() -> None:
     orders = {
         name: getattr(sender, name)
         for name in (
-            "open", "ready", "pack", "port", "join", "prepare", "broadcast", "leave", "memory", "close"
+            "open", "ready", "pack", "port", "prepare", "join", "broadcast", "leave", "memory",
+            "close",
         )
     }  # fmt: skip
 
