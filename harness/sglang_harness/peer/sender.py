@@ -4,6 +4,7 @@ It cannot import the harness, and needs nothing but torch and, for some routes, 
 is there. Orders come as lines of JSON on standard input, one answer a line goes back:
 
     open        a folder of safetensors            -> {"tensors": n, "bytes": n}
+    ready       room for the largest bucket        -> {"seconds": s}
     pack        a bucket into shared memory        -> {"payloads": [base64 a rank], ...}
     port        a free port on loopback            -> {"port": n}
     join        a process group as its rank 0      -> {"seconds": s}
@@ -25,10 +26,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
+BUCKETS = "sglang.srt.weight_sync.tensor_bucket"
 
 
 class Sender:
@@ -67,8 +72,7 @@ class Sender:
     def _fill(self, slots: list[Any], room: int, shared: bool) -> float:
         """Reads a bucket straight from the files into one buffer, which is used again."""
         started = time.monotonic()
-        if self.room is None or self.room.numel() < room or self.shared != shared:
-            self._make_room(room, shared)
+        self._make_room(room, shared)
         memory = memoryview(self.room.numpy())
         path: str | None = None
         file: Any = None
@@ -93,25 +97,35 @@ class Sender:
                 file.close()
         return time.monotonic() - started
 
-    def _make_room(self, extent: int, shared: bool) -> None:
+    def ready(self, room: int, shared: bool) -> dict[str, Any]:
+        """Whatever takes its time, before the server waits for the first bucket."""
+        started = time.monotonic()
+        self._make_room(room, shared)
+        if shared:
+            bucket_module()
+        return {"seconds": time.monotonic() - started}
+
+    def _make_room(self, room: int, shared: bool) -> None:
         import torch
 
+        if self.room is not None and self.room.numel() >= room and self.shared == shared:
+            return
         self.room = None
         self._unlink()
         self.shared = shared
         if not shared:
-            self.room = torch.empty(extent, dtype=torch.uint8)
+            self.room = torch.empty(room, dtype=torch.uint8)
             return
         free = os.statvfs(SHARED_MEMORY)
-        if free.f_bavail * free.f_frsize < extent:
+        if free.f_bavail * free.f_frsize < room:
             raise MemoryError(
                 f"{SHARED_MEMORY} has {free.f_bavail * free.f_frsize} bytes free, a bucket takes "
-                f"{extent}: give the server more (shm_size) or make buckets smaller"
+                f"{room}: give the server more (shm_size) or make buckets smaller"
             )
         # torch's own default hands over a file descriptor, which only a child can take: an
         # unrelated server dies of it (AuthenticationError, SGLang 0.5.23).
         torch.multiprocessing.set_sharing_strategy("file_system")
-        storage = torch.UntypedStorage._new_shared(extent)
+        storage = torch.UntypedStorage._new_shared(room)
         self.segments.append(storage._share_filename_cpu_()[1].decode().lstrip("/"))
         self.room = torch.empty(0, dtype=torch.uint8).set_(storage)
 
@@ -150,7 +164,8 @@ class Sender:
             else:
                 content = list(self._tensors(slots, there))
             packed = io.BytesIO()
-            ForkingPickler(packed).dump(content)
+            with parents_of(BUCKETS):
+                ForkingPickler(packed).dump(content)
             payloads.append(base64.b64encode(packed.getvalue()).decode())
         return {
             "payloads": payloads,
@@ -286,21 +301,36 @@ class Sender:
 
 def bucket_module() -> Any:
     """SGLang's module of flattened buckets, without importing the rest of SGLang, which takes
-    ten seconds."""
-    name = "sglang.srt.weight_sync.tensor_bucket"
-    if name in sys.modules:
-        return sys.modules[name]
+    ten seconds and more."""
+    if BUCKETS in sys.modules:
+        return sys.modules[BUCKETS]
     package = importlib.util.find_spec("sglang")
     for folder in (package.submodule_search_locations or ()) if package else ():
-        path = os.path.join(folder, "srt", "weight_sync", "tensor_bucket.py")
+        path = os.path.join(folder, *BUCKETS.split(".")[1:]) + ".py"
         if os.path.isfile(path):
-            spec = importlib.util.spec_from_file_location(name, path)
+            spec = importlib.util.spec_from_file_location(BUCKETS, path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
+            sys.modules[BUCKETS] = module
             spec.loader.exec_module(module)
             return module
-    raise ImportError(f"this Python has no {name}")
+    raise ImportError(f"this Python has no {BUCKETS}")
+
+
+@contextmanager
+def parents_of(name: str) -> Iterator[None]:
+    """Empty packages above a module, for as long as its classes are pickled: the pickler would
+    import the real ones only to find the module that is there already."""
+    parts = name.split(".")
+    parents = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    made = [parent for parent in parents if parent not in sys.modules]
+    for parent in made:
+        sys.modules[parent] = ModuleType(parent)
+    try:
+        yield
+    finally:
+        for parent in made:
+            del sys.modules[parent]
 
 
 def main() -> None:
@@ -311,7 +341,8 @@ def main() -> None:
     orders = {
         name: getattr(sender, name)
         for name in (
-            "open", "pack", "port", "join", "prepare", "broadcast", "leave", "memory", "close"
+            "open", "ready", "pack", "port", "prepare", "join", "broadcast", "leave", "memory",
+            "close",
         )
     }  # fmt: skip
 

@@ -31,8 +31,12 @@ class Text:
         yield self._text
 
 
-def open_in_peer(job: Job) -> Peer:
-    """The peer, with the checkpoint open in it."""
+def open_in_peer(job: Job, *, shared: bool) -> Peer:
+    """The peer, with the checkpoint open in it and room for the largest bucket.
+
+    Args:
+        shared: the room is to be in ``/dev/shm``.
+    """
     peer = job.peer()
     started = time.monotonic()
     inside, made = stage(job.source, job.server.reach)
@@ -40,6 +44,7 @@ def open_in_peer(job: Job) -> Peer:
         job.staged.append(made)
     job.seconds_staged = time.monotonic() - started
     peer.ask("open", folder=str(inside), timeout=job.timeout)
+    peer.ask("ready", room=largest(job.buckets), shared=shared, timeout=job.timeout)
     return peer
 
 
@@ -64,7 +69,7 @@ class SharedMemory:
 
     def open(self, job: Job) -> None:
         self._job = job
-        self._peer = open_in_peer(job)
+        self._peer = open_in_peer(job, shared=not self.cuda)
 
     def send(self, bucket: Bucket) -> Sent:
         job = self._job

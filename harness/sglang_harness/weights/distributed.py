@@ -55,7 +55,7 @@ class Distributed:
 
     def open(self, job: Job) -> None:
         self._job = job
-        self._peer = peer = open_in_peer(job)
+        self._peer = peer = open_in_peer(job, shared=False)
         peer.ask("prepare", timeout=IMPORTS_WITHIN)
         port = int(peer.ask("port", timeout=10.0)["port"])
         backend = "nccl" if job.server.device == "gpu" else "gloo"

@@ -72,7 +72,8 @@ class Served:
         if asked != "auto":
             return short.get(asked, asked)
         own = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
-        return "float16" if own.removeprefix("torch.") == "float32" else own
+        own = own.removeprefix("torch.")
+        return "float16" if own == "float32" else own
 
     def layout(self, source: Source) -> Layout:
         return layout(self.config, source.tensors, self.ranks)
