@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sglang_harness.checkpoint import check_folder, locate, tiny
-from sglang_harness.checkpoint.perturb import perturbed
+from sglang_harness.checkpoint.perturb import one_perturbed, perturbed
 from sglang_harness.errors import ModelError
 from sglang_harness.permissions import check_readable
 
@@ -271,7 +271,8 @@ def mixed(tmp_path: Path) -> Path:
 def test_every_float_changes_and_names_shapes_dtypes_and_shards_do_not(mixed: Path, tmp_path: Path):
     before = {file.name: digest(file) for file in mixed.iterdir() if file.is_file()}
     made = perturbed(mixed, tmp_path / "new" / "other", seed=3)
-    assert {f.name for f in made.iterdir()} == set(before)
+    # The index, without which nothing but this reader finds the second shard.
+    assert {f.name for f in made.iterdir()} == {*before, "model.safetensors.index.json"}
     # Only the weights are other ones; and what was there is as it was.
     assert digest(made / "config.json") == before["config.json"]
     assert {file.name: digest(file) for file in mixed.iterdir() if file.is_file()} == before
@@ -317,12 +318,45 @@ def test_the_tiny_model_perturbed_is_a_whole_checkpoint(tiny_folder: Path, tmp_p
     assert content(made).keys() == content(tiny_folder).keys()
 
 
-def test_a_source_in_another_format_is_refused_with_the_cure(model: Path, tmp_path: Path):
+def test_a_source_in_another_layout_comes_out_as_safetensors(mixed: Path, tmp_path: Path):
+    before = tensors(mixed)
+    for file in mixed.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"state_dict": before}, mixed / "pytorch_model.bin")
+    other = tensors(made := perturbed(mixed, tmp_path / "other", seed=0))
+    assert {f.name for f in made.iterdir()} == {"config.json", "model.safetensors"}
+    assert {n: (t.shape, t.dtype) for n, t in other.items()} == {
+        n: (t.shape, t.dtype) for n, t in before.items()
+    }
+    assert not torch.equal(other["embed.weight"], before["embed.weight"])
+
+
+def test_a_source_that_cannot_be_read_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path
+):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="no safetensors") as caught:
+    with pytest.raises(ModelError, match="cannot be read") as caught:
         perturbed(model, tmp_path / "other", seed=0)
     assert caught.value.advice
-    # Refused before anything was written.
+    assert not (tmp_path / "other").exists()
+
+
+def test_one_tensor_changes_and_every_other_stays_to_the_bit(mixed: Path, tmp_path: Path):
+    one = tensors(mixed)
+    made = one_perturbed(mixed, tmp_path / "other", "half.weight", seed=3)
+    other = tensors(made)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == ["half.weight"]
+    # It is what the same seed makes of it among all others.
+    everything = tensors(perturbed(mixed, tmp_path / "all", seed=3))
+    assert torch.equal(other["half.weight"], everything["half.weight"])
+    check_readable(made)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "mask", "no.such.weight"])
+def test_one_tensor_that_cannot_change_is_refused(mixed: Path, tmp_path: Path, name: str):
+    with pytest.raises(ModelError, match=name) as caught:
+        one_perturbed(mixed, tmp_path / "other", name, seed=3)
+    assert "weight" in caught.value.advice
     assert not (tmp_path / "other").exists()
 
 

@@ -84,13 +84,11 @@ def _by_configuration(folder: Path) -> Expected:
         raise MissingExtra("Reading what a configuration asks for", "torch") from None
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, torch_dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32
-            )
+            # In the configuration's dtype; the argument that says so changed its name.
+            model = AutoModelForCausalLM.from_config(config)
         state = model.state_dict(keep_vars=True)
-        on_disk = _names_on_disk(model, state)
+        on_disk = names_on_disk(model, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ModelError(
@@ -110,7 +108,7 @@ def _by_configuration(folder: Path) -> Expected:
     return Expected(f"{folder}/config.json", MappingProxyType(tensors), MappingProxyType(tied))
 
 
-def _names_on_disk(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+def names_on_disk(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     """The state as ``save_pretrained`` would write it: transformers 5 keeps a mixture's experts
     in one tensor in memory and apart on disk; older ones keep them apart in both."""
     try:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sglang_harness.checkpoint.reading import Checkpoint, open_checkpoint
+from sglang_harness.checkpoint.writing import write_model
 from sglang_harness.errors import MissingExtra, ModelError
-from sglang_harness.permissions import make_readable
+
+if TYPE_CHECKING:
+    import torch
 
 #: Noise as a part of each tensor's own standard deviation: enough that every answer changes
 #: far beyond any tolerance, too little to make a model babble.
@@ -14,45 +20,69 @@ STRENGTH = 0.05
 
 
 def perturbed(source: Path, target: Path, seed: int, *, strength: float = STRENGTH) -> Path:
-    """Writes ``source`` with seeded noise on every tensor to the new folder ``target``.
+    """Writes ``source`` with seeded noise on every floating-point tensor to the new ``target``.
 
-    Safetensors in, safetensors out, one file at a time and one tensor at a time, in each
-    tensor's own dtype. Other files (config, tokenizer) are copied.
+    Any layout in, safetensors out (in the same shards where it was safetensors), one tensor at
+    a time, in each tensor's own dtype. Configuration and tokenizer are copied.
 
     Raises:
-        MissingExtra: torch or safetensors is not installed.
-        ModelError: the folder holds no safetensors.
+        MissingExtra: torch is not installed.
+        ModelError: the folder holds no checkpoint that can be read.
+        FileExistsError: the target is there already.
     """
+    checkpoint = _opened(source)
+    return _written(source, target, checkpoint, set(checkpoint.tensors), seed, strength)
+
+
+def one_perturbed(
+    source: Path, target: Path, name: str, seed: int, *, strength: float = STRENGTH
+) -> Path:
+    """As :func:`perturbed`, with noise on the tensor ``name`` alone; the others stay to the bit.
+
+    Raises:
+        ModelError: there is no floating-point tensor of that name; besides what
+            :func:`perturbed` raises.
+    """
+    checkpoint = _opened(source)
+    info = checkpoint.tensors.get(name)
+    if info is None or "float" not in info.dtype:
+        raise ModelError(
+            f"{source} holds no {name} to change" + (f": it is {info.dtype}." if info else "."),
+            advice=f"It holds {', '.join(list(checkpoint.tensors)[:3])} and others.",
+        )
+    return _written(source, target, checkpoint, {name}, seed, strength)
+
+
+def _opened(source: Path) -> Checkpoint:
     try:
-        import torch
-        from safetensors import safe_open
-        from safetensors.torch import save_file
+        import numpy  # noqa: F401
+        import torch  # noqa: F401
     except ImportError:
         raise MissingExtra("Making another checkpoint", "torch") from None
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{source} holds no safetensors to perturb.",
-            advice="Save the model as safetensors; other formats are not altered here.",
-        )
-    target.mkdir(parents=True)
-    for other in source.iterdir():
-        if other.is_file() and other.suffix != ".safetensors":
-            shutil.copyfile(other, target / other.name)
-    generator = torch.Generator().manual_seed(seed)
-    for file in files:
-        changed = {}
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 -- safetensors' handle is no mapping
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point():
-                    noise = torch.empty(tensor.shape).normal_(generator=generator)
-                    # A constant tensor (a fresh norm weight) has no spread of its own.
-                    spread = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
-                    tensor = (tensor.float() + strength * (spread or 1.0) * noise).to(tensor.dtype)
-                changed[name] = tensor
-        # One entry: safetensors writes several in any order, and the same seed shall give the
-        # same bytes.
-        save_file(changed, target / file.name, metadata={"format": "pt"})
-    make_readable(target)
-    return target
+    return open_checkpoint(source)
+
+
+def _written(
+    source: Path, target: Path, checkpoint: Checkpoint, which: set[str], seed: int, strength: float
+) -> Path:
+    def tensors(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in checkpoint.read(names):
+            if name in which and tensor.is_floating_point():
+                yield name, _noisy(tensor, name, seed, strength)
+            else:
+                yield name, tensor
+
+    files = checkpoint.files if checkpoint.layout.startswith("safetensors") else None
+    return write_model(source, target, checkpoint.tensors.values(), tensors, files=files)
+
+
+def _noisy(tensor: torch.Tensor, name: str, seed: int, strength: float) -> torch.Tensor:
+    import torch
+
+    # Of the name, so that neither the order of files nor the other tensors matter.
+    drawn = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(drawn[:7], "big"))
+    noise = torch.empty(tensor.shape).normal_(generator=generator)
+    # A constant tensor (a fresh norm weight) has no spread of its own.
+    spread = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
+    return (tensor.float() + strength * (spread or 1.0) * noise).to(tensor.dtype)

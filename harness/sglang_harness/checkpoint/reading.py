@@ -79,6 +79,11 @@ class Checkpoint:
         """Of all tensors, as they are in memory."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The name of the file that each tensor begins in; empty tensors may have none."""
+        return {name: places[0].file.name for name, places in self._places.items() if places}
+
     def read(
         self, names: Iterable[str] | None = None, *, dtypes: Mapping[str, str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:

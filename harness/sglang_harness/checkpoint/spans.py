@@ -212,7 +212,7 @@ def read_span(span: Span, files: Files, dtype: str | None = None) -> torch.Tenso
     if span.stride is not None:
         # A view that its owner saved as such: a transposed matrix, a column slice.
         flat = empty((span.extent // SIZES[span.dtype],), span.dtype)
-        files.read(span.file, span.offset, _bytes_of(flat))
+        files.read(span.file, span.offset, bytes_of(flat))
         made = empty(span.shape, dtype)
         made.copy_(flat.as_strided(span.shape, span.stride))
         return made
@@ -241,16 +241,17 @@ def _fill(flat: torch.Tensor, span: Span, files: Files) -> None:
     if not flat.numel():
         return
     if str(flat.dtype) == f"torch.{span.dtype}":
-        files.read(span.file, span.offset, _bytes_of(flat))
+        files.read(span.file, span.offset, bytes_of(flat))
         return
     piece = empty((min(_PIECE, flat.numel()),), span.dtype)
     for first in range(0, flat.numel(), _PIECE):
         length = min(_PIECE, flat.numel() - first)
-        files.read(span.file, span.offset + first * SIZES[span.dtype], _bytes_of(piece[:length]))
+        files.read(span.file, span.offset + first * SIZES[span.dtype], bytes_of(piece[:length]))
         flat[first : first + length] = piece[:length]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to read or to fill."""
     import torch
 
     lent: Any = tensor.reshape(-1).view(torch.uint8).numpy()

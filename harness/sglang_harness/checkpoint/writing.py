@@ -1,0 +1,182 @@
+"""Checkpoints written: safetensors tensor by tensor, files of ``torch.save``, folders of
+``torch.distributed.checkpoint``. Whatever is written can be read by every user."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_harness.checkpoint.reading import TensorInfo
+from sglang_harness.checkpoint.safetensors_files import DTYPES
+from sglang_harness.checkpoint.spans import SIZES, bytes_of
+from sglang_harness.errors import MissingExtra, ModelError
+from sglang_harness.permissions import make_readable
+
+if TYPE_CHECKING:
+    import torch
+
+#: Where a model's tensors come from: names in, tensors out, in that order.
+Source = Callable[[Sequence[str]], Iterable[tuple[str, "torch.Tensor"]]]
+
+#: Bytes of a shard, as Hugging Face's tools cut them.
+SHARD = 5_000_000_000
+
+_CODES = {name: code for code, name in DTYPES.items()}
+
+#: Kinds of files that hold weights; everything else in a model's folder goes with the model.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
+
+
+def write_model(
+    model_folder: Path,
+    target: Path,
+    tensors: Iterable[TensorInfo],
+    source: Source,
+    *,
+    shard_bytes: int = SHARD,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """A model folder like ``model_folder`` with other weights, as safetensors.
+
+    One tensor is in memory at a time. The configuration and the tokenizer are copied.
+
+    Args:
+        target: is made; must not be there yet.
+        tensors: what is written, by the names that the model has on disk.
+        source: gives the tensors when they are due.
+        shard_bytes: where one file ends and the next begins, where ``files`` does not say.
+        files: which file each tensor goes to, by its name.
+
+    Raises:
+        FileExistsError: the target is there already.
+        ModelError: the source gives another tensor than was announced.
+    """
+    shards = _shards(list(tensors), shard_bytes, files)
+    target.mkdir(parents=True)
+    for other in model_folder.iterdir():
+        if other.is_file() and not other.name.endswith(_WEIGHTS) and other.name != ".metadata":
+            shutil.copyfile(other, target / other.name)
+    for name, infos in shards.items():
+        write_safetensors(target / name, infos, source)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(i.nbytes for infos in shards.values() for i in infos)},
+            "weight_map": {i.name: name for name, infos in shards.items() for i in infos},
+        }
+        (target / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+    make_readable(target)
+    return target
+
+
+def _shards(
+    infos: list[TensorInfo], shard_bytes: int, files: Mapping[str, str] | None
+) -> dict[str, list[TensorInfo]]:
+    if files is not None:
+        named: dict[str, list[TensorInfo]] = {}
+        for info in infos:
+            named.setdefault(files[info.name], []).append(info)
+        return named
+    groups: list[list[TensorInfo]] = [[]]
+    size = 0
+    for info in infos:
+        if size and size + info.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(info)
+        size += info.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{number:05}-of-{len(groups):05}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+
+
+def write_safetensors(file: Path, tensors: Iterable[TensorInfo], source: Source) -> None:
+    """One file, one tensor in memory at a time.
+
+    The widest dtypes come first, as the safetensors library orders them, so that every tensor
+    is aligned.
+
+    Raises:
+        ModelError: a dtype that the format does not have, or another tensor than announced.
+    """
+    infos = sorted(tensors, key=lambda info: (-SIZES[info.dtype], info.name))
+    # The library's own mark for tensors of torch; transformers asks for it.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in infos:
+        if info.dtype not in _CODES:
+            raise ModelError(f"{info.name} is {info.dtype}, which safetensors cannot hold.")
+        header[info.name] = {
+            "dtype": _CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [end, end + info.nbytes],
+        }
+        end += info.nbytes
+    written = json.dumps(header, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)
+    with file.open("wb") as sink:
+        sink.write(len(written).to_bytes(8, "little") + written)
+        announced = iter(infos)
+        for name, tensor in source([info.name for info in infos]):
+            info = next(announced)
+            got = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if got != info:
+                raise ModelError(f"{file}: {info} was announced, and {got} came.")
+            if info.nbytes:
+                sink.write(bytes_of(tensor.detach().cpu().contiguous()))
+    file.chmod(0o644)
+
+
+def held(state: Mapping[str, torch.Tensor]) -> tuple[list[TensorInfo], Source]:
+    """A state dict in memory as what the writers take."""
+    infos = [
+        TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in state.items()
+    ]
+
+    def source(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, state[name]) for name in names)
+
+    return infos, source
+
+
+def write_torch(file: Path, content: Any, *, legacy: bool = False) -> Path:
+    """A file of ``torch.save``.
+
+    Args:
+        content: a state dict, or whatever a trainer nests it in.
+        legacy: as torch wrote before 1.6, without a zip archive.
+
+    Raises:
+        MissingExtra: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("Writing a torch checkpoint", "torch") from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    file.chmod(0o644)
+    return file
+
+
+def write_distributed(folder: Path, content: Mapping[str, Any]) -> Path:
+    """A folder of ``torch.distributed.checkpoint``, written by this process alone.
+
+    Raises:
+        MissingExtra: torch is not installed.
+    """
+    try:
+        from torch.distributed.checkpoint.state_dict_saver import save
+    except ImportError:
+        raise MissingExtra("Writing a distributed checkpoint", "torch") from None
+    save(dict(content), checkpoint_id=folder, no_dist=True)
+    make_readable(folder)
+    return folder
