@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_harness.client import Chunk, Client
 from sglang_harness.client.calls import Prompt
@@ -21,6 +21,11 @@ class Ended(BaseModel):
     tokens: int
     finish: str
     chunk_seconds: list[float]
+    ids: list[int] = Field(default_factory=list)
+    logprobs: list[float] = Field(default_factory=list)
+    """In nats, one a token, where they were asked for."""
+    weight_spans: list[tuple[str, int, int]] = Field(default_factory=list)
+    """Label, first token and the one behind the last, where the server states them."""
 
 
 class BackgroundStream:
@@ -33,21 +38,29 @@ class BackgroundStream:
         *,
         sampling: dict[str, Any],
         request_id: str | None = None,
+        logprobs: bool = False,
     ) -> None:
         self._chunks: list[Chunk] = []
         self._news = threading.Condition()
         self._over = False
         self._error: Exception | None = None
         self._thread = threading.Thread(
-            target=self._run, args=(client, prompt, sampling, request_id), daemon=True
+            target=self._run, args=(client, prompt, sampling, request_id, logprobs), daemon=True
         )
         self._thread.start()
 
     def _run(
-        self, client: Client, prompt: Prompt, sampling: dict[str, Any], request_id: str | None
+        self,
+        client: Client,
+        prompt: Prompt,
+        sampling: dict[str, Any],
+        request_id: str | None,
+        logprobs: bool,
     ) -> None:
         try:
-            for chunk in client.stream(prompt, sampling=sampling, request_id=request_id):
+            for chunk in client.stream(
+                prompt, sampling=sampling, request_id=request_id, logprobs=logprobs
+            ):
                 with self._news:
                     self._chunks.append(chunk)
                     self._news.notify_all()
@@ -57,6 +70,10 @@ class BackgroundStream:
             with self._news:
                 self._over = True
                 self._news.notify_all()
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
 
     @property
     def count(self) -> int:
@@ -94,4 +111,10 @@ class BackgroundStream:
             tokens=int(meta["completion_tokens"]),
             finish=str((meta["finish_reason"] or {}).get("type", "")),
             chunk_seconds=[c.seconds for c in self._chunks],
+            ids=list(last.output_ids),
+            logprobs=[float(each[0]) for each in meta.get("output_token_logprobs") or ()],
+            weight_spans=[
+                (str(span["version"]), int(span["start"]), int(span["end"]))
+                for span in meta.get("weight_versions") or ()
+            ],
         )
