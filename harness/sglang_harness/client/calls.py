@@ -428,12 +428,15 @@ def _adapter_update(reply: Reply) -> AdapterUpdate:
 # --- control and memory ----------------------------------------------------------------
 
 
-def flush_cache() -> Call[None]:
+def flush_cache(wait: float = 5.0) -> Call[None]:
     """Empties the prefix cache. 400 while requests run; and for some milliseconds after an
-    answer its request still counts as running (0.5.23), so the server is given 5 s."""
-    return Call(
-        "POST", "/flush_cache", _nothing, query=(("timeout", "5"),), repeatable=True, changes=True
-    )
+    answer its request still counts as running (0.5.23), so the server is given ``wait`` seconds.
+
+    With 0 it answers at once. Only so does a server flush that was paused with ``retract`` and
+    holds requests: where it waits, it waits for requests that cannot end (0.5.23).
+    """
+    query = (("timeout", f"{wait:g}"),) if wait else ()
+    return Call("POST", "/flush_cache", _nothing, query=query, repeatable=True, changes=True)
 
 
 def pause(mode: str = "abort") -> Call[None]:

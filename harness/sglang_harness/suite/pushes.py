@@ -164,7 +164,7 @@ class ManyPushes(Check[Many]):
 
 
 RUNNING = 16
-LENGTH = 96
+LENGTH = 64
 
 
 class UnderLoad(Observation):

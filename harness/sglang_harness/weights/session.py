@@ -15,13 +15,16 @@ from typing import Any, Literal
 
 from sglang_harness.client import Client, calls
 from sglang_harness.client.call import Call
-from sglang_harness.errors import HarnessError, NoAnswerInTime, ServerDied
+from sglang_harness.errors import HarnessError, NoAnswerInTime, Refused, ServerDied
 from sglang_harness.weights.report import Step
 
 Pause = Literal["abort", "retract", "in_place"]
 
 #: Seconds that each closing call may take where the server has already left one unanswered.
 CLOSES_WITHIN = 10.0
+
+#: Seconds from a pause until nothing runs any more.
+DRAINS_WITHIN = 5.0
 
 
 class Session:
@@ -79,7 +82,7 @@ class Session:
                 mode = self._pause
                 self.step("pause", lambda: self._send(calls.pause(mode)))
             if self._flush:
-                self.step("flush", lambda: self._send(calls.flush_cache()))
+                self.step("flush", self._empty_cache)
             else:
                 self._leave_out("flush", "not asked for")
             if self._bracket:
@@ -147,20 +150,37 @@ class Session:
     def _close(self) -> None:
         if self._begun:
             self._begun = False
-            self._try("end", calls.end_weight_update(), "a weight-update session is open")
+            end = calls.end_weight_update()
+            self._try("end", lambda: self._send(end), "a weight-update session is open")
         if self._flush and not self._dead and not self._silent:
             # Not paused, a request may have filled the cache in between.
-            self._try("flush again", calls.flush_cache(), "")
+            self._try("flush again", self._empty_cache, "")
         if self._paused:
             self._paused = False
-            self._try("continue", calls.resume(), "generation is paused")
+            self._try("continue", lambda: self._send(calls.resume()), "generation is paused")
 
-    def _try(self, name: str, call: Call[Any], otherwise: str) -> None:
+    def _empty_cache(self) -> None:
+        if not self._paused or self._pause != "retract":
+            self._send(calls.flush_cache())
+            return
+        # Requests that were taken back never end while it is paused, so the server is not
+        # asked to wait for that; what still ends is the batch that ran when the pause came.
+        until = time.monotonic() + DRAINS_WITHIN
+        while True:
+            try:
+                self._send(calls.flush_cache(wait=0))
+                return
+            except Refused:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+
+    def _try(self, name: str, do: Callable[[], object], otherwise: str) -> None:
         if self._dead:
             self._leave_out(name, "the server is dead")
             return
         try:
-            self.step(name, lambda: self._send(call))
+            self.step(name, do)
         except HarnessError as error:
             self.closing_errors.append(error)
             if otherwise:
