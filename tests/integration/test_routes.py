@@ -174,7 +174,7 @@ def test_a_trainer_that_left_its_session_open_is_told(
     assert server.weights.unfit is None
 
 
-# --- 0.5.20: no sessions, and checksums that need CUDA ---------------------------------------------
+# --- 0.5.20: no sessions, and checksums that need CUDA ----------------------------------------
 
 
 def test_a_server_without_sessions(folders: tuple[Path, Path]) -> None:
@@ -192,7 +192,7 @@ def test_a_server_without_sessions(folders: tuple[Path, Path]) -> None:
                 assert report.label.says == "agrees"
 
 
-# --- a peer that never joins -----------------------------------------------------------------------
+# --- a peer that never joins ----------------------------------------------------------------
 
 
 class NeverJoins(Distributed):

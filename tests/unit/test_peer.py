@@ -177,7 +177,7 @@ def test_an_order_too_many_is_no_answer_to_another(peer: Peer):
 
 def test_a_peer_that_dies_is_noticed_with_its_words(peer: Peer):
     os.kill(peer.about["pid"], 9)
-    with pytest.raises((PeerFailed, EngineError), match="ended|does not listen"):
+    with pytest.raises((PeerFailed, EngineError), match=r"ended|does not listen"):
         peer.ask("port", timeout=10)
     assert not any("container" in left for left in peer.end())
 
