@@ -237,6 +237,38 @@ def test_strict_wipes_first_so_that_nothing_old_can_hide(old: Path):
         assert "first weights again" in (report.put_back or "")
 
 
+def test_strict_is_refused_where_something_would_stay_wiped(old: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    weights = load_file(old / "model.safetensors")
+    del weights["model.norm.weight"]
+    torch.save(weights, tmp_path / "part.pt")
+    with WeightServer(old) as double:
+        with pytest.raises(SpecError, match=r"model\.norm\.weight"):
+            push(double, tmp_path / "part.pt", strict=True, allow=("model.norm.*",))
+        assert double.log == []
+        assert (
+            push(double, tmp_path / "part.pt", allow=("model.norm.*",)).checksums.says == "agrees"
+        )
+
+
+def test_disk_takes_safetensors_and_torch_files(old: Path, new: Path, tmp_path: Path):
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    torch.save(load_file(new / "model.safetensors"), folder / "pytorch_model.bin")
+    nested = tmp_path / "trainer.pt"
+    torch.save({"model": load_file(new / "model.safetensors")}, nested)
+    with WeightServer(old) as double:
+        for path, read in ((new, new), (folder, folder), (nested, None)):
+            report = push(double, path, route="disk")
+            assert report.checksums.says == "agrees"
+            assert not report.session
+            assert read is None or double.path == str(read)
+        assert not Path(double.path).exists(), "what was written for the push is gone"
+
+
 def test_arguments_reach_the_server(old: Path, new: Path):
     with WeightServer(old) as double:
         push(double, new, pause="in_place", flush=False, abort_all_requests=True)

@@ -198,6 +198,9 @@ class _Running:
         self.watch = double.mortal.watch
         self.reach = SameMachine()
 
+    def model_path(self) -> str:
+        return str(self.model)
+
     def end(self) -> int:
         return 0
 
