@@ -45,6 +45,11 @@ class Peer:
             self.end()
             raise
 
+    @property
+    def busy(self) -> bool:
+        """An order was given, and nobody has its answer: no other can be given any more."""
+        return self._owed is not None
+
     def tell(self, do: str, **order: Any) -> None:
         """Gives an order; :meth:`answer` waits for what comes of it."""
         if self._owed is not None:

@@ -33,7 +33,7 @@ class Disk:
     def open(self, job: Job) -> None:
         self._job = job
         started = time.monotonic()
-        inside, made = stage(job.source, job.server.reach)
+        inside, made = stage(job.source, job.server.reach, bin_too=True)
         job.seconds_staged = time.monotonic() - started
         if made is not None:
             job.staged.append(made)

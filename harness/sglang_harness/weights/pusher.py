@@ -29,6 +29,7 @@ from sglang_harness.peer import Peer
 from sglang_harness.weights import route as routes
 from sglang_harness.weights.buckets import Bucket, plan
 from sglang_harness.weights.expected import Expected, Served, expected_checksums
+from sglang_harness.weights.fused_layout import COMPUTED
 from sglang_harness.weights.model_folder import model_folder
 from sglang_harness.weights.report import BucketSent, PushFailed, PushReport, Token, Witness
 from sglang_harness.weights.route import Job, Route
@@ -176,7 +177,7 @@ class WeightPusher:
             abort_all_requests=abort_all_requests,
             peer=self._any_peer,
         )  # fmt: skip
-        self._remember_first()
+        self._remember_first(about)
         bracket = chosen.needs_session and server.client.has_route("POST", "/begin_weight_update")
         session = Session(
             server.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
@@ -185,6 +186,15 @@ class WeightPusher:
         if not served.unknown:
             push.expected = expected_checksums(source, served)
         push.before, push.why_no_checksums = self._checksums()
+        if strict and push.before is not None and push.expected is not None:
+            brought = push.expected.ranks[0].keys()
+            kept = [n for n in push.before.ranks[0] if n not in brought and not _computed(n)]
+            if kept:
+                raise SpecError(
+                    f"'strict' wipes every parameter, and this checkpoint does not bring {kept[0]}"
+                    f" ({len(kept)} are missing).",
+                    advice="Push without 'strict'.",
+                )
         try:
             self._send(push)
             if push.error is None:
@@ -252,6 +262,8 @@ class WeightPusher:
                 self._drop_peer(job)
             else:
                 job.notes += route.close()
+                if self._peer is not None and self._peer.busy:
+                    self._drop_peer(job)
         if push.error is None and push.session.closing_errors:
             push.error = push.session.closing_errors[0]
 
@@ -341,16 +353,18 @@ class WeightPusher:
         except Refused as error:
             return None, f"this SGLang cannot compute checksums here ({error.reason})"
 
-    def _remember_first(self) -> None:
+    def _remember_first(self, about: Mapping[str, Any]) -> None:
         """What is put back after a push that failed: the checkpoint that is on disk."""
-        if self._first is None:
-            told = self._server.client.model_info()
-            self._first = (str(told["model_path"]), str(told.get("weight_version")))
-            if self._first[1] == "default":
-                self._first_checksums, _ = self._checksums()
-            else:
-                # Somebody pushed before: which weights these are is not known.
-                self._served_folder = None
+        if self._first is not None:
+            return
+        told = self._server.client.model_info()
+        self._first = (str(told["model_path"]), str(told.get("weight_version")))
+        # Told when it started, and not told otherwise since: nobody has pushed.
+        label = str(about.get("weight_version") or "default")
+        if self._first == (self._server.running.model_path(), label):
+            self._first_checksums, _ = self._checksums()
+        else:
+            self._served_folder = None
 
     # --- the end of a push -------------------------------------------------------------------
 
@@ -549,6 +563,10 @@ class WeightPusher:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch = None
         return left
+
+
+def _computed(name: str) -> bool:
+    return name.endswith(COMPUTED)
 
 
 def _text(value: object) -> str | None:

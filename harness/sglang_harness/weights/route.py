@@ -102,8 +102,8 @@ def register(name: str) -> Callable[[R], R]:
 
 
 def names() -> list[str]:
-    """Every route, in the order of their modules."""
-    return list(_routes)
+    """Every route, in the order of the alphabet."""
+    return sorted(_routes)
 
 
 def make(name: str) -> Route:

@@ -66,6 +66,20 @@ def as_it_lies(source: Source) -> Path | None:
     return folder if found and found == set(source.tensors) else None
 
 
+def torch_files(source: Source) -> Path | None:
+    """The folder of the checkpoint, if its ``*.bin`` files hold the tensors under these very
+    names, as SGLang reads them too."""
+    saved = getattr(source, "saved_as", None)
+    layout = str(getattr(source, "layout", ""))
+    if saved is None or not source.path.is_dir() or not layout.startswith("torch"):
+        return None
+    same = all(name == own for name, own in saved.items())
+    # Weights below a key of their own are nothing that a server looks for.
+    notes = getattr(source, "notes", ())
+    whole = not any("weights under" in note for note in notes)
+    return source.path if same and whole and any(source.path.glob("*.bin")) else None
+
+
 def write_safetensors(source: Source, file: Path) -> None:
     """One file with every tensor, streamed: memory stays at one tensor.
 
@@ -93,13 +107,21 @@ def write_safetensors(source: Source, file: Path) -> None:
             opened.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def stage(source: Source, reach: Reach) -> tuple[PurePosixPath, Path | None]:
+def stage(
+    source: Source, reach: Reach, *, bin_too: bool = False
+) -> tuple[PurePosixPath, Path | None]:
     """The checkpoint's folder as the server sees it, and what has to be removed afterwards.
 
     Safetensors are shared as they lie; anything else is written anew, streamed, under the
     names that the harness reads.
+
+    Args:
+        bin_too: share ``*.bin`` files as they lie, for a reader that takes them.
     """
     folder = as_it_lies(source)
+    pattern = "*.safetensors"
+    if folder is None and bin_too and (folder := torch_files(source)) is not None:
+        pattern = "*.bin"
     shared = getattr(reach, "folder", None)
     if folder is not None and shared is None:
         return reach.share(folder), None
@@ -111,7 +133,7 @@ def stage(source: Source, reach: Reach) -> tuple[PurePosixPath, Path | None]:
     try:
         if folder is not None:
             # Weights alone: of the rest the server has its own.
-            for file in folder.glob("*.safetensors"):
+            for file in folder.glob(pattern):
                 _link_or_copy(file, room / file.name)
         else:
             write_safetensors(source, room / "model.safetensors")

@@ -1,0 +1,279 @@
+"""The sender beside a server: a real process, without an engine and without SGLang."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sglang_harness.errors import EngineError, PeerFailed
+from sglang_harness.peer import Peer, largest, slots
+from sglang_harness.runtime.beside import ProcessBeside, remove_segments
+from sglang_harness.weights.buckets import plan
+from sglang_harness.weights.staging import as_it_lies, stage, write_safetensors
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
+
+SHARED = Path("/dev/shm")
+
+
+class Here:
+    """Puts a process of this Python beside this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: list[ProcessBeside] = []
+
+    def beside(self, script: str) -> ProcessBeside:
+        self.made.append(
+            ProcessBeside(
+                [sys.executable, "-c", script],
+                name="peer",
+                environment={**os.environ, "TMPDIR": str(self.folder)},
+                folder=self.folder,
+                before=lambda: None,
+            )
+        )
+        return self.made[-1]
+
+
+@pytest.fixture
+def here() -> Iterator[Here]:
+    # A socket's path has to be short: pytest's own folders are not.
+    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+        place = Here(Path(folder))
+        yield place
+        for beside in place.made:
+            beside.end()
+
+
+@pytest.fixture
+def peer(here: Here) -> Iterator[Peer]:
+    peer = Peer(here)  # type: ignore[arg-type]
+    yield peer
+    peer.end()
+
+
+WEIGHTS = {
+    "a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "b": torch.arange(5).bfloat16(),
+    "c": torch.tensor([1.5, 2.5], dtype=torch.float64),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    safetensors.save_file({k: WEIGHTS[k] for k in "ab"}, path / "1.safetensors")
+    safetensors.save_file({"c": WEIGHTS["c"]}, path / "2.safetensors")
+    return path
+
+
+class Info:
+    def __init__(self, name: str, tensor: Any) -> None:
+        self.name, self.shape, self.nbytes = name, tuple(tensor.shape), tensor.nbytes
+        self.dtype = str(tensor.dtype)[6:]
+
+
+class Held:
+    """A checkpoint in memory."""
+
+    def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
+        self.path = path
+        self.tensors = {name: Info(name, t) for name, t in tensors.items()}
+        self._held = tensors
+
+    def read(self, names=None):
+        return ((n, self._held[n]) for n in names or self._held)
+
+
+def test_a_bucket_arrives_by_a_handle_and_nothing_stays(peer: Peer, here: Here, folder: Path):
+    (bucket,) = plan([Info(n, t) for n, t in WEIGHTS.items()], 1 << 20)
+    assert peer.ask("open", folder=str(folder), timeout=60)["tensors"] == 3
+    packed = peer.ask(
+        "pack",
+        slots=slots(bucket),
+        extent=bucket.extent,
+        room=largest([bucket]),
+        ranks=2,
+        flattened=False,
+        timeout=60,
+    )
+    assert len(packed["payloads"]) == 2
+    segment = SHARED / packed["segments"][0]
+    assert segment.exists()
+    for payload in packed["payloads"]:
+        handle = base64.b64decode(payload)
+        assert len(handle) < 4000
+        got = dict(pickle.loads(handle))
+        for name, tensor in WEIGHTS.items():
+            assert torch.equal(got[name], tensor)
+    del got
+    family = {p.pid for p in here.made[0]._family.values()}
+    assert peer.end() == []
+    assert not segment.exists()
+    assert not any(psutil.pid_exists(pid) for pid in family)
+    assert list(SHARED.glob(f"torch_{peer.about['pid']}_*")) == []
+    assert peer.end() == []
+
+
+def test_one_buffer_serves_every_bucket(peer: Peer, folder: Path):
+    buckets = plan([Info(n, t) for n, t in WEIGHTS.items()], 50)
+    assert len(buckets) == 2
+    peer.ask("open", folder=str(folder), timeout=60)
+    seen = []
+    for bucket in buckets:
+        packed = peer.ask(
+            "pack", slots=slots(bucket), extent=bucket.extent, room=largest(buckets), ranks=1,
+            flattened=False, timeout=60,
+        )  # fmt: skip
+        seen += packed["segments"]
+        got = dict(pickle.loads(base64.b64decode(packed["payloads"][0])))
+        assert all(torch.equal(got[name], WEIGHTS[name]) for name in bucket.names)
+        del got
+    assert len(set(seen)) == 1
+
+
+def test_what_fails_over_there_is_said_here_and_the_next_order_works(peer: Peer, folder: Path):
+    with pytest.raises(PeerFailed, match="no safetensors in /nowhere"):
+        peer.ask("open", folder="/nowhere", timeout=60)
+    peer.ask("open", folder=str(folder), timeout=60)
+    (bucket,) = plan([Info("a", torch.zeros(3, 3))], 1 << 20)
+    with pytest.raises(PeerFailed, match="a has 48 bytes, planned were 36"):
+        peer.ask(
+            "pack", slots=slots(bucket), extent=36, room=36, ranks=1, flattened=False, timeout=60
+        )
+    with pytest.raises(PeerFailed, match="no group was joined"):
+        peer.ask("broadcast", slots=[], room=16, timeout=60)
+    assert peer.ask("port", timeout=10)["port"] > 1023
+    assert peer.ask("memory", timeout=10)["peak"] > 1 << 20
+
+
+def test_a_bucket_that_does_not_fit_into_shared_memory_is_refused_in_words(
+    peer: Peer, folder: Path
+):
+    peer.ask("open", folder=str(folder), timeout=60)
+    with pytest.raises(PeerFailed, match="shm_size"):
+        peer.ask("ready", room=1 << 50, shared=True, timeout=60)
+
+
+def test_an_order_too_many_is_no_answer_to_another(peer: Peer):
+    peer.tell("port")
+    with pytest.raises(PeerFailed, match="still owes an answer to 'port'"):
+        peer.tell("port")
+    peer.answer(10)
+
+
+def test_a_peer_that_dies_is_noticed_with_its_words(peer: Peer):
+    os.kill(peer.about["pid"], 9)
+    with pytest.raises((PeerFailed, EngineError), match=r"ended|does not listen"):
+        peer.ask("port", timeout=10)
+    assert not any("container" in left for left in peer.end())
+
+
+def test_a_peer_that_takes_too_long_is_bounded(peer: Peer):
+    os.kill(peer.about["pid"], 19)
+    with pytest.raises(PeerFailed, match=r"took longer than 0\.2 s"):
+        peer.ask("port", timeout=0.2)
+
+
+def test_it_ends_when_nobody_speaks_to_it_any_more(peer: Peer, here: Here):
+    process = psutil.Process(peer.about["pid"])
+    stdin = here.made[0]._process.stdin
+    assert stdin is not None
+    stdin.close()
+    assert process.wait(timeout=10) == 0
+
+
+def test_a_peer_that_cannot_start_says_why(here: Here, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sglang_harness.peer.script", lambda: "raise SystemExit('no torch here')")
+    with pytest.raises(PeerFailed, match="ended after"):
+        Peer(here)  # type: ignore[arg-type]
+
+
+def test_the_sender_names_sglangs_class_without_importing_sglang(monkeypatch, tmp_path: Path):
+    from sglang_harness.peer import sender
+
+    package = tmp_path / "sglang"
+    inner = package / "srt" / "weight_sync"
+    inner.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (inner / "tensor_bucket.py").write_text(
+        "class FlattenedTensorMetadata:\n"
+        "    def __init__(self, **told):\n"
+        "        vars(self).update(told)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [n for n in sys.modules if n.split(".")[0] == "sglang"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        kind = sender.bucket_module().FlattenedTensorMetadata
+        with sender.parents_of(sender.BUCKETS):
+            data = pickle.dumps(kind(name="w"))
+        assert b"sglang.srt.weight_sync.tensor_bucket" in data
+        assert "sglang" not in sys.modules
+    finally:
+        sys.modules.pop(sender.BUCKETS, None)
+
+
+def test_other_peoples_segments_are_left_alone(tmp_path: Path):
+    for name in ("torch_12_a_0", "torch_123_a_0", "sem.x"):
+        (tmp_path / name).touch()
+    remove_segments([12], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sem.x", "torch_123_a_0"]
+
+
+# --- staging --------------------------------------------------------------------------------------
+
+
+def test_safetensors_are_written_as_others_read_them(tmp_path: Path):
+    file = tmp_path / "model.safetensors"
+    write_safetensors(Held(tmp_path, WEIGHTS), file)
+    got = safetensors.load_file(file)
+    assert got.keys() == WEIGHTS.keys()
+    assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in WEIGHTS.items())
+    header = file.read_bytes()[8:]
+    assert json.loads(header[: int.from_bytes(file.read_bytes()[:8], "little")])
+
+
+def test_a_folder_is_taken_as_it_lies_only_under_the_same_names(folder: Path):
+    assert as_it_lies(Held(folder, WEIGHTS)) == folder
+    assert as_it_lies(Held(folder, {"a": WEIGHTS["a"]})) is None
+    assert as_it_lies(Held(folder / "1.safetensors", WEIGHTS)) is None
+
+
+class Exchange:
+    """A reach with a folder of its own, as a container's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def share(self, path: Path) -> Path:
+        assert path.is_relative_to(self.folder), "nothing is copied twice"
+        return Path("/exchange") / path.relative_to(self.folder)
+
+
+def test_staged_weights_cost_no_second_copy_and_can_be_read_by_others(folder: Path, tmp_path: Path):
+    exchange = tmp_path / "exchange"
+    exchange.mkdir()
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    (folder / "2.safetensors").chmod(0o600)
+    inside, made = stage(Held(folder, WEIGHTS), Exchange(exchange))  # type: ignore[arg-type]
+    assert made is not None
+    assert str(inside) == f"/exchange/{made.name}"
+    assert (made / "1.safetensors").samefile(folder / "1.safetensors")
+    assert not (made / "2.safetensors").samefile(folder / "2.safetensors")
+    assert {f.stat().st_mode & 0o777 for f in made.iterdir()} == {0o644}
+    assert (folder / "2.safetensors").stat().st_mode & 0o777 == 0o600
