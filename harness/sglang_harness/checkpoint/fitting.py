@@ -319,6 +319,11 @@ def _advice(extra: list[str]) -> str:
         return "This is an adapter beside its base: merge it first (PEFT: merge_and_unload())."
     if any(name.endswith("_flat_param") for name in extra):
         return "These are FSDP's flat parameters: save the full state, or with DCP."
+    if any(name.endswith(".experts.gate_up_proj") for name in extra):
+        return (
+            "These are a mixture's experts in one tensor, as transformers 5 has them in memory: "
+            "save with model.save_pretrained(folder), which writes them apart."
+        )
     return "Give a checkpoint of this model, or the model folder that this one belongs to."
 
 

@@ -73,8 +73,17 @@ BOXES = frozenset(
     }
 )
 
+#: Where torch's classes of sharded tensors live.
+_SHARDS = (
+    "torch.distributed._shard.",
+    "torch.distributed._tensor",
+    "torch.distributed.device_mesh",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+
 #: How a system's module is called where people know it by another name.
-_KNOWN_AS = {"posix": "os", "nt": "os", "__builtin__": "builtins"}
+_KNOWN_AS = {"posix": "os", "nt": "os"}
 
 
 class Storage(NamedTuple):
@@ -169,6 +178,8 @@ class Reader(pickle.Unpickler):
         self.storages: dict[str, str] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        # Protocol 2, which torch writes, has Python 2's name for it.
+        module = "builtins" if module == "__builtin__" else module
         full = f"{module}.{name}"
         if full not in self._answers:
             self._answers[full] = self._answer(module, name, full)
@@ -185,7 +196,7 @@ class Reader(pickle.Unpickler):
             return type("TensorClass", (Box,), {"kind": full})
         if full in self._boxes:
             return type("Box", (Box,), {"kind": full, "__slots__": ()})
-        if module.startswith("torch.distributed"):
+        if module.startswith(_SHARDS):
             raise ShardedCheckpoint(
                 f"{self._path} holds the shard of one rank ({full}), not whole tensors.",
                 advice=CONVERSION,
@@ -326,6 +337,12 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+def _of_subclass(*_: Any) -> Any:
+    """torch._utils._rebuild_wrapper_subclass. The class is named after it: a DTensor's is
+    refused as a shard before this is called, and that of a quantised tensor by its name."""
+    raise _refuse("a tensor of a class of its own")
+
+
 def _from_type(rebuild: Any, kind: Any, arguments: Any, _: Any) -> Any:
     """torch._tensor._rebuild_from_type_v2: a tensor with attributes of its own."""
     if not isinstance(rebuild, _Function) or getattr(kind, "kind", "") not in _TENSOR_CLASSES:
@@ -346,6 +363,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_wrapper_subclass": _of_subclass,
     "torch._utils._rebuild_meta_tensor_no_storage": lambda *_: NoValues("on the meta device"),
     "torch._tensor._rebuild_from_type_v2": _from_type,
 }

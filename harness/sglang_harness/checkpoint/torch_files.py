@@ -26,6 +26,20 @@ _PROTOCOL = 1001
 _LOCAL_HEADER = 30
 
 
+#: What zipfile raises on archives that are none; it was written for those that are.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    EOFError,
+    KeyError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,  # NotImplementedError and encrypted entries among it
+    ValueError,  # names that are no text among it
+    struct.error,
+)
+
+
 @dataclass(frozen=True)
 class TorchFile:
     """What a file of ``torch.save`` holds.
@@ -101,9 +115,10 @@ def read_zip(file: BinaryIO, path: Path, first: int = 0, length: int | None = No
     try:
         with zipfile.ZipFile(view) as archive:
             return _read_archive(archive, view, path, first)
-    except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, KeyError) as error:
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise BrokenCheckpoint(
-            f"{path} is a torch file that was cut short or damaged ({error}).",
+            f"{path} is a torch file that was cut short or damaged ({reason}).",
             advice="Copy or write it again.",
         ) from None
 

@@ -1,0 +1,556 @@
+"""Every layout that a trainer leaves is read alike, tensor by tensor, and nothing in it runs."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from sglang_harness.checkpoint.reading import Checkpoint, open_checkpoint
+from sglang_harness.checkpoint.writing import (
+    held,
+    write_distributed,
+    write_model,
+    write_safetensors,
+    write_torch,
+)
+from sglang_harness.errors import BrokenCheckpoint, ModelError, ShardedCheckpoint
+
+HERE = Path(__file__).parent
+
+
+def state() -> dict[str, torch.Tensor]:
+    """Names, dtypes and shapes of every kind; views as their owners save them."""
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(10, 12, generator=draw)
+    return {
+        "model.embed_tokens.weight": torch.randn(32, 8, generator=draw),
+        "model.half.weight": torch.randn(16, 8, generator=draw).to(torch.bfloat16),
+        "model.fp16.weight": torch.randn(16, 8, generator=draw).to(torch.float16),
+        "model.double": torch.randn(3, generator=draw).double(),
+        "model.fp8": torch.randn(4, 4, generator=draw).to(torch.float8_e4m3fn),
+        "model.parameter": torch.nn.Parameter(torch.randn(5, generator=draw)),
+        "model.scalar": torch.tensor(2.5),
+        "model.empty": torch.empty(0, 3),
+        "model.ids": torch.arange(7),
+        "model.mask": torch.tensor([True, False, True]),
+        "model.u16": torch.tensor([1, 65535], dtype=torch.uint16),
+        "model.transposed": matrix.t(),
+        "model.columns": matrix[:, 3:7],
+        "model.rows": matrix[2:5],
+    }
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
+    assert set(checkpoint.tensors) == set(expected)
+    got = list(checkpoint.read())
+    assert [name for name, _ in got] == list(checkpoint.tensors)
+    for name, tensor in got:
+        info, wanted = checkpoint.tensors[name], expected[name]
+        assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
+        assert (f"torch.{info.dtype}", info.shape) == (str(wanted.dtype), tuple(wanted.shape))
+        assert tensor.is_contiguous(), name
+        assert not tensor.requires_grad
+        assert raw(tensor) == raw(wanted), name
+        assert info.nbytes == len(raw(wanted))
+    assert checkpoint.nbytes == sum(len(raw(t)) for t in expected.values())
+
+
+def contiguous() -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in state().items()}
+
+
+def optimizer_state() -> dict[str, Any]:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+# --- every layout -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "pytorch_model.bin", "checkpoint"])
+def test_a_state_dict_of_torch_is_read(tmp_path: Path, legacy: bool, name: str):
+    file = write_torch(tmp_path / name, state(), legacy=legacy)
+    opened = open_checkpoint(file)
+    assert_holds(opened, state())
+    assert opened.layout == ("torch legacy" if legacy else "torch zip")
+    assert opened.path == file
+    # What is old is said; nothing else is worth a word.
+    assert any("before 1.6" in note for note in opened.notes) == legacy
+    assert len(opened.notes) == legacy
+
+
+def test_safetensors_are_read_from_a_file_and_from_a_folder(tmp_path: Path):
+    save_file(contiguous(), tmp_path / "model.safetensors")
+    assert_holds(open_checkpoint(tmp_path / "model.safetensors"), contiguous())
+    assert_holds(open_checkpoint(tmp_path), contiguous())
+    assert open_checkpoint(str(tmp_path)).layout == "safetensors"
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_are_read_as_one(tmp_path: Path, kind: str, indexed: bool):
+    whole, names = contiguous(), {}
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    for number in range(3):
+        part = dict(list(whole.items())[number::3])
+        file = f"{stem}-{number + 1:05}-of-00003.{kind}"
+        (save_file if kind == "safetensors" else torch.save)(part, tmp_path / file)
+        names |= dict.fromkeys(part, file)
+    if indexed:
+        index = {"metadata": {}, "weight_map": names}
+        (tmp_path / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+    opened = open_checkpoint(tmp_path)
+    assert_holds(opened, whole)
+    assert opened.layout.endswith(", sharded")
+    (tmp_path / f"{stem}-00002-of-00003.{kind}").unlink()
+    with pytest.raises(ModelError, match="lacks") as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.advice == "Finish the download."
+
+
+def test_a_distributed_checkpoint_is_read_without_its_optimizer(tmp_path: Path):
+    content = {"model": contiguous(), "optim": optimizer_state(), "step": 3}
+    opened = open_checkpoint(write_distributed(tmp_path / "dcp", content))
+    assert_holds(opened, contiguous())
+    assert opened.layout == "distributed checkpoint"
+    assert opened.notes == ("weights under model", "not read: 'optim'")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a real trainer of two ranks leaves (FSDP 2 over gloo)."""
+    folder = tmp_path_factory.mktemp("two ranks")
+    command = [sys.executable, "-W", "ignore", str(HERE / "two_ranks.py")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    try:
+        told = [rank.communicate(timeout=300)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    return folder
+
+
+def test_fsdp_shards_and_column_shards_are_put_together(two_ranks: Path):
+    reference = torch.load(two_ranks / "reference.pt", weights_only=True)
+    opened = open_checkpoint(two_ranks / "fsdp")
+    assert_holds(opened, reference)
+    # They really were in parts, in two files.
+    assert {len(places) for places in opened._places.values()} == {2}
+    assert_holds(open_checkpoint(two_ranks / "sharded"), {"weight": torch.ones(4, 4)})
+
+
+def test_the_full_state_of_fsdp_is_read(two_ranks: Path):
+    reference = torch.load(two_ranks / "reference.pt", weights_only=True)
+    del reference["columns"]
+    assert_holds(open_checkpoint(two_ranks / "full.pt"), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("model_world_size_2_rank_0.pt", "DTensor"), ("sharded_1.pt", "ShardedTensor"), (".", "rank")],
+)
+def test_files_of_single_ranks_are_refused_with_the_conversion(
+    two_ranks: Path, name: str, kind: str
+):
+    with pytest.raises(ShardedCheckpoint, match=kind) as caught:
+        open_checkpoint(two_ranks / name)
+    assert "dcp.save(" in caught.value.advice
+    assert "verl.model_merger" in caught.value.advice
+
+
+def test_a_distributed_checkpoint_of_which_a_node_is_missing_is_refused(
+    two_ranks: Path, tmp_path: Path
+):
+    copy = shutil.copytree(two_ranks / "fsdp", tmp_path / "copy")
+    (copy / "__1_0.distcp").unlink()
+    with pytest.raises(BrokenCheckpoint, match=r"lacks __1_0\.distcp"):
+        open_checkpoint(copy)
+
+
+# --- where the weights are, and their names -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda s: {"model": s},
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"module": s, "optimizer": optimizer_state()},
+        lambda s: {"model_state_dict": s, "optimizer_state_dict": optimizer_state(), "loss": 0.5},
+        lambda s: {"app": {"model": s, "optim": optimizer_state()}},
+        lambda s: {"state_dict": {"model": s}},
+        lambda s: {"weights": s, "step": 3},
+        lambda s: {"model": s, "step": torch.tensor(3), "rng": torch.get_rng_state()},
+        lambda s: {"model": s, "args": argparse.Namespace(lr=1), "np": numpy.random.get_state()},
+        lambda s: {**s, "step": 3, "note": "text", "none": None},
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_weights_are_found_beside_whatever_a_trainer_keeps(tmp_path: Path, nest, legacy: bool):
+    assert_holds(
+        open_checkpoint(write_torch(tmp_path / "a.pt", nest(state()), legacy=legacy)), state()
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "module.{}",
+        "module.module.{}",
+        "_orig_mod.{}",
+        "module._orig_mod.{}",
+        "_fsdp_wrapped_module.{}",
+        "_fsdp_wrapped_module._checkpoint_wrapped_module.{}",
+    ],
+)
+def test_the_marks_of_wrappers_are_taken_off(tmp_path: Path, wrap: str):
+    wrapped = {wrap.format(name): tensor for name, tensor in state().items()}
+    opened = open_checkpoint(write_torch(tmp_path / "a.pt", {"model": wrapped}))
+    assert_holds(opened, state())
+    assert opened.saved_as["model.half.weight"] == wrap.format("model.half.weight")
+    assert any("wrappers" in note for note in opened.notes)
+
+
+def test_marks_inside_names_are_taken_off_too(tmp_path: Path):
+    file = write_torch(
+        tmp_path / "a.pt", {"model.layers.0._fsdp_wrapped_module.mlp._orig_mod.w": torch.ones(2)}
+    )
+    assert list(open_checkpoint(file).tensors) == ["model.layers.0.mlp.w"]
+
+
+def test_two_names_that_become_one_are_refused(tmp_path: Path):
+    file = write_torch(tmp_path / "a.pt", {"a.w": torch.ones(2), "_orig_mod.a.w": torch.zeros(2)})
+    with pytest.raises(ModelError, match=r"are both a\.w"):
+        open_checkpoint(file)
+
+
+def test_a_module_that_only_some_names_have_stays(tmp_path: Path):
+    content = {"module.a": torch.ones(2), "b.c": torch.ones(2)}
+    assert set(open_checkpoint(write_torch(tmp_path / "a.pt", content)).tensors) == set(content)
+
+
+def test_of_two_models_neither_is_guessed(tmp_path: Path):
+    file = write_torch(tmp_path / "a.pt", {"generator": state(), "critic": state()})
+    with pytest.raises(ModelError, match="generator, critic") as caught:
+        open_checkpoint(file)
+    assert "'model'" in caught.value.advice
+
+
+@pytest.mark.parametrize("content", [{}, {"a": 1}, [torch.ones(2)], torch.ones(2), None, {1: 2}])
+def test_what_holds_no_named_tensors_is_refused(tmp_path: Path, content: Any):
+    with pytest.raises(ModelError, match="no tensors"):
+        open_checkpoint(write_torch(tmp_path / "a.pt", content))
+
+
+def test_a_folder_of_the_hugging_face_trainer_is_read_past_what_lies_beside(tmp_path: Path):
+    write_torch(tmp_path / "pytorch_model.bin", state())
+    for beside in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / beside).write_bytes(b"not to be touched")
+    assert_holds(open_checkpoint(tmp_path), state())
+
+
+def test_of_several_files_none_is_guessed(tmp_path: Path):
+    write_torch(tmp_path / "step1.pt", state())
+    write_torch(tmp_path / "step2.pt", state())
+    with pytest.raises(ModelError, match=r"step1\.pt, step2\.pt"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_folder_above_the_right_one_is_told_so(tmp_path: Path):
+    (tmp_path / "global_step_10").mkdir()
+    with pytest.raises(ModelError, match="no checkpoint") as caught:
+        open_checkpoint(tmp_path)
+    assert "global_step_10" in caught.value.advice
+    with pytest.raises(ModelError, match="is not there"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def test_some_tensors_are_read_in_the_order_asked_for(tmp_path: Path):
+    opened = open_checkpoint(write_torch(tmp_path / "a.pt", state()))
+    names = ["model.ids", "model.half.weight"]
+    assert [name for name, _ in opened.read(names)] == names
+    assert list(opened.read([])) == []
+    with pytest.raises(KeyError, match=r"no\.such"):
+        opened.read(["no.such"])
+
+
+def test_tensors_are_brought_to_a_dtype_as_torch_would(tmp_path: Path):
+    opened = open_checkpoint(write_torch(tmp_path / "a.pt", state()))
+    floats = {n: "bfloat16" for n, i in opened.tensors.items() if "float" in i.dtype}
+    for name, tensor in opened.read(dtypes=floats):
+        expected = state()[name]
+        if name in floats:
+            expected = expected.to(torch.bfloat16)
+        assert tensor.dtype == expected.dtype
+        assert raw(tensor) == raw(expected), name
+
+
+def test_a_large_tensor_is_brought_to_a_dtype_in_pieces_without_a_seam(tmp_path: Path):
+    large = torch.randn(4_500_001).to(torch.bfloat16)
+    opened = open_checkpoint(write_torch(tmp_path / "a.pt", {"a.b": large}))
+    ((_, got),) = opened.read(dtypes={"a.b": "float32"})
+    assert torch.equal(got, large.float())
+    ((_, got),) = opened.read()
+    assert torch.equal(got, large)
+    # It is its receiver's: nothing else sees what is done to it.
+    got.zero_()
+    assert torch.equal(dict(opened.read())["a.b"], large)
+
+
+def test_a_file_that_is_written_anew_meanwhile_is_noticed(tmp_path: Path):
+    file = write_torch(tmp_path / "a.pt", state())
+    opened = open_checkpoint(file)
+    write_torch(file, state())
+    with pytest.raises(BrokenCheckpoint, match="written to after"):
+        list(opened.read())
+    file.unlink()
+    with pytest.raises(BrokenCheckpoint, match="cannot be read any more"):
+        list(opened.read())
+
+
+MEMORY = """
+import sys
+import tempfile
+from pathlib import Path
+import numpy, torch
+from sglang_harness.checkpoint.reading import open_checkpoint
+
+def status(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+
+# What the first tensor costs once: threads, kernels.
+torch.ones(1 << 20).to(torch.bfloat16).sum()
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+opened = open_checkpoint(sys.argv[1])
+dtypes = dict.fromkeys(opened.tensors, sys.argv[2])
+total = 0
+for _, tensor in opened.read(dtypes=dtypes):
+    total += tensor.nbytes
+print(status("VmHWM") - before, total)
+"""
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("safetensors", "bfloat16"),
+        ("zip", "bfloat16"),
+        ("dcp", "bfloat16"),
+        ("legacy", "float32"),
+        ("safetensors", "float32"),
+    ],
+)
+def test_memory_stays_near_the_largest_tensor(tmp_path: Path, layout: str, dtype: str):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of memory can only be measured on Linux")
+    largest = 8 << 20
+    whole = {f"l.{n}": torch.ones(largest // 2, dtype=torch.bfloat16) for n in range(24)}
+    if layout == "safetensors":
+        save_file(whole, path := tmp_path / "a.safetensors")
+    elif layout == "dcp":
+        path = write_distributed(tmp_path / "a", whole)
+    else:
+        path = write_torch(tmp_path / "a.pt", whole, legacy=layout == "legacy")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path), dtype], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    peak, total = map(int, done.stdout.split())
+    wide = 2 if dtype == "float32" else 1
+    assert total == 24 * largest * wide
+    # The one that is handed out and the one that is read, the piece that is converted (8 MiB)
+    # and what Python itself takes. Mapped pages of the file would count here too, and 192 MiB
+    # of them would not fit.
+    assert peak < 2 * largest * wide + (8 << 20) + (12 << 20)
+
+
+# --- what is broken -----------------------------------------------------------------------------
+
+
+@functools.cache
+def whole_file(name: str) -> bytes:
+    """A file of each format. No fixture: hypothesis would print all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        if name == "a.safetensors":
+            save_file(contiguous(), file)
+        else:
+            write_torch(file, state(), legacy=name == "legacy.pt")
+        return file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt"])
+@pytest.mark.parametrize("left", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_short_is_refused_when_it_is_opened(
+    tmp_path: Path, name: str, left: float
+):
+    content = whole_file(name)
+    (tmp_path / name).write_bytes(content[: int(len(content) * left)])
+    with pytest.raises(BrokenCheckpoint) as caught:
+        open_checkpoint(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_distributed_file_that_was_cut_short_is_refused_when_it_is_opened(tmp_path: Path):
+    folder = write_distributed(tmp_path / "dcp", contiguous())
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(BrokenCheckpoint, match="cut short"):
+        open_checkpoint(folder)
+    metadata = folder / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-20])
+    with pytest.raises(BrokenCheckpoint, match="broken"):
+        open_checkpoint(folder)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(["a.safetensors", "zip.pt", "legacy.pt"]),
+    place=st.floats(0, 1, exclude_max=True),
+    replacement=st.binary(min_size=1, max_size=8),
+)
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    place: float,
+    replacement: bytes,
+):
+    content = bytearray(whole_file(name))
+    at = int(place * len(content))
+    content[at : at + len(replacement)] = replacement
+    file = tmp_path_factory.getbasetemp() / name
+    file.write_bytes(content)
+    try:
+        opened = open_checkpoint(file)
+        got = list(opened.read())
+    except ModelError as error:
+        message = str(error)
+        event("refused")
+    else:
+        message = ""
+        assert len(got) == len(opened.tensors)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
+        {"a": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32"}},
+        {"a": None},
+        [],
+        None,
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any):
+    told = json.dumps(header).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(told).to_bytes(8, "little") + told + bytes(8))
+    with pytest.raises(BrokenCheckpoint):
+        open_checkpoint(file)
+
+
+def test_a_view_that_is_larger_than_what_is_stored_is_no_reason_to_take_memory(tmp_path: Path):
+    file = write_torch(tmp_path / "a.pt", {"a.b": torch.ones(1).expand(1 << 40)})
+    with pytest.raises(ModelError, match="expanded view") as caught:
+        open_checkpoint(file)
+    assert "contiguous()" in caught.value.advice
+
+
+def test_tensors_without_values_are_refused(tmp_path: Path):
+    file = write_torch(tmp_path / "a.pt", {"a.b": torch.empty(2, device="meta")})
+    with pytest.raises(ModelError, match="without its values"):
+        open_checkpoint(file)
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
+    with pytest.raises(BrokenCheckpoint, match="lacks b"):
+        open_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(ModelError, match="lacks"):
+        open_checkpoint(tmp_path)
+    index.write_text("{")
+    with pytest.raises(BrokenCheckpoint, match="index"):
+        open_checkpoint(tmp_path)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def test_what_is_written_tensor_by_tensor_the_library_reads(tmp_path: Path):
+    whole = contiguous()
+    write_safetensors(tmp_path / "a.safetensors", *held(whole))
+    read = load_file(tmp_path / "a.safetensors")
+    assert set(read) == set(whole)
+    for name, tensor in read.items():
+        assert tensor.dtype == whole[name].dtype
+        assert raw(tensor) == raw(whole[name])
+
+
+def test_a_model_is_written_in_shards_with_an_index(tmp_path: Path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "pytorch_model.bin").write_bytes(b"old weights")
+    whole = contiguous()
+    made = write_model(model, tmp_path / "made", *held(whole), shard_bytes=1000)
+    shards = sorted(made.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert {f.name for f in made.iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        *(shard.name for shard in shards),
+    }
+    assert_holds(open_checkpoint(made), whole)
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(whole)
+    with pytest.raises(FileExistsError):
+        write_model(model, made, *held(whole))
+
+
+def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp_path: Path):
+    infos, _ = held({"a": torch.ones(2)})
+    _, other = held({"a": torch.ones(3)})
+    with pytest.raises(ModelError, match="announced"):
+        write_safetensors(tmp_path / "a.safetensors", infos, other)
