@@ -46,6 +46,13 @@ def gpus() -> tuple[list[Gpu], str]:
         pynvml.nvmlShutdown()
 
 
+def meant(names: str) -> list[Gpu]:
+    """The GPUs of this host that ``gpus`` of a spec names: ``all``, or indices or UUIDs."""
+    found, _ = gpus()
+    wanted = None if names == "all" else {part.strip() for part in names.split(",")}
+    return [gpu for gpu in found if wanted is None or {str(gpu.index), gpu.uuid} & wanted]
+
+
 def engine_gives_gpus(info: dict[str, Any]) -> bool:
     """Whether the engine can hand GPUs to containers, by ``docker info``."""
     return "nvidia" in (info.get("Runtimes") or {}) or bool(info.get("DiscoveredDevices"))

@@ -48,6 +48,10 @@ class Oracle:
         folder: the checkpoint, in Hugging Face's layout.
         adapter: a LoRA adapter for it, in PEFT's layout, that PEFT applies.
 
+    Attributes:
+        architecture: the class of the model, as ``config.json`` names it.
+        layers: number of its decoder layers.
+
     Raises:
         MissingExtra: torch, transformers or, with an adapter, PEFT is not installed.
         ModelError: transformers cannot load the folder, or PEFT the adapter.
@@ -71,6 +75,9 @@ class Oracle:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"transformers cannot load {folder}: {reason}.") from None
+        config = self._model.config
+        self.architecture = str((config.architectures or [""])[0])
+        self.layers = int(config.num_hidden_layers)
         if adapter is not None:
             self._model = _adapted(self._model, adapter)
 

@@ -450,12 +450,9 @@ def _prepare(out: Path) -> None:
 def _device(kind: str, spec: ServerSpec) -> dict[str, Any]:
     if kind != "gpu":
         return {"kind": kind}
-    from sglang_harness.device import gpus
+    from sglang_harness.device import meant
 
-    found, _ = gpus()
-    wanted = None if spec.gpus == "all" else {part.strip() for part in spec.gpus.split(",")}
-    used = [vars(g) for g in found if wanted is None or {str(g.index), g.uuid} & wanted]
-    return {"kind": kind, "gpus": used}
+    return {"kind": kind, "gpus": [vars(gpu) for gpu in meant(spec.gpus)]}
 
 
 def _engine() -> dict[str, Any]:

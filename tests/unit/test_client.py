@@ -430,3 +430,93 @@ def test_a_changed_tensor_is_found_on_whichever_rank_it_is():
     after = Checksums(({"a": "1", "b": "9", "new": "3"}, {"a": "8", "b": "2"}), "y")
     assert after.changed_since(before) == ["b", "gone", "new", "rank1:a"]
     assert after.changed_since(after) == []
+
+
+def test_every_tensor_of_every_rank_has_a_name_and_every_rank_a_place():
+    info = {"role": "target", "tp_rank": 1, "tp_size": 2, "pp_rank": 0}
+    got = Checksums.parse(
+        {
+            "ranks": [
+                {"checksums": {"b": "1", "a": "2"}},
+                # 0.5.23 lists one place for each model that the rank holds.
+                {"checksums": {"a": "3"}, "parallelism_info": [info, {"role": "draft"}]},
+                {"checksums": {"a": "4"}, "parallelism_info": info},
+            ]
+        }
+    )
+    assert got.names() == ["a", "b", "rank1:a", "rank2:a"]
+    assert got.places == ({}, *[{"tp_rank": 1, "tp_size": 2, "pp_rank": 0}] * 2)
+
+
+# --- adapters and replicas ------------------------------------------------------------------------
+
+
+def test_a_request_names_its_adapter_and_its_replica_only_when_it_has_one(make_client: MakeClient):
+    answer = Answer(
+        body={
+            "text": "",
+            "output_ids": [5],
+            "meta_info": {
+                "id": "a",
+                "finish_reason": {"type": "length"},
+                "prompt_tokens": 1,
+                "completion_tokens": 1,
+                "dp_rank": 1,
+            },
+        }
+    )
+    with ScriptedServer({"POST /generate": answer}) as server:
+        client = make_client(server)
+        got = client.generate("a", lora_path="mine", routed_dp_rank=0)
+        client.generate("a")
+    assert got.dp_rank == 1
+    bodies = [seen.json() for seen in server.seen]
+    assert (bodies[0]["lora_path"], bodies[0]["routed_dp_rank"]) == ("mine", 0)
+    assert not {"lora_path", "routed_dp_rank"} & bodies[1].keys()
+
+
+def test_each_prompt_of_a_batch_has_its_own_adapter():
+    call = calls.generate_batch(["a", "b"], lora_path=["mine", None])
+    assert call.body is not None
+    assert call.body["lora_path"] == ["mine", None]
+    with pytest.raises(ValueError, match="1 adapters for 2 prompts"):
+        calls.generate_batch(["a", "b"], lora_path=["mine"])
+
+
+def test_adapters_are_loaded_and_unloaded_as_the_server_takes_it(make_client: MakeClient):
+    loaded = {"success": True, "error_message": None, "loaded_adapters": {"mine": "/a", "b": "/b"}}
+    gone = {"success": True, "error_message": None, "loaded_adapters": {}}
+    no = Answer(status=400, body={"success": False, "error_message": "rank 64 is too large"})
+    script = {
+        "POST /load_lora_adapter": Answer(body=loaded),
+        "POST /load_lora_adapter_from_tensors": no,
+        "POST /unload_lora_adapter": Answer(body=gone),
+    }
+    with ScriptedServer(script) as server:
+        client = make_client(server)
+        got = client.load_lora_adapter("mine", "/exchange/a")
+        assert (got.success, got.loaded, got.message) == (True, ("b", "mine"), "")
+        with pytest.raises(Refused, match="400: rank 64 is too large") as caught:
+            client.load_lora_adapter_from_tensors("mine", {"r": 64}, ["aGk="], pinned=True)
+        assert caught.value.status == 400
+        assert client.unload_lora_adapter("mine").loaded == ()
+    assert [seen.json() for seen in server.seen] == [
+        {"lora_name": "mine", "lora_path": "/exchange/a", "pinned": False},
+        {
+            "lora_name": "mine",
+            "config_dict": {"r": 64},
+            "serialized_named_tensors": ["aGk="],
+            "pinned": True,
+        },
+        {"lora_name": "mine"},
+    ]
+
+
+def test_somebody_elses_server_is_given_no_adapter():
+    for call in (
+        calls.load_lora_adapter("a", "/a"),
+        calls.load_lora_adapter_from_tensors("a", {}, []),
+        calls.unload_lora_adapter("a"),
+    ):
+        assert call.changes
+        assert not call.repeatable

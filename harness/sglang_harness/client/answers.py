@@ -136,15 +136,21 @@ class Checksums:
         places = tuple(_place(rank.get("parallelism_info")) for rank in data["ranks"])
         return cls(ranks, str(data.get("per_engine_checksum", "")), places)
 
+    def names(self) -> list[str]:
+        """Every tensor of every rank, ``rankN:`` put before all but those of rank 0."""
+        return [_on(index) + n for index, rank in enumerate(self.ranks) for n in sorted(rank)]
+
     def changed_since(self, before: Checksums) -> list[str]:
-        """Names that differ from ``before`` on any rank, ``rankN:`` put before all but rank 0."""
+        """Those of :meth:`names` that differ from ``before``, or are in one of the two alone."""
         changed = []
         for index, (then, now) in enumerate(zip(before.ranks, self.ranks, strict=True)):
-            prefix = f"rank{index}:" if index else ""
-            changed += [
-                prefix + n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n)
-            ]
+            differing = (n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n))
+            changed += [_on(index) + n for n in differing]
         return changed
+
+
+def _on(rank: int) -> str:
+    return f"rank{rank}:" if rank else ""
 
 
 def _place(info: Any) -> dict[str, int]:

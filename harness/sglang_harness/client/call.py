@@ -83,7 +83,8 @@ def error_words(body: bytes) -> tuple[str, str]:
     """The server's reason and its type of error, from any of SGLang's shapes.
 
     SGLang 0.5.23 answers errors as ``{"error": {"message"}}``, ``{"error": "words"}``,
-    ``{"object": "error", "message"}``, ``{"success": false, "message"}`` and as plain text.
+    ``{"object": "error", "message"}``, ``{"success": false, "message"}`` (of adapters:
+    ``"error_message"``) and as plain text.
     """
     text = body.decode(errors="replace").strip()
     try:
@@ -95,7 +96,8 @@ def error_words(body: bytes) -> tuple[str, str]:
         if isinstance(inner, str):
             return inner[:1000], ""
         if isinstance(inner, dict):
-            words = inner.get("message") or inner.get("detail") or inner
+            named = (inner.get(key) for key in ("message", "error_message", "detail"))
+            words = next(filter(None, named), inner)
             return str(words)[:1000], str(inner.get("type") or inner.get("code") or "")
     return text[:1000], ""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sglang_harness import device
 from sglang_harness.errors import Refused
+from sglang_harness.runtime import cores
 from sglang_harness.suite.check import Need
 
 if TYPE_CHECKING:
@@ -38,6 +40,20 @@ def _no_gpu(server: Server) -> str | None:
 
 
 GPU = Need("a GPU", _no_gpu)
+
+
+def _fewer_than_two_devices(server: Server) -> str | None:
+    if "devices" not in server.lacks:
+        server.lacks["devices"] = None
+        if server.device == "gpu":
+            if len(device.meant(server.spec.gpus)) < 2:
+                server.lacks["devices"] = "needs 2 GPUs"
+        elif len(cores.cores_for(server.running.runtime)) < 2:
+            server.lacks["devices"] = "needs 2 processor cores"
+    return server.lacks["devices"]
+
+
+TWO_DEVICES = Need("2 GPUs or 2 processor cores", _fewer_than_two_devices)
 
 
 def _started_by_somebody_else(server: Server) -> str | None:

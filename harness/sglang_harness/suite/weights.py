@@ -117,7 +117,7 @@ class NewWeights(Observation):
     info_version: str
     answer_version: str
     parameters: list[str]
-    """Names of all parameters, fused as the server holds them."""
+    """Names of all parameters of every rank, fused as the server holds them."""
     unchanged: list[str]
     answers: list[Scored]
     """Scored by the oracle of the new weights."""
@@ -159,8 +159,8 @@ class DiskUpdateIsServed(Check[NewWeights]):
                 asked_version=NEW_VERSION,
                 info_version=str(client.model_info().get("weight_version")),
                 answer_version=versions[-1],
-                parameters=sorted(after.ranks[0]),
-                unchanged=[n for n in sorted(after.ranks[0]) if n not in changed],
+                parameters=after.names(),
+                unchanged=[n for n in after.names() if n not in changed],
                 answers=answers,
                 old_oracle_error=off,
             )
