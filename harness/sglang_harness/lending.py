@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from sglang_harness.counter import Counter
-from sglang_harness.errors import HarnessError, SpecError
+from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.readiness import StartReport
 from sglang_harness.restoring import State
-from sglang_harness.runtime import Runtime
+from sglang_harness.runtime import Beside, Runtime
 from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.server import Server
@@ -173,6 +173,15 @@ class BorrowedServer:
 
     def share(self, path: Path) -> PurePosixPath:
         return PurePosixPath(self._ask("share", str(path.resolve())))
+
+    def beside(self, script: str) -> Beside:
+        """Nothing is put beside a server that another process keeps."""
+        del script
+        raise EngineError(
+            "This server is shared by the workers of pytest-xdist: nothing can be put beside it "
+            "from here.",
+            advice="Push from disk or in the body of the request, or use --sglang-own-server.",
+        )
 
     def memory(self) -> list[MemorySource]:
         return [_BorrowedMemory(name, self._ask) for name in self._loan.memory]

@@ -6,8 +6,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any, Protocol
 
 from sglang_harness import __version__, environment, held, suite
 from sglang_harness.errors import (
-    DidNotComeUp,
     HarnessError,
     Interrupted,
-    MissingExtra,
     ServerDied,
     SpecError,
     StartTimeout,
 )
 from sglang_harness.interruption import interruptions
+from sglang_harness.own_servers import OwnServers
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine
 from sglang_harness.runtime.attach import Attachment
@@ -31,9 +29,9 @@ from sglang_harness.runtime.compose import ComposeRuntime
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.server import Server
-from sglang_harness.spec import Argument, ServerSpec
+from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import installed, known_defects
-from sglang_harness.suite.check import Check, Context, NotProvided, run_check
+from sglang_harness.suite.check import Check, Context, run_check
 from sglang_harness.verdict import (
     CheckResult,
     Figure,
@@ -119,6 +117,7 @@ class Qualification:
         self._version: str | None = None
         self._scratch = Path()
         self._replaced = 0
+        self._own_servers: OwnServers | None = None
         self.kept: held.Held | None = None
 
     def run(self) -> Verdict:
@@ -202,42 +201,21 @@ class Qualification:
             if c.id != launched.id
         ]
 
-    @contextmanager
-    def _own_server(
-        self,
-        *,
-        model: str = "tiny",
-        server_args: Mapping[str, Argument] | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> Iterator[Server]:
+    def _own_server(self, **wanted: Any) -> AbstractContextManager[Server]:
         """See :class:`sglang_harness.suite.check.OwnServer`."""
-        spec = beside(
-            self._request.spec,
-            image=self._servers[0].about().get("image"),
-            model=model,
-            server_args=server_args,
-            environment=environment,
-        )
-        title = " ".join([model, *(f"--{name}={v}" for name, v in spec.server_args.items())])
-        try:
+        if self._own_servers is None:
             runtime = self._request.runtime
+            assert not isinstance(runtime, Attachment), "such checks are outside the profile"
             if isinstance(runtime, ComposeRuntime):
                 runtime = runtime.for_another_server()
-            server = Server.start(spec, runtime=runtime, say=self._viewer.say, run_id=self._run_id)
-        except (ServerDied, StartTimeout) as error:
-            log = getattr(error, "server_log", "")
-            self._logs.append(f"--- a server of its own that did not come up: {title} ---\n{log}")
-            raise DidNotComeUp(f"The check's own server did not come up. {error}") from error
-        except MissingExtra as error:
-            raise NotProvided(str(error)) from None
-        server.client.deadline = time.monotonic() + spec.limits.check
-        try:
-            yield server
-        finally:
-            self._logs.append(
-                f"--- a server of its own for one check: {title} ---\n{server.logs()}"
+            self._own_servers = OwnServers(
+                self._request.spec,
+                runtime,
+                image=self._servers[0].about().get("image"),
+                run_id=self._run_id,
+                say=self._viewer.say,
             )
-            server.stop()
+        return self._own_servers.lent(**wanted)
 
     @staticmethod
     def _lacking(check: Check[Any], server: Server) -> str | None:
@@ -293,6 +271,9 @@ class Qualification:
 
     def _put_away(self, *, interrupted: bool) -> None:
         try:
+            if self._own_servers is not None:
+                self._own_servers.close()
+                self._logs += self._own_servers.logs
             running = [s for s in self._servers if s.stopped is None]
             state, _ = overall(self._results, interrupted=interrupted)
             if running and self._request.keep_on_failure and not interrupted and state != "pass":
@@ -407,31 +388,6 @@ class Qualification:
         verdict.write(out / "verdict.json")
         junit.write(verdict, out / "junit.xml")
         (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8", errors="replace")
-
-
-def beside(
-    wanted: ServerSpec,
-    *,
-    image: str | None,
-    model: str,
-    server_args: Mapping[str, Argument] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> ServerSpec:
-    """The spec of another server beside the one that ``wanted`` describes.
-
-    Args:
-        image: what the first one turned out to run from.
-        server_args: ``None``: those of ``wanted``.
-        environment: added to that of ``wanted``.
-    """
-    given = wanted.model_dump(exclude_unset=True)
-    given |= {"model": model, "port": None, "image": image, "sglang_version": None}
-    given["pull"] = "missing"
-    if server_args is not None:
-        given["server_args"] = dict(server_args)
-    if environment:
-        given["environment"] = {**wanted.environment, **environment}
-    return ServerSpec.make(**given)
 
 
 def _prepare(out: Path) -> None:

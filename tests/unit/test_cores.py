@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_harness import device
 from sglang_harness.device import Gpu
 from sglang_harness.errors import SpecError
-from sglang_harness.qualify import beside
+from sglang_harness.own_servers import beside
 from sglang_harness.runtime import cores
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import needs

@@ -404,12 +404,14 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
             seen.traffic.across(START)
         except EmptySlice as error:
             return [*wrong, Mismatch("traffic", "requests before, across and after", error.message)]
-        for request in before:
-            if (answer := scored.get(request.number)) and answer.switched < len(answer.ids):
+        for request in (r for r in before if r.number in scored):
+            answer = scored[request.number]
+            if answer.switched < len(answer.ids):
                 where = f"request {request.number}, ended before the push"
                 wrong.append(Mismatch(where, "the old weights", f"new from {answer.switched}"))
-        for request in after:
-            if (answer := scored.get(request.number)) and answer.switched:
+        for request in (r for r in after if r.number in scored):
+            answer = scored[request.number]
+            if answer.switched:
                 where = f"request {request.number}, sent after the push"
                 wrong.append(
                     Mismatch(where, "the new weights", f"old ones up to token {answer.switched}")
