@@ -9,7 +9,7 @@ from sglang_harness.errors import SpecError
 
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
-from sglang_harness.suite import weights, pushes, memory, hostile  # isort: skip
+from sglang_harness.suite import weights, pushes, memory, hostile, refused_weights  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -35,7 +35,19 @@ __all__ = [
     "select",
 ]
 
-_SUBJECTS = (launch, generate, sample, stop, chat, control, weights, pushes, memory, hostile)
+_SUBJECTS = (
+    launch,
+    generate,
+    sample,
+    stop,
+    chat,
+    control,
+    weights,
+    pushes,
+    memory,
+    hostile,
+    refused_weights,
+)
 
 
 def select(profile: str, patterns: list[str]) -> list[Check[Any]]:

@@ -103,6 +103,7 @@ class WeightPusher:
         self._scratch: Path | None = None
         self._first: tuple[str, str] | None = None
         self._first_checksums: Checksums | None = None
+        self._last_checksums: Checksums | None = None
         self._served_folder: Path | None = server.model
         self._own = 0
         self.unfit: str | None = None
@@ -186,6 +187,7 @@ class WeightPusher:
         if not served.unknown:
             push.expected = expected_checksums(source, served)
         push.before, push.why_no_checksums = self._checksums()
+        self._find_out_what_is_served(push.before)
         if strict and push.before is not None and push.expected is not None:
             brought = push.expected.ranks[0].keys()
             kept = [n for n in push.before.ranks[0] if n not in brought and not _computed(n)]
@@ -317,6 +319,7 @@ class WeightPusher:
         client = self._server.client
         try:
             push.after, why = self._checksums()
+            self._last_checksums = push.after
             push.why_no_checksums = push.why_no_checksums or why
             push.stated["/model_info"] = _text(client.model_info().get("weight_version"))
             answer = client.generate("Hello", sampling={"max_new_tokens": 1})
@@ -364,6 +367,18 @@ class WeightPusher:
         if self._first == (self._server.running.model_path(), label):
             self._first_checksums, _ = self._checksums()
         else:
+            self._served_folder = None
+
+    def _find_out_what_is_served(self, now: Checksums | None) -> None:
+        """Others change the weights too: whose these are is asked, not remembered."""
+        if now is None:
+            label = self._server.client.model_info().get("weight_version")
+            is_first = self._first is not None and label == self._first[1] == "default"
+        else:
+            is_first = now == self._first_checksums
+        if is_first:
+            self._served_folder = self._server.model
+        elif now is not None and now != self._last_checksums:
             self._served_folder = None
 
     # --- the end of a push -------------------------------------------------------------------
