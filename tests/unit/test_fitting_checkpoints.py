@@ -79,6 +79,7 @@ def test_names_and_dtypes_are_brought_to_what_the_model_expects(
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, weights[name].bfloat16().float()), name
     assert any("from bfloat16 to float32" in note for note in fitted.notes)
+    assert any("names changed" in note for note in fitted.notes) == bool(fitted.renamed)
 
 
 def test_a_server_that_was_told_another_dtype_gets_it(held_against: Callable, weights: State):
@@ -160,9 +161,19 @@ def test_a_deeper_model_is_not_cut_to_size(held_against: Callable, weights: Stat
     assert all(".layers.2." in name for name in error.names)
 
 
-def test_an_adapter_is_refused_with_the_cure(held_against: Callable, weights: State):
-    weights["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2)
-    assert "merge" in refusal(held_against(weights)).advice
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "merge"),
+        ("model.layers.0._fsdp_wrapped_module._flat_param", "full state"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "save_pretrained"),
+    ],
+)
+def test_what_is_extra_is_refused_with_its_own_cure(
+    held_against: Callable, weights: State, name: str, cure: str
+):
+    weights[name] = torch.ones(2)
+    assert cure in refusal(held_against(weights)).advice
 
 
 def test_a_value_head_is_said_and_not_sent(held_against: Callable, weights: State):

@@ -3,78 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from every_tensor import assert_holds, contiguous, raw, state
+from safetensors.torch import save_file
 
-from sglang_harness.checkpoint.reading import Checkpoint, open_checkpoint
+from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import (
-    held,
     write_distributed,
-    write_model,
-    write_safetensors,
     write_torch,
 )
 from sglang_harness.errors import BrokenCheckpoint, ModelError, ShardedCheckpoint
 
 HERE = Path(__file__).parent
-
-
-def state() -> dict[str, torch.Tensor]:
-    """Names, dtypes and shapes of every kind; views as their owners save them."""
-    draw = torch.Generator().manual_seed(0)
-    matrix = torch.randn(10, 12, generator=draw)
-    return {
-        "model.embed_tokens.weight": torch.randn(32, 8, generator=draw),
-        "model.half.weight": torch.randn(16, 8, generator=draw).to(torch.bfloat16),
-        "model.fp16.weight": torch.randn(16, 8, generator=draw).to(torch.float16),
-        "model.double": torch.randn(3, generator=draw).double(),
-        "model.fp8": torch.randn(4, 4, generator=draw).to(torch.float8_e4m3fn),
-        "model.parameter": torch.nn.Parameter(torch.randn(5, generator=draw)),
-        "model.scalar": torch.tensor(2.5),
-        "model.empty": torch.empty(0, 3),
-        "model.ids": torch.arange(7),
-        "model.mask": torch.tensor([True, False, True]),
-        "model.u16": torch.tensor([1, 65535], dtype=torch.uint16),
-        "model.transposed": matrix.t(),
-        "model.columns": matrix[:, 3:7],
-        "model.rows": matrix[2:5],
-    }
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
-    assert set(checkpoint.tensors) == set(expected)
-    got = list(checkpoint.read())
-    assert [name for name, _ in got] == list(checkpoint.tensors)
-    for name, tensor in got:
-        info, wanted = checkpoint.tensors[name], expected[name]
-        assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
-        assert (f"torch.{info.dtype}", info.shape) == (str(wanted.dtype), tuple(wanted.shape))
-        assert tensor.is_contiguous(), name
-        assert not tensor.requires_grad
-        assert raw(tensor) == raw(wanted), name
-        assert info.nbytes == len(raw(wanted))
-    assert checkpoint.nbytes == sum(len(raw(t)) for t in expected.values())
-
-
-def contiguous() -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in state().items()}
 
 
 def optimizer_state() -> dict[str, Any]:
@@ -394,163 +343,3 @@ def test_memory_stays_near_the_largest_tensor(tmp_path: Path, layout: str, dtype
     # and what Python itself takes. Mapped pages of the file would count here too, and 192 MiB
     # of them would not fit.
     assert peak < 2 * largest * wide + (8 << 20) + (12 << 20)
-
-
-# --- what is broken -----------------------------------------------------------------------------
-
-
-@functools.cache
-def whole_file(name: str) -> bytes:
-    """A file of each format. No fixture: hypothesis would print all of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / name
-        if name == "a.safetensors":
-            save_file(contiguous(), file)
-        else:
-            write_torch(file, state(), legacy=name == "legacy.pt")
-        return file.read_bytes()
-
-
-@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt"])
-@pytest.mark.parametrize("left", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_file_that_was_cut_short_is_refused_when_it_is_opened(
-    tmp_path: Path, name: str, left: float
-):
-    content = whole_file(name)
-    (tmp_path / name).write_bytes(content[: int(len(content) * left)])
-    with pytest.raises(BrokenCheckpoint) as caught:
-        open_checkpoint(tmp_path / name)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_distributed_file_that_was_cut_short_is_refused_when_it_is_opened(tmp_path: Path):
-    folder = write_distributed(tmp_path / "dcp", contiguous())
-    (file,) = folder.glob("*.distcp")
-    file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(BrokenCheckpoint, match="cut short"):
-        open_checkpoint(folder)
-    metadata = folder / ".metadata"
-    metadata.write_bytes(metadata.read_bytes()[:-20])
-    with pytest.raises(BrokenCheckpoint, match="broken"):
-        open_checkpoint(folder)
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    name=st.sampled_from(["a.safetensors", "zip.pt", "legacy.pt"]),
-    place=st.floats(0, 1, exclude_max=True),
-    replacement=st.binary(min_size=1, max_size=8),
-)
-def test_a_damaged_file_is_read_or_refused_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory,
-    name: str,
-    place: float,
-    replacement: bytes,
-):
-    content = bytearray(whole_file(name))
-    at = int(place * len(content))
-    content[at : at + len(replacement)] = replacement
-    file = tmp_path_factory.getbasetemp() / name
-    file.write_bytes(content)
-    try:
-        opened = open_checkpoint(file)
-        got = list(opened.read())
-    except ModelError as error:
-        message = str(error)
-        event("refused")
-    else:
-        message = ""
-        assert len(got) == len(opened.tensors)
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}},
-        {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}},
-        {"a": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
-        {"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
-        {"a": {"dtype": "F32"}},
-        {"a": None},
-        [],
-        None,
-    ],
-)
-def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any):
-    told = json.dumps(header).encode()
-    file = tmp_path / "a.safetensors"
-    file.write_bytes(len(told).to_bytes(8, "little") + told + bytes(8))
-    with pytest.raises(BrokenCheckpoint):
-        open_checkpoint(file)
-
-
-def test_a_view_that_is_larger_than_what_is_stored_is_no_reason_to_take_memory(tmp_path: Path):
-    file = write_torch(tmp_path / "a.pt", {"a.b": torch.ones(1).expand(1 << 40)})
-    with pytest.raises(ModelError, match="expanded view") as caught:
-        open_checkpoint(file)
-    assert "contiguous()" in caught.value.advice
-
-
-def test_tensors_without_values_are_refused(tmp_path: Path):
-    file = write_torch(tmp_path / "a.pt", {"a.b": torch.empty(2, device="meta")})
-    with pytest.raises(ModelError, match="without its values"):
-        open_checkpoint(file)
-
-
-def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path):
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
-    with pytest.raises(BrokenCheckpoint, match="lacks b"):
-        open_checkpoint(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
-    with pytest.raises(ModelError, match="lacks"):
-        open_checkpoint(tmp_path)
-    index.write_text("{")
-    with pytest.raises(BrokenCheckpoint, match="index"):
-        open_checkpoint(tmp_path)
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-
-def test_what_is_written_tensor_by_tensor_the_library_reads(tmp_path: Path):
-    whole = contiguous()
-    write_safetensors(tmp_path / "a.safetensors", *held(whole))
-    read = load_file(tmp_path / "a.safetensors")
-    assert set(read) == set(whole)
-    for name, tensor in read.items():
-        assert tensor.dtype == whole[name].dtype
-        assert raw(tensor) == raw(whole[name])
-
-
-def test_a_model_is_written_in_shards_with_an_index(tmp_path: Path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "pytorch_model.bin").write_bytes(b"old weights")
-    whole = contiguous()
-    made = write_model(model, tmp_path / "made", *held(whole), shard_bytes=1000)
-    shards = sorted(made.glob("*.safetensors"))
-    assert len(shards) > 1
-    assert {f.name for f in made.iterdir()} == {
-        "config.json",
-        "model.safetensors.index.json",
-        *(shard.name for shard in shards),
-    }
-    assert_holds(open_checkpoint(made), whole)
-    index = json.loads((made / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(whole)
-    with pytest.raises(FileExistsError):
-        write_model(model, made, *held(whole))
-
-
-def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp_path: Path):
-    infos, _ = held({"a": torch.ones(2)})
-    _, other = held({"a": torch.ones(3)})
-    with pytest.raises(ModelError, match="announced"):
-        write_safetensors(tmp_path / "a.safetensors", infos, other)

@@ -236,6 +236,8 @@ def fit(checkpoint: Checkpoint, model_folder: Path | str, *, dtype: str | None =
         sources[name], dtypes[name] = own, target
         if target != theirs.dtype:
             converted[name] = (theirs.dtype, target)
+    if renamed := [(name, own) for name, own in sources.items() if name != own]:
+        notes.append(f"{len(renamed)} names changed: {renamed[0][1]} is {renamed[0][0]}")
     for (before, after), number in Counter(converted.values()).items():
         notes.append(f"{number} tensors from {before} to {after}")
     used = {*by_model.values(), *copies}
@@ -317,7 +319,7 @@ def _told(info: TensorInfo) -> str:
 def _advice(extra: list[str]) -> str:
     if any(".lora_" in name or ".base_layer." in name for name in extra):
         return "This is an adapter beside its base: merge it first (PEFT: merge_and_unload())."
-    if any(name.endswith("_flat_param") for name in extra):
+    if any(name.endswith("flat_param") for name in extra):
         return "These are FSDP's flat parameters: save the full state, or with DCP."
     if any(name.endswith(".experts.gate_up_proj") for name in extra):
         return (
