@@ -9,7 +9,8 @@ from sglang_harness.errors import SpecError
 
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
-from sglang_harness.suite import weights, pushes, memory, hostile, refused_weights  # isort: skip
+from sglang_harness.suite import weights, weights_routes, pushes, memory  # isort: skip
+from sglang_harness.suite import hostile, refused_weights  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -43,6 +44,7 @@ _SUBJECTS = (
     chat,
     control,
     weights,
+    weights_routes,
     pushes,
     memory,
     hostile,

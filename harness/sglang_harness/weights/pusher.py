@@ -6,18 +6,18 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_harness.checkpoint.fitting import Fit, fit
-from sglang_harness.checkpoint.reading import TensorInfo, open_checkpoint
+from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.client import Checksums, calls
 from sglang_harness.errors import (
+    BadAnswer,
     HarnessError,
     MissingExtra,
+    ModelError,
     NoAnswerInTime,
     PeerFailed,
     ReadOnly,
@@ -26,22 +26,18 @@ from sglang_harness.errors import (
     SpecError,
 )
 from sglang_harness.peer import Peer
+from sglang_harness.weights import conclusion
 from sglang_harness.weights import route as routes
 from sglang_harness.weights.buckets import Bucket, plan
-from sglang_harness.weights.expected import Expected, Served, expected_checksums
+from sglang_harness.weights.conclusion import Gathered
+from sglang_harness.weights.expected import Served, expected_checksums
+from sglang_harness.weights.fitted import open_for
 from sglang_harness.weights.fused_layout import COMPUTED
 from sglang_harness.weights.model_folder import model_folder
-from sglang_harness.weights.report import BucketSent, PushFailed, PushReport, Token, Witness
+from sglang_harness.weights.report import BucketSent, PushFailed, PushReport
 from sglang_harness.weights.route import Job, Route
 from sglang_harness.weights.session import Pause, Session
-from sglang_harness.weights.staging import Source
-from sglang_harness.weights.witnesses import (
-    ask_tokens,
-    judge_checksums,
-    judge_label,
-    judge_logprobs,
-    known_states,
-)
+from sglang_harness.weights.witnesses import ask_tokens
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server
@@ -53,40 +49,6 @@ _EVERYTHING = 1 << 62
 
 #: Seconds for a server to show that it still generates.
 ANSWERS_WITHIN = 30.0
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A checkpoint under the names and in the dtypes of the served model."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    _fit: Fit
-
-    def read(self, names: Any = None) -> Iterator[tuple[str, Any]]:
-        return self._fit.read(names)
-
-
-@dataclass
-class _Push:
-    """What is gathered while a push goes on."""
-
-    route: Route
-    job: Job
-    served: Served
-    strict: bool
-    session: Session
-    started: float
-    buckets: list[BucketSent] = field(default_factory=list)
-    before: Checksums | None = None
-    after: Checksums | None = None
-    why_no_checksums: str = ""
-    expected: Expected | None = None
-    tokens: list[Token] = field(default_factory=list)
-    stated: dict[str, str | None] = field(default_factory=dict)
-    error: HarnessError | None = None
-    entered: bool = False
-    seconds: float = 0.0
 
 
 class WeightPusher:
@@ -164,7 +126,7 @@ class WeightPusher:
             raise SpecError(f"The server is unfit: {self.unfit}.", advice="Start it anew.")
         if reason := chosen.lacking(server):
             raise SpecError(f"The route '{chosen.name}' does not lead to this server: {reason}.")
-        source = self._open(Path(checkpoint), allow)
+        source = open_for(server.model, Path(checkpoint), allow)
         about = server.client.server_info()
         served = Served.of(server.model, about, server.device)
         infos = list(source.tensors.values())
@@ -183,11 +145,11 @@ class WeightPusher:
         session = Session(
             server.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
         )
-        push = _Push(chosen, job, served, strict, session, time.monotonic())
+        push = Gathered(chosen, job, served, strict, session, time.monotonic())
         if not served.unknown:
             push.expected = expected_checksums(source, served)
         push.before, push.why_no_checksums = self._checksums()
-        self._find_out_what_is_served(push.before)
+        self._recognise(push.before)
         if strict and push.before is not None and push.expected is not None:
             brought = push.expected.ranks[0].keys()
             kept = [n for n in push.before.ranks[0] if n not in brought and not _computed(n)]
@@ -210,28 +172,6 @@ class WeightPusher:
             for folder in job.staged:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _open(self, path: Path, allow: tuple[str, ...]) -> Source:
-        opened = open_checkpoint(path)
-        if self._server.model is None:
-            return opened
-        fitted = fit(opened, self._server.model)
-        fitted.raise_if_unfit(allow=allow)
-        if (
-            not fitted.renamed
-            and not fitted.converted
-            and set(fitted.sources) == set(opened.tensors)
-        ):
-            return opened  # fmt: skip
-        tensors = {
-            name: TensorInfo(
-                name,
-                fitted.converted.get(name, (None, opened.tensors[own].dtype))[1],
-                opened.tensors[own].shape,
-            )
-            for name, own in fitted.sources.items()
-        }
-        return Fitted(opened.path, tensors, fitted)
-
     def _label(self) -> str:
         self._own += 1
         return f"harness-{uuid.uuid4().hex[:6]}-{self._own}"
@@ -243,7 +183,7 @@ class WeightPusher:
 
     # --- sending ----------------------------------------------------------------------------
 
-    def _send(self, push: _Push) -> None:
+    def _send(self, push: Gathered) -> None:
         """Everything up to the closed bracket; what went wrong is in ``push.error``."""
         route, job = push.route, push.job
         try:
@@ -269,7 +209,7 @@ class WeightPusher:
         if push.error is None and push.session.closing_errors:
             push.error = push.session.closing_errors[0]
 
-    def _send_bucket(self, push: _Push, bucket: Bucket) -> None:
+    def _send_bucket(self, push: Gathered, bucket: Bucket) -> None:
         common: dict[str, Any] = {
             "number": bucket.number,
             "tensors": bucket.names,
@@ -296,7 +236,7 @@ class WeightPusher:
 
         push.session.step(f"bucket {bucket.number}", send)
 
-    def _wipe(self, push: _Push) -> None:
+    def _wipe(self, push: Gathered) -> None:
         """Every parameter becomes noise; checksums show that it did."""
         client = self._server.client
         client.check_weights("reset_tensors")
@@ -306,7 +246,7 @@ class WeightPusher:
         wiped = client.checksums()
         kept = [n for n, s in wiped.ranks[0].items() if push.before.ranks[0].get(n) == s]
         if kept:
-            raise Refused("POST /weights_checker", 200, f"reset_tensors left {kept[0]} as it was")
+            raise BadAnswer("POST /weights_checker", f"reset_tensors left {kept[0]} as it was")
 
     def _drop_peer(self, job: Job) -> None:
         if self._peer is not None:
@@ -315,7 +255,7 @@ class WeightPusher:
 
     # --- looking ----------------------------------------------------------------------------
 
-    def _look(self, push: _Push, logprobs: bool) -> None:
+    def _look(self, push: Gathered, logprobs: bool) -> None:
         client = self._server.client
         try:
             push.after, why = self._checksums()
@@ -326,26 +266,32 @@ class WeightPusher:
             push.stated["answers"] = answer.weight_version
             if logprobs:
                 self._ask(push)
+            else:
+                push.why_no_logprobs = "not asked for"
+            self._last_checksums = push.after
         except HarnessError as error:
             push.error = error
 
-    def _ask(self, push: _Push) -> None:
+    def _ask(self, push: Gathered) -> None:
         from sglang_harness import oracle as oracles
 
         model = self._server.model
         if model is None:
-            push.job.notes.append("the model's config and tokenizer are not on this machine")
+            push.why_no_logprobs = "the model's config and tokenizer are not on this machine"
             return
+        folder = self._room() / uuid.uuid4().hex[:8]
         try:
-            folder = model_folder(push.job.source, model, self._room() / uuid.uuid4().hex[:8])
+            model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
             old = oracles.for_folder(self._served_folder) if self._served_folder else None
-        except MissingExtra as error:
-            push.job.notes.append(error.message)
+        except (MissingExtra, ModelError) as error:
+            push.why_no_logprobs = error.message
             return
         push.tokens = ask_tokens(self._server.client, new, old)
         # From here on these are the weights that a next push replaces.
-        self._served_folder = folder
+        before, self._served_folder = self._served_folder, folder
+        if before is not None and before.parent == self._scratch:
+            shutil.rmtree(before, ignore_errors=True)
 
     def _checksums(self) -> tuple[Checksums | None, str]:
         client = self._server.client
@@ -369,114 +315,46 @@ class WeightPusher:
         else:
             self._served_folder = None
 
-    def _find_out_what_is_served(self, now: Checksums | None) -> None:
-        """Others change the weights too: whose these are is asked, not remembered."""
+    def _recognise(self, now: Checksums | None) -> None:
+        """Which checkpoint is served now: somebody may have pushed beside this pusher."""
         if now is None:
             label = self._server.client.model_info().get("weight_version")
-            is_first = self._first is not None and label == self._first[1] == "default"
-        else:
-            is_first = now == self._first_checksums
-        if is_first:
+            if self._first is not None and label == self._first[1] == "default":
+                self._served_folder = self._server.model
+        elif self._first_checksums is not None and now == self._first_checksums:
             self._served_folder = self._server.model
-        elif now is not None and now != self._last_checksums:
+        elif self._last_checksums is None or now != self._last_checksums:
             self._served_folder = None
 
     # --- the end of a push -------------------------------------------------------------------
 
-    def _conclude(self, push: _Push, pause: Pause | None, flush: bool) -> PushReport:
-        checksums, logprobs, label = self._judge(push)
-        failed = push.error is not None or "differs" in (checksums.says, logprobs.says)
-        outcome = "good" if checksums.says == logprobs.says == "agrees" else "unproven"
-        reason, put_back = "", None
+    def _conclude(self, push: Gathered, pause: Pause | None, flush: bool) -> PushReport:
+        findings = conclusion.find(push, lambda: self._can_reproduce(push))
         new: set[str] = set()
         old: set[str] = set()
-        names = list(push.job.source.tensors)
-        if failed:
-            outcome = "failed"
-            reason = self._reason(push, checksums, logprobs)
-            new, old = self._states(push)
+        put_back = None
+        if findings.outcome == "failed":
+            silent = isinstance(push.error, ServerDied | NoAnswerInTime)
+            if push.after is None and not push.sent_nothing and not silent:
+                with suppress(HarnessError):
+                    push.after, _ = self._checksums()
+            new, old = conclusion.states(push)
             put_back = self._put_back(push)
-        elif outcome == "unproven":
-            silent = [w for w in (checksums, logprobs) if w.says != "agrees"]
-            reason = "; ".join(f"{w.name}: {w.how}" for w in silent)
-        done = {b.number for b in push.buckets}
-        rest = [
-            BucketSent(
-                number=b.number, tensors=b.names, bytes=b.nbytes, outcome="not sent",
-                weight_version=None,
-            )
-            for b in push.job.buckets
-            if b.number not in done
-        ]  # fmt: skip
-        begun = any(s.name == "begin" and s.outcome == "done" for s in push.session.steps)
-        report = PushReport.model_validate(
-            {
-                "route": push.route.name,
-                "checkpoint": str(push.job.source.path),
-                "outcome": outcome,
-                "reason": reason,
-                "tensors": len(names),
-                "bytes": sum(info.nbytes for info in push.job.source.tensors.values()),
-                "ranks": push.job.ranks,
-                "version": push.job.version,
-                "pause": pause,
-                "flush": flush,
-                "strict": push.strict,
-                "session": begun,
-                "seconds": push.seconds,
-                "seconds_staged": push.job.seconds_staged,
-                "buckets": [*push.buckets, *rest],
-                "steps": push.session.steps,
-                "checksums": checksums,
-                "logprobs": logprobs,
-                "label": label,
-                "tokens": push.tokens,
-                "new": [n for n in names if n in new],
-                "old": [n for n in names if n in old],
-                "unknown": [n for n in names if n not in new | old] if failed else [],
-                "put_back": put_back,
-                "unfit": self.unfit,
-                "notes": push.job.notes,
-            }
+        self.last = report = conclusion.report(
+            push,
+            findings,
+            new=new,
+            old=old,
+            pause=pause,
+            flush=flush,
+            put_back=put_back,
+            unfit=self.unfit,
         )
-        self.last = report
-        if failed:
+        if report.outcome == "failed":
             raise PushFailed(report) from push.error
         return report
 
-    def _judge(self, push: _Push) -> tuple[Witness, Witness, Witness]:
-        if push.error is not None:
-            how = "the push did not go through"
-            return (
-                Witness(name="checksums", says="not available", how=how),
-                Witness(name="log-probabilities", says="not available", how=how),
-                Witness(name="weight version", says="not available", how=how),
-            )
-        checksums = judge_checksums(
-            push.before,
-            push.after,
-            push.expected,
-            why_none=push.why_no_checksums or push.served.unknown or "",
-            pushed=push.job.source.tensors,
-            known_here=lambda: self._can_reproduce(push),
-        )
-        same = push.before is not None and (
-            push.expected is not None
-            and all(
-                then.get(name) == wanted
-                for then, rank in zip(push.before.ranks, push.expected.ranks, strict=False)
-                for name, wanted in rank.items()
-            )
-        )
-        if push.tokens or not any("machine" in n or "package" in n for n in push.job.notes):
-            logprobs = judge_logprobs(push.tokens, push.served.dtype, same_weights=same)
-        else:
-            logprobs = Witness(
-                name="log-probabilities", says="not available", how="; ".join(push.job.notes)
-            )
-        return checksums, logprobs, judge_label(push.job.version, push.stated)
-
-    def _can_reproduce(self, push: _Push) -> bool:
+    def _can_reproduce(self, push: Gathered) -> bool:
         """Whether the weights that the server was started with give its first checksums."""
         if self._first_checksums is None or self._server.model is None:
             return True
@@ -487,39 +365,9 @@ class WeightPusher:
             for name, wanted in rank.items()
         )
 
-    @staticmethod
-    def _reason(push: _Push, checksums: Witness, logprobs: Witness) -> str:
-        if push.error is not None:
-            failed = [s.name for s in push.session.steps if s.outcome == "failed"]
-            where = failed[0] if failed else ("opening the route" if not push.entered else "look")
-            return f"{where}: {push.error.message}"
-        said = [w for w in (checksums, logprobs) if w.says == "differs"]
-        return "; ".join(
-            f"witness {w.name}: {w.wrong[0]}"
-            + (f" (and {len(w.wrong) - 1} more)" if len(w.wrong) > 1 else "")
-            for w in said
-        )
-
-    def _states(self, push: _Push) -> tuple[set[str], set[str]]:
-        """Which tensors are new and which are old; proven by checksums where there are any,
-        else by which buckets the server took."""
-        if not push.buckets and not push.strict:
-            return set(), set(push.job.source.tensors)
-        if push.after is None and not isinstance(push.error, ServerDied | NoAnswerInTime):
-            with suppress(HarnessError):
-                push.after, _ = self._checksums()
-        if push.after is not None and push.expected is not None:
-            how = push.served.layout(push.job.source)
-            parts = {name: recipe.parts for name, recipe in how.recipes.items()}
-            return known_states(push.before, push.after, push.expected, parts)
-        taken = {n for b in push.buckets if b.outcome == "done" for n in b.tensors}
-        tried = {n for b in push.buckets for n in b.tensors}
-        untouched = set() if push.strict else set(push.job.source.tensors) - tried
-        return taken, untouched
-
     # --- after a failure ---------------------------------------------------------------------
 
-    def _put_back(self, push: _Push) -> str | None:
+    def _put_back(self, push: Gathered) -> str | None:
         """Known weights on a server that answers; or the server is marked unfit."""
         if self._server.running.watch.death is not None or isinstance(push.error, ServerDied):
             self.unfit = "it died"
@@ -530,7 +378,7 @@ class WeightPusher:
         if not self._generates():
             self.unfit = f"it generates nothing within {ANSWERS_WITHIN:g} s"
             return None
-        if not push.buckets and not push.strict:
+        if push.sent_nothing:
             return "nothing was sent: it serves what it served before"
         assert self._first is not None
         path, version = self._first
