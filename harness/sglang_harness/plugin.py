@@ -17,7 +17,7 @@ import pytest
 from sglang_harness.plugin_options import OPTIONS, gather, settle
 
 if TYPE_CHECKING:
-    from sglang_harness.client import Generation, Update
+    from sglang_harness.client import Generation
     from sglang_harness.counter import OpenCounter
     from sglang_harness.lending import Lender
     from sglang_harness.plugin_options import Wanted
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sglang_harness.server import Server
     from sglang_harness.session_server import OwnServer, SessionServer, Tally
     from sglang_harness.spec import ServerSpec
+    from sglang_harness.weights import PushReport
 
 #: Lines of the server's log that a failing test shows.
 LOG_LINES = 60
@@ -342,18 +343,22 @@ def generate(sglang_server: Server) -> Callable[..., Generation]:
 
 
 @pytest.fixture
-def push_weights(sglang_server: Server) -> Callable[..., Update]:
-    """``push_weights(folder, version=None)``: serves another checkpoint until the test ends."""
+def push_weights(sglang_server: Server) -> Callable[..., PushReport]:
+    """``push_weights(checkpoint, version=None)``: other weights on the session's server, until
+    the test ends.
 
-    def push(folder: str | Path, version: str | None = None) -> Update:
-        from sglang_harness import checkpoint
+    The checksums have to show that they arrived; ``logprobs=True`` asks for the oracle too. Other
+    keywords are those of :meth:`sglang_harness.weights.WeightPusher.push`, such as ``route``.
+    """
 
-        local = checkpoint.locate(str(folder), lambda _: None)
-        assert local is not None, f"{folder} is no folder here"
-        # First, because it is refused where the server may not be changed.
-        sglang_server.client.flush_cache()
-        inside = str(sglang_server.reach.share(local))
-        return sglang_server.client.update_weights_from_disk(inside, weight_version=version)
+    def push(checkpoint: str | Path, version: str | None = None, **options: Any) -> PushReport:
+        from sglang_harness.checkpoint import locate
+
+        path = Path(checkpoint).expanduser()
+        found = path if path.exists() else locate(str(checkpoint), lambda _: None)
+        assert found is not None, f"{checkpoint} is on the hub, not here"
+        wanted = {"version": version, "logprobs": False, **options}
+        return sglang_server.weights.push(found, **wanted)
 
     return push
 

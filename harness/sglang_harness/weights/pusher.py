@@ -259,7 +259,6 @@ class WeightPusher:
         client = self._server.client
         try:
             push.after, why = self._checksums()
-            self._last_checksums = push.after
             push.why_no_checksums = push.why_no_checksums or why
             push.stated["/model_info"] = _text(client.model_info().get("weight_version"))
             answer = client.generate("Hello", sampling={"max_new_tokens": 1})
