@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,8 @@ class Generation:
         return cls(
             text=data.get("text", ""),
             output_ids=tuple(int(i) for i in data["output_ids"]),
-            logprobs=tuple(float(entry[0]) for entry in scored),
+            # JSON has no NaN: a server with such weights answers null (0.5.23).
+            logprobs=tuple(math.nan if e[0] is None else float(e[0]) for e in scored),
             logprob_ids=tuple(int(entry[1]) for entry in scored),
             prompt_logprobs=tuple(None if e[0] is None else float(e[0]) for e in prompt),
             finish=str(finish.pop("type", "")),

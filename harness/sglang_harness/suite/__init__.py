@@ -10,7 +10,7 @@ from sglang_harness.errors import SpecError
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
 from sglang_harness.suite import weights, weights_routes, pushes, memory  # isort: skip
-from sglang_harness.suite import hostile, refused_weights  # isort: skip
+from sglang_harness.suite import parallel_pushes, hostile, refused_weights  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -47,6 +47,7 @@ _SUBJECTS = (
     weights_routes,
     pushes,
     memory,
+    parallel_pushes,
     hostile,
     refused_weights,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -112,7 +113,10 @@ class BackgroundStream:
             finish=str((meta["finish_reason"] or {}).get("type", "")),
             chunk_seconds=[c.seconds for c in self._chunks],
             ids=list(last.output_ids),
-            logprobs=[float(each[0]) for each in meta.get("output_token_logprobs") or ()],
+            logprobs=[
+                math.nan if each[0] is None else float(each[0])
+                for each in meta.get("output_token_logprobs") or ()
+            ],
             weight_spans=[
                 (str(span["version"]), int(span["start"]), int(span["end"]))
                 for span in meta.get("weight_versions") or ()
