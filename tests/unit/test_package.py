@@ -137,7 +137,7 @@ def test_what_only_the_extra_brings_is_imported_when_it_is_used_and_not_before()
 
 WITHOUT_TORCH = """
 import sys
-for name in ("torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate"):
+for name in ("torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate", "peft"):
     sys.modules[name] = None
 from pathlib import Path
 from sglang_harness.errors import MissingExtra
@@ -150,11 +150,13 @@ def tried(what):
     else:
         print("no error")
 
-from sglang_harness.checkpoint import locate, perturb
+from sglang_harness.checkpoint import adapter, locate, perturb
 from sglang_harness.oracle import Oracle
 tried(lambda: locate("tiny", print))
 tried(lambda: perturb.perturbed(Path("/nowhere"), Path("/nowhere"), 0))
 tried(lambda: Oracle(Path("/nowhere")))
+tried(lambda: adapter.made(Path("/nowhere"), Path("/nowhere"), 0))
+tried(lambda: adapter.in_request(Path("/nowhere")))
 import sglang_harness.cli
 print("the command line is there")
 """
@@ -163,7 +165,7 @@ print("the command line is there")
 def test_without_torch_the_cure_is_named_and_the_rest_works(tmp_path: Path):
     lines = python(WITHOUT_TORCH, SGLANG_HARNESS_CACHE=str(tmp_path)).splitlines()
     assert lines[-1] == "the command line is there"
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines[:-1]:
         assert "pip install 'sglang-harness[torch]'" in line
     # Nothing half-made is left to be taken for a model the next time.
