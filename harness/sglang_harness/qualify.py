@@ -220,7 +220,7 @@ class Qualification:
     @staticmethod
     def _lacking(check: Check[Any], server: Server) -> str | None:
         if check.own_server and server.running.runtime == "attach":
-            return "it may kill its server, and none is started beside somebody else's"
+            return "it starts a server of its own, and none is started beside somebody else's"
         if check.changes and not server.may_change:
             return "it changes the server for a while (--allow-changes was not given)"
         for need in check.needs:

@@ -448,6 +448,16 @@ def test_every_tensor_of_every_rank_has_a_name_and_every_rank_a_place():
     assert got.places == ({}, *[{"tp_rank": 1, "tp_size": 2, "pp_rank": 0}] * 2)
 
 
+def test_ranks_stand_in_their_order_in_whichever_they_answered():
+    def rank(dp: int, tp: int) -> dict[str, Any]:
+        place = {"dp_rank": dp, "tp_rank": tp, "pp_rank": 0}
+        return {"checksums": {"a": f"{dp}{tp}"}, "parallelism_info": [place]}
+
+    got = Checksums.parse({"ranks": [rank(1, 0), rank(1, 1), rank(0, 0), rank(0, 1)]})
+    assert [held["a"] for held in got.ranks] == ["00", "01", "10", "11"]
+    assert [place["dp_rank"] for place in got.places] == [0, 0, 1, 1]
+
+
 # --- adapters and replicas ------------------------------------------------------------------------
 
 

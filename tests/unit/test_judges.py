@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lies_of_own_servers as own_servers
 import pytest
 from pydantic import ValidationError
 
@@ -26,6 +27,7 @@ from sglang_harness.verdict import Outcome, Verdict, writable
 RECORDED = Verdict.read(Path(__file__).parent / "data" / "recorded-full-tiny-0.5.23.json")
 CHECKS: dict[str, Check[Any]] = suite.registered()
 EVIDENCE = {c.id: c.evidence for c in RECORDED.checks if c.evidence is not None}
+EVIDENCE |= own_servers.RECORDED
 KNOWN = [c.id for c in RECORDED.checks if c.outcome is Outcome.KNOWN]
 
 # What was not recorded as it has to be: the recorded server was started without
@@ -1236,6 +1238,8 @@ LIES = [
     ),
 ]
 
+LIES += [Alteration(*lie) for lie in own_servers.LIES]
+
 # --- what a right server may also do ----------------------------------------------------------
 
 
@@ -1349,6 +1353,8 @@ HARMLESS = [
     ),
 ]
 
+
+HARMLESS += [Alteration(*oddity) for oddity in own_servers.HARMLESS]
 
 # --- the tests --------------------------------------------------------------------------------
 

@@ -156,7 +156,7 @@ def test_what_only_the_extra_brings_is_imported_when_it_is_used_and_not_before()
 
 WITHOUT_TORCH = """
 import os, sys
-for name in ("torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate"):
+for name in ("torch", "transformers", "tokenizers", "safetensors", "gguf", "accelerate", "peft"):
     sys.modules[name] = None
 from pathlib import Path
 from sglang_harness.errors import MissingExtra
@@ -169,11 +169,13 @@ def tried(what):
     else:
         print("no error")
 
-from sglang_harness.checkpoint import locate, perturb
+from sglang_harness.checkpoint import adapter, locate, perturb
 from sglang_harness.oracle import Oracle
 tried(lambda: locate("tiny", print))
 tried(lambda: perturb.perturbed(Path("/nowhere"), Path("/nowhere"), 0))
 tried(lambda: Oracle(Path("/nowhere")))
+tried(lambda: adapter.made(Path("/nowhere"), Path("/nowhere"), 0))
+tried(lambda: adapter.in_request(Path("/nowhere")))
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.training import teach
 from sglang_harness.checkpoint.writing import write_torch
@@ -193,6 +195,7 @@ print("the command line is there")
 def test_without_torch_the_cure_is_named_and_the_rest_works(tmp_path: Path):
     lines = python(WITHOUT_TORCH, SGLANG_HARNESS_CACHE=str(tmp_path)).splitlines()
     assert lines[-1] == "the command line is there"
+    assert len(lines) == 6
     assert len(lines) == 7
     for line in lines[:-1]:
         assert "pip install 'sglang-harness[torch]'" in line

@@ -120,7 +120,8 @@ class Checksums:
     """Per-tensor checksums as ``/weights_checker`` answers them.
 
     Attributes:
-        ranks: one mapping a rank, from the fused parameter name to 16 hexadecimal digits.
+        ranks: one mapping a rank, from the fused parameter name to 16 hexadecimal digits; in the
+            order of replica, stage and tensor-parallel rank, as far as the server says it.
         engine: the checksum over everything.
         places: for each of ``ranks`` where it stands: ``tp_rank``, ``dp_rank``, ``pp_rank`` and
             their sizes, as far as the server says so.
@@ -132,11 +133,16 @@ class Checksums:
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Checksums:
-        ranks = tuple(dict(rank["checksums"]) for rank in data["ranks"])
-        if not ranks or not all(ranks):
+        found = [(_place(r.get("parallelism_info")), dict(r["checksums"])) for r in data["ranks"]]
+        if not found or not all(sums for _, sums in found):
             raise ValueError("no checksums in the answer")
-        places = tuple(_place(rank.get("parallelism_info")) for rank in data["ranks"])
-        return cls(ranks, str(data.get("per_engine_checksum", "")), places)
+        # Replicas come in the order in which they answered.
+        found.sort(key=lambda rank: [rank[0].get(n, 0) for n in ("dp_rank", "pp_rank", "tp_rank")])
+        return cls(
+            ranks=tuple(sums for _, sums in found),
+            engine=str(data.get("per_engine_checksum", "")),
+            places=tuple(place for place, _ in found),
+        )
 
     def names(self) -> list[str]:
         """Every tensor of every rank, ``rankN:`` put before all but those of rank 0."""

@@ -10,7 +10,8 @@ from sglang_harness.errors import SpecError
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
 from sglang_harness.suite import weights, weights_routes, pushes, memory  # isort: skip
-from sglang_harness.suite import parallel_pushes, hostile, refused_weights  # isort: skip
+from sglang_harness.suite import architectures, parallel, parallel_pushes, lora  # isort: skip
+from sglang_harness.suite import hostile, refused_weights  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -37,20 +38,9 @@ __all__ = [
 ]
 
 _SUBJECTS = (
-    launch,
-    generate,
-    sample,
-    stop,
-    chat,
-    control,
-    weights,
-    weights_routes,
-    pushes,
-    memory,
-    parallel_pushes,
-    hostile,
-    refused_weights,
-)
+    launch, generate, sample, stop, chat, control, weights, weights_routes, pushes, memory,
+    architectures, parallel, parallel_pushes, lora, hostile, refused_weights,
+)  # fmt: skip
 
 
 def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
