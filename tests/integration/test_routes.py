@@ -37,6 +37,56 @@ def folders() -> tuple[Path, Path]:
     return tiny.folder(0), tiny.folder(7)
 
 
+# --- 0.5.20: no sessions, and checksums that need CUDA ----------------------------------------
+
+
+def test_a_server_without_sessions(folders: tuple[Path, Path]) -> None:
+    old, new = folders
+    with Server.start(ServerSpec(model="tiny", sglang_version="0.5.20")) as server:
+        assert not server.client.has_route("POST", "/begin_weight_update")
+        for route in ROUTES:
+            for folder in (new, old):
+                report = server.weights.push(folder, route=route, bucket_bytes=SMALL)
+                assert not report.session
+                assert report.outcome == "unproven"
+                assert report.checksums.says == "not available"
+                assert "CUDA" in report.checksums.how
+                assert report.logprobs.says == "agrees", str(report)
+                assert report.label.says == "agrees"
+
+
+# --- a peer that never joins ----------------------------------------------------------------
+
+
+class NeverJoins(Distributed):
+    """A trainer that dies before the rendezvous: nobody is rank 0."""
+
+    def _join(self, peer: Peer, backend: str, port: int) -> None:
+        pass
+
+
+def test_a_peer_that_never_joins_is_bounded_and_leaves_an_unfit_server(
+    folders: tuple[Path, Path],
+) -> None:
+    with Server.start(ServerSpec(model="tiny", limits={"stop": 5})) as server:
+        started = time.monotonic()
+        with pytest.raises(PushFailed) as raised:
+            server.weights.push(folders[1], route=NeverJoins(joins_within=8.0))
+        report = raised.value.report
+        assert isinstance(raised.value.__cause__, NoAnswerInTime)
+        assert time.monotonic() - started < 240
+        assert "init_weights_update_group" in report.reason
+        assert report.old == [n for b in report.buckets for n in b.tensors]
+        # The server waits for rank 0 and answers nothing else (0.5.23).
+        assert report.unfit is not None
+        assert "generates nothing" in report.unfit
+        assert report.steps == []
+        assert server.stop().left_behind == []
+
+
+# --- 0.5.23, one server for the rest -----------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """One of its own: others look at labels and names that a push changes."""
@@ -172,50 +222,3 @@ def test_a_trainer_that_left_its_session_open_is_told(
     finally:
         server.client.end_weight_update()
     assert server.weights.unfit is None
-
-
-# --- 0.5.20: no sessions, and checksums that need CUDA ----------------------------------------
-
-
-def test_a_server_without_sessions(folders: tuple[Path, Path]) -> None:
-    old, new = folders
-    with Server.start(ServerSpec(model="tiny", sglang_version="0.5.20")) as server:
-        assert not server.client.has_route("POST", "/begin_weight_update")
-        for route in ROUTES:
-            for folder in (new, old):
-                report = server.weights.push(folder, route=route, bucket_bytes=SMALL)
-                assert not report.session
-                assert report.outcome == "unproven"
-                assert report.checksums.says == "not available"
-                assert "CUDA" in report.checksums.how
-                assert report.logprobs.says == "agrees", str(report)
-                assert report.label.says == "agrees"
-
-
-# --- a peer that never joins ----------------------------------------------------------------
-
-
-class NeverJoins(Distributed):
-    """A trainer that dies before the rendezvous: nobody is rank 0."""
-
-    def _join(self, peer: Peer, backend: str, port: int) -> None:
-        pass
-
-
-def test_a_peer_that_never_joins_is_bounded_and_leaves_an_unfit_server(
-    folders: tuple[Path, Path],
-) -> None:
-    with Server.start(ServerSpec(model="tiny", limits={"stop": 5})) as server:
-        started = time.monotonic()
-        with pytest.raises(PushFailed) as raised:
-            server.weights.push(folders[1], route=NeverJoins(joins_within=8.0))
-        report = raised.value.report
-        assert isinstance(raised.value.__cause__, NoAnswerInTime)
-        assert time.monotonic() - started < 240
-        assert "init_weights_update_group" in report.reason
-        assert report.old == [n for b in report.buckets for n in b.tensors]
-        # The server waits for rank 0 and answers nothing else (0.5.23).
-        assert report.unfit is not None
-        assert "generates nothing" in report.unfit
-        assert report.steps == []
-        assert server.stop().left_behind == []

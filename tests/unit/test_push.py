@@ -330,3 +330,18 @@ def test_a_name_has_one_route():
     ]
     with pytest.raises(ValueError, match="two routes are called 'disk'"):
         route.register("disk")(route.make)  # type: ignore[type-var]
+
+
+def test_first_weights_are_known_by_their_checksums_whatever_they_are_called(old: Path, new: Path):
+    """Somebody updated from disk and gave a label; then a tensor push by somebody else."""
+    with WeightServer(old) as double:
+        double.version = "somebody's"
+        assert push(double, new).checksums.says == "agrees"
+        assert double.server.weights._first_checksums is not None
+    with WeightServer(old) as double:
+        double.version = "somebody's"
+        double.state["model.norm.weight"] = double.state["model.norm.weight"] + 1
+        push(double, new)
+        assert double.server.weights._first_checksums is None
+        double.spoil = lambda number, _: refused("no")
+        assert "by the server's word alone" in (failed(double, new).put_back or "")

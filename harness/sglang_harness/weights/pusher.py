@@ -140,7 +140,9 @@ class WeightPusher:
             abort_all_requests=abort_all_requests,
             peer=self._any_peer,
         )  # fmt: skip
-        self._remember_first(about)
+        before, why_none = self._checksums()
+        self._remember_first(about, before, served)
+        self._recognise(before)
         bracket = chosen.needs_session and server.client.has_route("POST", "/begin_weight_update")
         session = Session(
             server.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
@@ -148,8 +150,7 @@ class WeightPusher:
         push = Gathered(chosen, job, served, strict, session, time.monotonic())
         if not served.unknown:
             push.expected = expected_checksums(source, served)
-        push.before, push.why_no_checksums = self._checksums()
-        self._recognise(push.before)
+        push.before, push.why_no_checksums = before, why_none
         if strict and push.before is not None and push.expected is not None:
             brought = push.expected.ranks[0].keys()
             kept = [n for n in push.before.ranks[0] if n not in brought and not _computed(n)]
@@ -301,7 +302,9 @@ class WeightPusher:
         except Refused as error:
             return None, f"this SGLang cannot compute checksums here ({error.reason})"
 
-    def _remember_first(self, about: Mapping[str, Any]) -> None:
+    def _remember_first(
+        self, about: Mapping[str, Any], now: Checksums | None, served: Served
+    ) -> None:
         """What is put back after a push that failed: the checkpoint that is on disk."""
         if self._first is not None:
             return
@@ -309,10 +312,23 @@ class WeightPusher:
         self._first = (str(told["model_path"]), str(told.get("weight_version")))
         # Told when it started, and not told otherwise since: nobody has pushed.
         label = str(about.get("weight_version") or "default")
-        if self._first == (self._server.running.model_path(), label):
-            self._first_checksums, _ = self._checksums()
+        untouched = self._first == (self._server.running.model_path(), label)
+        if untouched or self._are_first(now, served):
+            self._first_checksums = now
         else:
             self._served_folder = None
+
+    def _are_first(self, now: Checksums | None, served: Served) -> bool:
+        """Whether these are the checksums of the model on disk, computed here."""
+        model = self._server.model
+        if now is None or model is None or served.unknown:
+            return False
+        computed = expected_checksums(open_checkpoint(model), served)
+        return len(computed.ranks) == len(now.ranks) and all(
+            stated.get(name) == wanted
+            for stated, rank in zip(now.ranks, computed.ranks, strict=True)
+            for name, wanted in rank.items()
+        )
 
     def _recognise(self, now: Checksums | None) -> None:
         """Which checkpoint is served now: somebody may have pushed beside this pusher."""
@@ -355,14 +371,9 @@ class WeightPusher:
 
     def _can_reproduce(self, push: Gathered) -> bool:
         """Whether the weights that the server was started with give its first checksums."""
-        if self._first_checksums is None or self._server.model is None:
+        if self._first_checksums is None:
             return True
-        computed = expected_checksums(open_checkpoint(self._server.model), push.served)
-        return all(
-            stated.get(name) == wanted
-            for stated, rank in zip(self._first_checksums.ranks, computed.ranks, strict=False)
-            for name, wanted in rank.items()
-        )
+        return self._are_first(self._first_checksums, push.served)
 
     # --- after a failure ---------------------------------------------------------------------
 
