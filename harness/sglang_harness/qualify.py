@@ -14,8 +14,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sglang_harness import __version__, environment, held, suite
-from sglang_harness.errors import HarnessError, Interrupted, ServerDied, SpecError, StartTimeout
+from sglang_harness.errors import (
+    DeviceNotIdle,
+    HarnessError,
+    Interrupted,
+    ServerDied,
+    SpecError,
+    StartTimeout,
+    TelemetryError,
+)
 from sglang_harness.interruption import interruptions
+from sglang_harness.lease import LeaseTaken
+from sglang_harness.memory.nvml import Driver
+from sglang_harness.memory.selection import select
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine
 from sglang_harness.runtime.attach import Attachment
@@ -26,6 +37,7 @@ from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import known_defects
 from sglang_harness.suite.check import Check, Context, run_check
+from sglang_harness.suite.memory import DeviceIsGivenBack
 from sglang_harness.verdict import (
     CheckResult,
     Figure,
@@ -51,6 +63,14 @@ PROCESS_CAVEAT = (
 ATTACHED_CAVEAT = (
     "Somebody else's server: it was {how}; its start, its end and its memory were out of sight."
 )
+
+FIRST_CALL_CAVEAT = (
+    "The NVIDIA driver has only the first version of the memory call: figures of use hold what "
+    "the driver reserves for itself."
+)
+
+#: What keeps a server from being started that nobody can blame on it.
+NO_GREEN_LIGHT = (LeaseTaken, TelemetryError, DeviceNotIdle)
 
 RESULTS = ("verdict.json", "junit.xml", "server.log")
 
@@ -106,6 +126,7 @@ class Qualification:
         self._figures: list[Figure] = []
         self._caveats: list[str] = []
         self._servers: list[Server] = []
+        self._own: list[Server] = []
         self._logs: list[str] = []
         self._version: str | None = None
         self._scratch = Path()
@@ -142,7 +163,10 @@ class Qualification:
         try:
             server = self._start()
         except (ServerDied, StartTimeout) as error:
-            self._never_came_up(error)
+            self._never_came_up(f"expected a server that comes up; {error}", Outcome.FAIL)
+            return
+        except NO_GREEN_LIGHT as error:
+            self._never_came_up(str(error), Outcome.ERROR)
             return
         self._version = str(server.client.server_info().get("version") or "") or None
         context = Context(server, self._request.seed, self._own_server, self._scratch)
@@ -179,11 +203,10 @@ class Qualification:
         server.about()
         return server
 
-    def _never_came_up(self, error: HarnessError) -> None:
+    def _never_came_up(self, message: str, outcome: Outcome) -> None:
         launched = suite.registered()["launch/phases"]
-        message = f"expected a server that comes up; {error}"
         seconds = time.monotonic() - self._began
-        result = CheckResult(id=launched.id, outcome=Outcome.FAIL, seconds=seconds, message=message)
+        result = CheckResult(id=launched.id, outcome=outcome, seconds=seconds, message=message)
         self._record(result, [])
         self._outside += [
             Outside(id=c.id, reason="the server never came up")
@@ -219,6 +242,7 @@ class Qualification:
         finally:
             self._logs.append(f"--- a server of its own for one check ---\n{server.logs()}")
             server.stop()
+            self._own.append(server)
 
     @staticmethod
     def _lacking(check: Check[Any], server: Server) -> str | None:
@@ -267,6 +291,10 @@ class Qualification:
         except (ServerDied, StartTimeout):
             self._replaced = REPLACEMENTS
             return
+        except NO_GREEN_LIGHT as error:
+            self._caveats.append(f"It was not replaced: {error}")
+            self._replaced = REPLACEMENTS
+            return
         context.variants.clear()
         shutil.rmtree(self._scratch / "variant", ignore_errors=True)
 
@@ -303,8 +331,18 @@ class Qualification:
         self._logs.append(server.logs() or log)
 
     def _ask_after_stop(self, server: Server) -> None:
-        if server.stopped is None or server.stopped.exit_code is None:
-            return
+        asked = {r.id for r in self._results}
+        if server.stopped is not None and server.stopped.exit_code is not None:
+            self._ask_of_stopped(server)
+        # A GPU that was kept fails the run, whichever server kept it and whatever was asked.
+        told = {r.id for r in self._results} - asked
+        for each in (*self._servers, *self._own):
+            kept = each.stopped is not None and not all(d.given_back for d in each.stopped.devices)
+            if kept and not (each is server and DeviceIsGivenBack.id in told):
+                context = Context(each, self._request.seed, self._own_server, self._scratch)
+                self._record(*run_check(DeviceIsGivenBack(), context))
+
+    def _ask_of_stopped(self, server: Server) -> None:
         context = Context(server, self._request.seed, self._own_server, self._scratch)
         for check in (c for c in self._checks if c.after_stop):
             if reason := self._lacking(check, server):
@@ -327,6 +365,7 @@ class Qualification:
             *([PROCESS_CAVEAT] if request.runtime.name == "process" else []),
             *self._attached_caveat(),
             *self._caveats,
+            *(c for s in self._servers for c in _gaps(s)),
         ]
         phases = (
             [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
@@ -392,15 +431,29 @@ def _prepare(out: Path) -> None:
         ) from None
 
 
+def _gaps(server: Server) -> list[str]:
+    """What is not known of the server's GPU memory, or known with less."""
+    found = [
+        f"{source} was not read {times} times while the server ran: {reason}"
+        for source, sampler in server.memory.samplers.items()
+        for reason, times in sampler.gaps.items()
+    ]
+    if server.memory.first_call_only:
+        found.append(FIRST_CALL_CAVEAT)
+    return found
+
+
 def _device(kind: str, spec: ServerSpec) -> dict[str, Any]:
     if kind != "gpu":
         return {"kind": kind}
-    from sglang_harness.device import gpus
-
-    found, _ = gpus()
-    wanted = None if spec.gpus == "all" else {part.strip() for part in spec.gpus.split(",")}
-    used = [vars(g) for g in found if wanted is None or {str(g.index), g.uuid} & wanted]
-    return {"kind": kind, "gpus": used}
+    try:
+        with Driver() as driver:
+            found, _ = driver.gpus()
+            versions = driver.versions()
+            chosen = select(found, spec.gpus)
+    except (TelemetryError, SpecError) as error:
+        return {"kind": kind, "gpus": [], "unknown": error.message}
+    return {"kind": kind, "gpus": [vars(g) for g in chosen], **vars(versions)}
 
 
 def _engine() -> dict[str, Any]:
