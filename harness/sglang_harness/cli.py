@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from sglang_harness import __version__, held, suite
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
 from sglang_harness.interruption import interruptions
 from sglang_harness.report import junit, terminal
-from sglang_harness.spec import ServerSpec
+from sglang_harness.spec import from_options
 from sglang_harness.verdict import Verdict
 
 app = typer.Typer(
@@ -82,36 +82,6 @@ CheckLimit = Annotated[float | None, typer.Option("--check-timeout", help="Secon
 RunLimit = Annotated[float | None, typer.Option("--run-timeout", help="Seconds for all of it.")]
 
 
-def spec_from(
-    file: Path | None, limits: dict[str, float | None], server_args: list[str] | None, **given: Any
-) -> ServerSpec:
-    """The spec that a file and options make together; options win."""
-    fields = {name: value for name, value in given.items() if value is not None}
-    if server_args:
-        arguments: dict[str, Any] = {}
-        for name, value in (_server_arg(text) for text in server_args):
-            # Given again, a flag takes several values.
-            before = arguments.get(name)
-            several = [*(before if isinstance(before, list) else [before]), value]
-            arguments[name] = value if before is None else [str(each) for each in several]
-        fields["server_args"] = arguments
-    wanted = {name: value for name, value in limits.items() if value is not None}
-    spec = ServerSpec.from_yaml(file, **fields) if file else ServerSpec.make(**fields)
-    if wanted:
-        merged = {**spec.limits.model_dump(exclude_unset=True), **wanted}
-        spec = ServerSpec.make(**{**spec.model_dump(exclude_unset=True), "limits": merged})
-    return spec
-
-
-def _server_arg(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name.strip("-"):
-        raise SpecError(f"--server-arg {text!r} names no flag.", advice="Write name=value or name.")
-    if not equals:
-        return name, True
-    return name, {"true": True, "false": False}.get(value.lower(), value)
-
-
 @app.command()
 def qualify(
     image: Image = None,
@@ -155,7 +125,7 @@ def qualify(
 
     if profile not in ("quick", "full"):
         raise SpecError(f"--profile {profile!r} is neither 'quick' nor 'full'.")
-    wanted = spec_from(
+    wanted = from_options(
         spec,
         {"start": start_timeout, "check": check_timeout, "run": run_timeout},
         server_arg,
@@ -230,7 +200,7 @@ def up(
     """Start a server and leave it running for you."""
     from sglang_harness.server import Server
 
-    wanted = spec_from(
+    wanted = from_options(
         spec,
         {"start": start_timeout},
         server_arg,
@@ -327,6 +297,9 @@ def checks(
     as_json: Annotated[bool, typer.Option("--json", help="As data.")] = False,
 ) -> None:
     """List every check: id, sentence, needs, profile."""
+    from sglang_harness.suite import installed
+
+    installed.load()
     rows = [
         {
             "id": c.id,

@@ -76,6 +76,7 @@ def attachment(
     allow_changes: bool = False,
     share: str | None = None,
     contradicting: Mapping[str, object] | None = None,
+    prefix: str = "--",
 ) -> Attachment | None:
     """What ``--url`` and the options beside it mean; ``None`` where no URL was given.
 
@@ -84,20 +85,23 @@ def attachment(
 
     Args:
         contradicting: options that say how to start a server, with what they were given.
+        prefix: what the options begin with where they were given.
 
     Raises:
         SpecError: options contradict each other, or cannot be meant.
     """
     if url is None:
-        for option, given in (("--allow-changes", allow_changes), ("--share", share)):
+        for option, given in (("allow-changes", allow_changes), ("share", share)):
             if given:
-                raise SpecError(f"{option} is for a server that runs already: --url is missing.")
-        if (contradicting or {}).get("--runtime") == "attach":
-            raise SpecError("The runtime 'attach' needs the address of a server: --url.")
+                raise SpecError(
+                    f"{prefix}{option} is for a server that runs already: {prefix}url is missing."
+                )
+        if (contradicting or {}).get(f"{prefix}runtime") == "attach":
+            raise SpecError(f"The runtime 'attach' needs the address of a server: {prefix}url.")
         return None
     if both := [name for name, given in (contradicting or {}).items() if given is not None]:
         raise SpecError(
-            f"--url names a server that runs already, and {both[0]} says how to start one.",
+            f"{prefix}url names a server that runs already, and {both[0]} says how to start one.",
             advice="Give one of the two.",
         )
     known = next((h for h in held_servers() if h.address.rstrip("/") == url.rstrip("/")), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 
 from sglang_harness import suite
-from sglang_harness.suite import known_defects
+from sglang_harness.suite import installed, known_defects
 from sglang_harness.suite.check import judge_again
 from sglang_harness.verdict import CheckResult, Verdict, overall
 
@@ -17,8 +17,10 @@ def judge_saved(saved: Verdict) -> tuple[Verdict, list[tuple[CheckResult, CheckR
     outcome. Known defects are applied as of the day of the run.
 
     Raises:
-        SpecError: evidence that does not fit its check.
+        SpecError: evidence that does not fit its check, or an installed package's checks that
+            cannot be added.
     """
+    installed.load()
     registered = suite.registered()
     defects = known_defects.load(set(registered))
     device = str(saved.device.get("kind"))

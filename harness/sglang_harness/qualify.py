@@ -35,7 +35,7 @@ from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
-from sglang_harness.suite import known_defects
+from sglang_harness.suite import installed, known_defects
 from sglang_harness.suite.check import Check, Context, run_check
 from sglang_harness.suite.memory import DeviceIsGivenBack
 from sglang_harness.verdict import (
@@ -116,6 +116,7 @@ class Qualification:
     def __init__(self, request: Request, viewer: Viewer) -> None:
         self._request = request
         self._viewer = viewer
+        self._added = installed.load()
         self._checks = suite.select(request.profile, request.patterns)
         self._defects = known_defects.load(set(suite.registered()))
         self._run_id = uuid.uuid4().hex[:12]
@@ -142,6 +143,8 @@ class Qualification:
             Interrupted: after what was seen has been written, with the verdict ``error``.
         """
         _prepare(self._request.out)
+        for added in self._added:
+            self._viewer.say(f"with {len(added.checks)} checks of {added.package} {added.version}")
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
         with interruptions() as signals:
             try:
@@ -400,7 +403,11 @@ class Qualification:
             ],
             phases=phases,
             memory=[r for s in self._servers for r in s.memory.readings],
-            environment={**environment.describe(), "docker": _engine()},
+            environment={
+                **environment.describe(),
+                "docker": _engine(),
+                "checks_added": [vars(added) for added in self._added],
+            },
             caveats=caveats,
         )
 

@@ -206,6 +206,43 @@ class ServerSpec(_Strict):
         return {name: value for name, value in merged.items() if value is not False}
 
 
+def from_options(
+    file: Path | None, limits: dict[str, float | None], server_args: list[str] | None, **given: Any
+) -> ServerSpec:
+    """The spec that a file and options make together; options win.
+
+    Args:
+        limits: fields of :class:`Limits`; ``None``: not given.
+        server_args: each ``name=value`` or ``name``; given again, a flag takes several values.
+
+    Raises:
+        SpecError: the file cannot be read, or a field cannot be meant.
+    """
+    fields = {name: value for name, value in given.items() if value is not None}
+    if server_args:
+        arguments: dict[str, Any] = {}
+        for name, value in (_server_arg(text) for text in server_args):
+            before = arguments.get(name)
+            several = [*(before if isinstance(before, list) else [before]), value]
+            arguments[name] = value if before is None else [str(each) for each in several]
+        fields["server_args"] = arguments
+    wanted = {name: value for name, value in limits.items() if value is not None}
+    spec = ServerSpec.from_yaml(file, **fields) if file else ServerSpec.make(**fields)
+    if wanted:
+        merged = {**spec.limits.model_dump(exclude_unset=True), **wanted}
+        spec = ServerSpec.make(**{**spec.model_dump(exclude_unset=True), "limits": merged})
+    return spec
+
+
+def _server_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name.strip("-"):
+        raise SpecError(f"--server-arg {text!r} names no flag.", advice="Write name=value or name.")
+    if not equals:
+        return name, True
+    return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
 def command_line(arguments: dict[str, Argument]) -> list[str]:
     """SGLang's command line for ``arguments``, in their order."""
     words: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import COMMAND, COMMAND_LIMIT
+from secret_watch import SecretWatch
 
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
@@ -80,3 +81,11 @@ def command(
         )
 
     return run
+
+
+@pytest.fixture
+def no_secret_in_sight() -> Iterator[SecretWatch]:
+    """Hands over a token to pass on, and looks for it and for every server's key."""
+    watch = SecretWatch()
+    yield watch
+    watch.stop()

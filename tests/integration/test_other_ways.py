@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import requests
 from commands import COMMAND_LIMIT, names_on_engine
 
 from sglang_harness import ServerDied, ServerSpec, SGLangContainer, checkpoint, shipped
@@ -111,76 +107,6 @@ def test_the_harness_works_from_inside_a_container_with_the_engines_socket(tmp_p
     assert verdict.image is not None
     assert "/exchange/model" in verdict.image["command"]
     assert names_on_engine(verdict.run_id) == []
-
-
-def _compose() -> list[str]:
-    """The compose plugin of the Docker client, or the binary from the Python package."""
-    plugin = subprocess.run(["docker", "compose", "version"], capture_output=True)
-    if plugin.returncode == 0:
-        return ["docker", "compose"]
-    binary = Path(sys.executable).parent / "docker-compose"
-    return [str(binary if binary.exists() else shutil.which("docker-compose") or "docker-compose")]
-
-
-@pytest.fixture
-def compose() -> Callable[..., subprocess.CompletedProcess[str]]:
-    model = checkpoint.locate("tiny", print)
-    environment = {
-        **os.environ,
-        "SGLANG_MODEL": str(model),
-        "SGLANG_API_KEY": "a-key-for-this-test-alone",
-        "SGLANG_PORT": "30177",
-        "COMPOSE_PROJECT_NAME": "sglang-harness-test",
-    }
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*_compose(), *words], capture_output=True, text=True, timeout=COMMAND_LIMIT,
-            cwd=shipped.root(), env=environment,
-        )  # fmt: skip
-
-    return run
-
-
-def test_compose_asks_for_the_gpu_as_the_harness_does(compose: Run) -> None:
-    done = compose("--profile", "gpu", "config", "--format", "json")
-    assert done.returncode == 0, done.stderr
-    gpu = json.loads(done.stdout)["services"]["gpu"]
-    assert gpu["image"] == shipped.pins()["GPU_IMAGE"]
-    (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
-    assert device["capabilities"] == ["gpu"]
-    assert gpu["ipc"] == "shareable"
-    assert gpu["ulimits"]["memlock"] == -1
-    assert gpu["ports"][0]["host_ip"] == "127.0.0.1"
-
-
-def test_compose_without_a_model_says_what_to_set(compose: Run) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "SGLANG_MODEL"}
-    done = subprocess.run(
-        [*_compose(), "--profile", "cpu", "config"],
-        capture_output=True, text=True, timeout=60, cwd=shipped.root(), env=environment,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "SGLANG_MODEL" in done.stderr
-    assert "sglang-harness model" in done.stderr
-
-
-def test_compose_brings_the_same_server_up_and_takes_it_down(compose: Run) -> None:
-    images.build_cpu_image(None, print)
-    try:
-        up = compose("--profile", "cpu", "up", "--detach", "--wait", "--wait-timeout", "300")
-        assert up.returncode == 0, up.stderr
-        headers = {"Authorization": "Bearer a-key-for-this-test-alone"}
-        body = {"text": "Hello", "sampling_params": {"max_new_tokens": 2}}
-        url = "http://127.0.0.1:30177/generate"
-        assert requests.post(url, json=body, timeout=60).status_code == 401
-        answer = requests.post(url, json=body, headers=headers, timeout=60)
-        assert answer.json()["meta_info"]["completion_tokens"] == 2
-    finally:
-        down = compose("--profile", "cpu", "down", "--timeout", "60")
-    assert down.returncode == 0, down.stderr
-    left = compose("--profile", "cpu", "ps", "--all", "--quiet")
-    assert left.stdout.strip() == ""
 
 
 def test_an_older_sglang_is_asked_what_it_can_do_and_not_guessed(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from secret_watch import SecretWatch
 
 from sglang_harness import Server, ServerDied, ServerSpec
 from sglang_harness.errors import SpecError
@@ -44,12 +45,14 @@ def test_a_process_serves_dies_and_leaves_nothing() -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_the_suite_runs_without_a_container_and_says_so(tmp_path: Path, command: Run) -> None:
+def test_the_suite_runs_without_a_container_and_says_so(
+    tmp_path: Path, command: Run, no_secret_in_sight: SecretWatch
+) -> None:
     """No engine answers where DOCKER_HOST points; asked for, the process does not mind."""
     done = command(
         "qualify", "--model", "tiny", "--runtime", "process",
         "-k", "launch/", "-k", "generate/", "-k", "weights/", "-k", "memory/",
-        env={"DOCKER_HOST": "unix:///nonexistent.sock"},
+        env={"DOCKER_HOST": "unix:///nonexistent.sock", **no_secret_in_sight.environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     verdict = Verdict.read(tmp_path / "out" / "verdict.json")
@@ -57,6 +60,7 @@ def test_the_suite_runs_without_a_container_and_says_so(tmp_path: Path, command:
     assert verdict.runtime == "process"
     assert any("No container" in caveat for caveat in verdict.caveats)
     assert {r.source for r in verdict.memory} == {"process"}
+    no_secret_in_sight.check(done.stdout, done.stderr, tmp_path / "out")
 
 
 def test_what_only_a_container_gives_is_refused_in_one_line() -> None:

@@ -17,9 +17,9 @@ import pytest
 from scripted_server import BOUND
 
 from sglang_harness import __version__, suite
-from sglang_harness.cli import spec_from
 from sglang_harness.errors import Interrupted, SpecError
 from sglang_harness.interruption import interruptions
+from sglang_harness.spec import from_options
 
 RECORDED = Path(__file__).parent / "data" / "recorded-full-tiny-0.5.23.json"
 
@@ -286,7 +286,7 @@ def test_options_win_over_the_file_and_say_no_more_than_they_were_given(home: Pa
     file.write_text(
         "model: tiny\nserver_args: {tp_size: 1, dtype: half}\nlimits: {start: 1800, check: 60}\n"
     )
-    spec = spec_from(
+    spec = from_options(
         file,
         {"start": 5.0, "check": None},
         ["tp-size=2", "--enable-lora", "skip-x=False", "path=a=b", "empty="],
@@ -308,7 +308,7 @@ def test_options_win_over_the_file_and_say_no_more_than_they_were_given(home: Pa
 @pytest.mark.parametrize("word", ["", "=", "--", "--=3", "-"])
 def test_a_flag_without_a_name_is_refused(word: str):
     with pytest.raises(SpecError, match="names no flag"):
-        spec_from(None, {}, [word])
+        from_options(None, {}, [word])
 
 
 # --- interruption -------------------------------------------------------------------------------
@@ -317,6 +317,7 @@ STAND_BY = """
 import sys, time
 from sglang_harness import cli
 from sglang_harness.interruption import interruptions
+from sglang_harness.spec import from_options
 
 @cli.app.command("stand-by")
 def stand_by() -> None:
