@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from sglang_harness.errors import SpecError
-from sglang_harness.memory.nvml import Gpu, gpus
+from sglang_harness.memory.driver import Gpu, gpus
 from sglang_harness.memory.selection import allotted, select, visible
 from sglang_harness.spec import ServerSpec
 

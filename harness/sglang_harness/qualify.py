@@ -25,7 +25,7 @@ from sglang_harness.errors import (
 )
 from sglang_harness.interruption import interruptions
 from sglang_harness.lease import LeaseTaken
-from sglang_harness.memory.nvml import Driver
+from sglang_harness.memory.driver import Driver
 from sglang_harness.memory.selection import select
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine

@@ -10,7 +10,7 @@ from sglang_harness.device import gpus
 from sglang_harness.errors import HarnessError
 from sglang_harness.memory import MemoryLedger
 from sglang_harness.memory.container import ContainerMemory, parse
-from sglang_harness.memory.devices import NvmlMemory
+from sglang_harness.memory.nvml import NvmlMemory
 
 GIB = 1 << 30
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sglang_harness.errors import DeviceNotIdle, HarnessError, SpecError, TelemetryError
 from sglang_harness.memory import leases
-from sglang_harness.memory.devices import ANSWERS_WITHIN, NvmlMemory, bounded
-from sglang_harness.memory.nvml import Driver, Gpu
+from sglang_harness.memory.driver import Driver, Gpu
+from sglang_harness.memory.nvml import ANSWERS_WITHIN, NvmlMemory, bounded
 from sglang_harness.memory.owners import owners
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sglang_harness.errors import HarnessError
 from sglang_harness.lease import Lease, LeaseTaken
-from sglang_harness.memory.nvml import Gpu
+from sglang_harness.memory.driver import Gpu
 
 #: The same for every user and whatever TMPDIR says; ``SGLANG_HARNESS_GPU_LEASES`` moves it.
 FOLDER = Path("/tmp/sglang-harness.gpu-leases")  # noqa: S108

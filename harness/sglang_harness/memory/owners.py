@@ -11,7 +11,7 @@ import docker
 import psutil
 from docker.errors import DockerException
 
-from sglang_harness.memory.nvml import ProcessUse
+from sglang_harness.memory.driver import ProcessUse
 
 MIB = 1 << 20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sglang_harness.errors import SpecError, TelemetryError
-from sglang_harness.memory.nvml import Gpu
+from sglang_harness.memory.driver import Gpu
 
 
 def usable(gpus: Sequence[Gpu]) -> list[Gpu]:
