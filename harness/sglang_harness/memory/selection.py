@@ -58,15 +58,15 @@ def visible(gpus: Sequence[Gpu], environment: Mapping[str, str]) -> list[Gpu] | 
         return None
     candidates = usable(gpus)
     words = [word.strip() for word in value.split(",")]
+    whole = [g for g in candidates if not g.parent] or candidates
     by_index = any(word.isdigit() for word in words)
     order = environment.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
-    if by_index and order != "PCI_BUS_ID" and len({g.name for g in candidates}) > 1:
+    if by_index and order != "PCI_BUS_ID" and len({g.name for g in whole}) > 1:
         raise SpecError(
             f"CUDA_VISIBLE_DEVICES={value} counts GPUs of different kinds, fastest first, and "
             "the driver counts them in the order of the bus.",
             advice="Name them by UUID, or set CUDA_DEVICE_ORDER=PCI_BUS_ID.",
         )
-    whole = [g for g in candidates if not g.parent] or candidates
     chosen: list[Gpu] = []
     for word in words:
         if word.isdigit():
