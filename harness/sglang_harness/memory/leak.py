@@ -45,7 +45,8 @@ class Slope:
     @property
     def leaks(self) -> bool:
         """Memory grows, and neither chance nor a single step explains it."""
-        return self.low > 0 and self.mb >= IGNORED and min(self.halves) >= max(self.halves) / 4
+        steady = min(self.halves) >= max(self.mb, *self.halves) / 4
+        return self.low > 0 and self.mb >= IGNORED and steady
 
     def __str__(self) -> str:
         return (
