@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import release_evidence
 from pydantic import ValidationError
 
 from sglang_harness import suite
@@ -43,6 +44,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "after": {"GPU-1": 610 * MIB, "GPU-2": 0},
         "waited_seconds": 0.4,
     },
+    **release_evidence.evidence(EVIDENCE),
     "stop/abort-whole-id": EVIDENCE["stop/abort"],
     "hostile/out-of-vocabulary-ids": {
         **EVIDENCE["hostile/out-of-vocabulary-ids"],
@@ -1348,6 +1350,10 @@ HARMLESS = [
         ),
     ),
 ]
+
+
+LIES += [Alteration(t.check, t.name, put(t.values), t.piece) for t in release_evidence.LIES]
+HARMLESS += [Alteration(t.check, t.name, put(t.values)) for t in release_evidence.HARMLESS]
 
 
 # --- the tests --------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from sglang_harness.errors import SpecError
 
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
-from sglang_harness.suite import weights, memory, hostile  # isort: skip
+from sglang_harness.suite import weights, memory, memory_release, hostile  # isort: skip
+from sglang_harness.suite import memory_misuse  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -35,7 +36,10 @@ __all__ = [
     "select",
 ]
 
-_SUBJECTS = (launch, generate, sample, stop, chat, control, weights, memory, hostile)
+_SUBJECTS = (
+    *(launch, generate, sample, stop, chat, control),
+    *(weights, memory, memory_release, hostile, memory_misuse),
+)
 
 
 def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
