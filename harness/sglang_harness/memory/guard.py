@@ -69,7 +69,7 @@ class Guard:
 
     Args:
         gpus: as ``--gpus`` names them.
-        patience: seconds to wait for memory that is being freed.
+        patience: seconds to wait for memory that is being freed; ``None``: :data:`PATIENCE`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Guard:
         gpus: str,
         *,
         run_id: str,
-        patience: float = PATIENCE,
+        patience: float | None = None,
         answers_within: float = ANSWERS_WITHIN,
     ) -> None:
         self.source = NvmlMemory(gpus, answers_within=answers_within)
@@ -85,7 +85,7 @@ class Guard:
         """Bytes in use by UUID when the server was allowed to start."""
         self.warnings: list[str] = []
         self._run_id = run_id
-        self._patience = patience
+        self._patience = PATIENCE if patience is None else patience
         self._answers_within = answers_within
         self._leases: leases.GpuLeases | None = None
         self._returns: list[Return] | None = None
