@@ -39,6 +39,7 @@ bench:
 	@scripts/environment.sh test
 	@docker/engine.sh
 	.venv/bin/python bench/readiness.py $(ARGS)
+	.venv/bin/python bench/plugin.py
 
 clean:
 	rm -rf .venv out dist

@@ -99,12 +99,30 @@ class Oracle:
         """Scores ``output`` as the continuation of ``prompt``, in one forward pass."""
         if not prompt or not output:
             raise ValueError("the oracle needs a prompt and an output")
-        logprobs = self._logprobs([*prompt, *output])[len(prompt) - 1 : -1]
-        best = logprobs.max(dim=-1)
-        chosen = logprobs[range(len(output)), list(output)]
-        return Scores(
-            tuple(chosen.tolist()), tuple(best.indices.tolist()), tuple(best.values.tolist())
-        )
+        return _scores(self._logprobs([*prompt, *output])[len(prompt) - 1 : -1], output)
+
+    def score_over(
+        self, old: Oracle, prompt: Sequence[int], output: Sequence[int], switched: int
+    ) -> Scores:
+        """Scores an answer in whose midst the weights were exchanged, its cache left as it was.
+
+        The first ``switched`` tokens are ``old``'s; the others are this oracle's, which sees
+        everything before them through the keys and values that ``old`` computed. So generates a
+        server that was paused with mode ``in_place`` and told not to flush.
+        """
+        import torch
+
+        if not prompt or not 0 < switched < len(output):
+            raise ValueError("the weights are exchanged after the first token and before the last")
+        ids = [*prompt, *output]
+        seen = len(prompt) + switched - 1
+        with torch.inference_mode():
+            first = old._model(torch.tensor([ids[:seen]]), use_cache=True)
+            rest = self._model(
+                torch.tensor([ids[seen:-1]]), past_key_values=first.past_key_values, use_cache=True
+            )
+            logits = torch.cat([first.logits[0, len(prompt) - 1 :], rest.logits[0]]).float()
+            return _scores(torch.log_softmax(logits, dim=-1), output)
 
     def next_token_probabilities(self, prompt: Sequence[int]) -> list[float]:
         """The distribution of the next token, one probability a token id."""
@@ -123,6 +141,13 @@ class Oracle:
         with torch.inference_mode():
             logits = self._model(torch.tensor([ids])).logits[0].float()
             return torch.log_softmax(logits, dim=-1)
+
+
+def _scores(logprobs: torch.Tensor, output: Sequence[int]) -> Scores:
+    """Of ``output``, by the log-probabilities of every token at each of its places."""
+    best = logprobs.max(dim=-1)
+    chosen = logprobs[range(len(output)), list(output)]
+    return Scores(tuple(chosen.tolist()), tuple(best.indices.tolist()), tuple(best.values.tolist()))
 
 
 @lru_cache(maxsize=3)

@@ -7,7 +7,7 @@ test asks for one of its fixtures.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -350,8 +350,9 @@ def push_weights(sglang_server: Server) -> Callable[..., Update]:
 
         local = checkpoint.locate(str(folder), lambda _: None)
         assert local is not None, f"{folder} is no folder here"
-        inside = str(sglang_server.reach.share(local))
+        # First, because it is refused where the server may not be changed.
         sglang_server.client.flush_cache()
+        inside = str(sglang_server.reach.share(local))
         return sglang_server.client.update_weights_from_disk(inside, weight_version=version)
 
     return push
@@ -368,23 +369,28 @@ def gpu_memory(sglang_server: Server) -> Callable[[], dict[str, int]]:
     return lambda: source.read()[1]
 
 
-@pytest.hookimpl(tryfirst=True, wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failing test shows how its server came up, and what it wrote."""
-    failed = call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception)
-    if failed:
-        item.stash[_FAILED] = True
-        for name, server in item.stash.get(_SERVERS, []):
-            phases = ", ".join(f"{p.name} {p.seconds:.1f} s" for p in server.report.phases)
-            if phases:
-                item.add_report_section(call.when, f"start of {name}", phases)
-            log = "\n".join(server.logs().splitlines()[-LOG_LINES:])
-            item.add_report_section(call.when, f"log of {name}, last {LOG_LINES} lines", log)
-        if log := item.stash.get(_LOST_LOG, ""):
-            shown = "\n".join(log.splitlines()[-LOG_LINES:])
-            item.add_report_section(call.when, "log of a server that did not come up", shown)
-            item.stash[_LOST_LOG] = ""
-    return (yield)
+    report = yield
+    if not report.failed:
+        return report
+    item.stash[_FAILED] = True
+    for name, server in item.stash.get(_SERVERS, []):
+        phases = ", ".join(f"{p.name} {p.seconds:.1f} s" for p in server.report.phases)
+        if phases:
+            report.sections.append((f"start of {name}", phases))
+        report.sections.append(_log_section(f"log of {name}", server.logs()))
+    if log := item.stash.get(_LOST_LOG, ""):
+        report.sections.append(_log_section("log of a server that did not come up", log))
+        item.stash[_LOST_LOG] = ""
+    return report
+
+
+def _log_section(title: str, log: str) -> tuple[str, str]:
+    return f"{title}, last {LOG_LINES} lines", "\n".join(log.splitlines()[-LOG_LINES:])
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -334,22 +334,30 @@ class Qualification:
         self._logs.append(server.logs() or log)
 
     def _ask_after_stop(self, server: Server) -> None:
-        asked = {r.id for r in self._results}
-        if server.stopped is not None and server.stopped.exit_code is not None:
-            self._ask_of_stopped(server)
+        before = len(self._results)
+        self._ask_of_stopped(server)
         # A GPU that was kept fails the run, whichever server kept it and whatever was asked.
-        told = {r.id for r in self._results} - asked
+        judged = {r.id for r in self._results[before:] if r.outcome is not Outcome.NOT_RUN}
         for each in (*self._servers, *self._own):
             kept = each.stopped is not None and not all(d.given_back for d in each.stopped.devices)
-            if kept and not (each is server and DeviceIsGivenBack.id in told):
+            if kept and not (each is server and DeviceIsGivenBack.id in judged):
                 context = Context(each, self._request.seed, self._own_server, self._scratch)
                 self._record(*run_check(DeviceIsGivenBack(), context))
 
     def _ask_of_stopped(self, server: Server) -> None:
+        if server.stopped is None:
+            return
         context = Context(server, self._request.seed, self._own_server, self._scratch)
         for check in (c for c in self._checks if c.after_stop):
             if reason := self._lacking(check, server):
                 self._outside.append(Outside(id=check.id, reason=reason))
+                continue
+            if server.stopped.exit_code is None:
+                reason = "how the server ended could not be told"
+                result = CheckResult(
+                    id=check.id, outcome=Outcome.NOT_RUN, seconds=0, message=reason
+                )
+                self._record(result, [])
                 continue
             self._viewer.begin(check.id, len(self._checks), len(self._checks))
             self._record(*run_check(check, context))

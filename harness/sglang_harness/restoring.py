@@ -163,6 +163,11 @@ def _put_back(server: Server, first: State, started: float) -> PutBack:
     differing = first.differences(State.of(server))
     done.differed += differing
     if differing:
+        if server.running.runtime == "attach" and first.labels["weight_version"] != "default":
+            raise CannotPutBack(
+                f"Other than at first: {', '.join(differing)}. What was served at first had been "
+                f"pushed by somebody ({first.labels['weight_version']}), and lies on no disk."
+            )
         client.update_weights_from_disk(
             first.labels["model_path"],
             weight_version=first.labels["weight_version"],

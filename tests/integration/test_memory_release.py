@@ -16,13 +16,15 @@ from gpu_proxy import CONTEXT, HELD, UUID, Conduct, Hoarder, ProxyRuntime
 import nvml_mock
 from nvml_mock import GIB, MIB, Device, Scenario
 from sglang_harness import suite
-from sglang_harness.errors import DeviceNotIdle
+from sglang_harness.errors import DeviceNotIdle, EngineError
+from sglang_harness.qualify import Qualification, Request
+from sglang_harness.runtime import engine
 from sglang_harness.runtime.process import ProcessRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import memory_release
 from sglang_harness.suite.check import Check, Context, run_check
-from sglang_harness.verdict import CheckResult, Figure, Outcome
+from sglang_harness.verdict import CheckResult, Figure, Outcome, Verdict
 
 SPEC = ServerSpec(model="tiny", device="gpu")
 NOTHING = dict.fromkeys(HELD, 0.0)
@@ -33,13 +35,13 @@ pytestmark = pytest.mark.skipif(bool(nvml_mock.why_not()), reason=nvml_mock.why_
 @pytest.fixture(scope="module")
 def real_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """The shared one in its container; without an engine one as a process."""
-    from conftest import _why_no_engine
-
-    if not _why_no_engine():
-        yield request.getfixturevalue("shared_server")
+    try:
+        engine.connect().close()
+    except EngineError:
+        with Server.start(ServerSpec(model="tiny"), runtime=ProcessRuntime()) as server:
+            yield server
         return
-    with Server.start(ServerSpec(model="tiny"), runtime=ProcessRuntime()) as server:
-        yield server
+    yield request.getfixturevalue("shared_server")
 
 
 @pytest.fixture
@@ -280,3 +282,55 @@ def test_a_server_that_keeps_its_gpu_fails_and_no_other_is_started_on_it(
     driver.use(UUID, os.getpid(), 0)
     with on_gpu(Conduct()):
         pass
+
+
+class Quiet:
+    """A viewer that shows nothing."""
+
+    def say(self, message: str) -> None:
+        pass
+
+    def begin(self, check_id: str, number: int, total: int) -> None:
+        pass
+
+    def end(self, result: CheckResult) -> None:
+        pass
+
+
+def qualify(real_server: Server, driver: Scenario, conduct: Conduct, out: Path) -> Verdict:
+    """A run that asks one thing alone, and not what becomes of the GPU."""
+    runtime = ProxyRuntime(real_server, driver, conduct)
+    request = Request(SPEC, out, runtime, patterns=["memory/explained"])
+    return Qualification(request, Quiet()).run()
+
+
+def test_a_run_whose_gpu_is_not_given_back_fails_whatever_was_asked(
+    real_server: Server, driver: Scenario, tmp_path: Path
+) -> None:
+    verdict = qualify(real_server, driver, Conduct(), tmp_path / "good")
+    assert (verdict.verdict, [c.id for c in verdict.checks]) == ("pass", ["memory/explained"])
+    assert verdict.device["gpus"][0]["uuid"] == UUID
+    assert verdict.device["driver"] == "570.86.15"
+    assert {r.source for r in verdict.memory} == {"nvml"}
+    assert verdict.memory[-1].peak_bytes is not None
+
+    kept = qualify(real_server, driver, Conduct(leaves=False), tmp_path / "kept")
+    assert kept.verdict == "fail"
+    assert kept.reason == "failed: memory/device-given-back"
+    assert f"process {os.getpid()}" in kept.checks[-1].message
+
+    refused = qualify(real_server, driver, Conduct(), tmp_path / "refused")
+    assert (refused.verdict, refused.exit_code) == ("error", 2)
+    assert "did not give the rest back" in refused.checks[0].message
+    assert "Nothing was started" in refused.checks[0].message
+    assert Verdict.read(tmp_path / "refused" / "verdict.json").verdict == "error"
+
+
+def test_a_run_without_telemetry_is_an_error_and_never_a_pass(
+    real_server: Server, driver: Scenario, tmp_path: Path
+) -> None:
+    driver.rules = [f"fail nvmlDeviceGetMemoryInfo_v2 {pynvml.NVML_ERROR_NO_PERMISSION}"]
+    driver.write()
+    verdict = qualify(real_server, driver, Conduct(), tmp_path / "out")
+    assert verdict.verdict == "error"
+    assert "denies it to this user" in verdict.checks[0].message

@@ -7,7 +7,18 @@ import re
 import pytest
 from commands import COMMAND_LIMIT
 
+from sglang_harness import places
+
 pytest_plugins = ["pytester"]
+
+#: Looked up here: a pytester has a home of its own.
+CACHE = str(places.cache())
+
+
+@pytest.fixture(autouse=True)
+def _what_was_made_before_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_HARNESS_CACHE", CACHE)
+
 
 PUSHING = """
 import pytest
@@ -57,7 +68,7 @@ def test_twenty_pushes_cost_one_start_and_a_failing_test_shows_its_server(
     (summary,) = re.findall(r"sglang: 1 server start \((.+) s\), put back after 24 tests", text)
     assert float(summary) > 1
     assert "replaced" not in text
-    assert re.search(r"- start of the session's server -", text)
+    assert "- start of the session's server -" in text
     assert re.search(r"create [\d.]+ s, import [\d.]+ s, load [\d.]+ s, first generation", text)
     assert "log of the session's server, last 60 lines" in text
     assert "POST /generate HTTP/1.1" in text, "what the server wrote is there"

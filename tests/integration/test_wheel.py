@@ -21,14 +21,20 @@ def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[st
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ``bin`` folder of a new environment that holds the wheel and what it depends on."""
-    folder = tmp_path_factory.mktemp("wheel")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
     built = run(
         sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", folder, CHECKOUT
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("sglang_harness-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` folder of a new environment that holds the wheel and what it depends on."""
+    folder = tmp_path_factory.mktemp("wheel")
     assert run(sys.executable, "-m", "venv", folder / "venv").returncode == 0
     pip = folder / "venv" / "bin" / "pip"
     done = run(pip, "install", "-qq", "-c", CHECKOUT / "constraints.txt", wheel)
@@ -62,3 +68,37 @@ def test_the_wheel_carries_what_is_needed_to_build_and_run(installed: Path) -> N
     # The same files are the same image: the tag is made of their content.
     both = [run("sh", folder / "docker" / "build.sh") for folder in (CHECKOUT, root)]
     assert both[0].stdout.splitlines()[-1] == both[1].stdout.splitlines()[-1]
+
+
+def example_of_the_readme() -> str:
+    """The Python block under 'In your own tests', as a reader copies it."""
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## In your own tests")[1]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def test_the_readmes_example_runs_as_pasted_in_a_folder_of_its_own(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """With the wheel, and the extra [torch] that the README installs (lent from here)."""
+    environment = tmp_path / "venv"
+    assert run(sys.executable, "-m", "venv", environment).returncode == 0
+    done = run(environment / "bin" / "pip", "install", "-qq", "--no-deps", wheel)
+    assert done.returncode == 0, done.stderr
+    (site,) = environment.glob("lib/python*/site-packages")
+    here = next(p for p in sys.path if p.endswith("site-packages"))
+    # Only behind the wheel's own folder: the harness itself is the one out of the wheel.
+    (site / "lent.pth").write_text(here + "\n")
+    where = "import sglang_harness; print(sglang_harness.__file__)"
+    found = run(environment / "bin" / "python", "-c", where, cwd=tmp_path).stdout
+    assert found.startswith(str(environment))
+    project = tmp_path / "project"
+    project.mkdir()
+    example = example_of_the_readme()
+    assert len(example.strip().splitlines()) <= 12
+    (project / "test_mine.py").write_text(example)
+    python = environment / "bin" / "python"
+    done = run(python, "-m", "pytest", "-p", "no:cacheprovider", cwd=project)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert "2 passed" in done.stdout
+    assert "sglang: 1 server start (" in done.stdout

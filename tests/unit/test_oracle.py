@@ -200,3 +200,52 @@ def test_bounds_are_in_the_order_of_precision_and_tell_something():
     assert 0 < TOLERANCE["float32"] < TOLERANCE["float16"] < TOLERANCE["bfloat16"]
     # A bound of ln 2 would let a token of twice the probability pass.
     assert TOLERANCE["bfloat16"] < math.log(2)
+
+
+@pytest.fixture(scope="module")
+def other(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return Oracle(perturbed(folder, tmp_path_factory.mktemp("other") / "made", 3))
+
+
+@pytest.mark.parametrize("switched", [1, 3, 5])
+def test_weights_exchanged_in_the_midst_see_the_past_through_the_old_cache(
+    oracle: Oracle, other: Oracle, switched: int
+) -> None:
+    """By hand: the same model class, fed one token at a time, its weights exchanged between two."""
+    output = [104, 17, 200, 17, 300, 5]
+    cache, expected = None, []
+    with torch.inference_mode():
+        for place, ids in enumerate([PROMPT, *([token] for token in output[:-1])]):
+            model = oracle._model if place < switched else other._model
+            answered = model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
+            cache = answered.past_key_values
+            expected.append(torch.log_softmax(answered.logits[0, -1], dim=-1))
+    scores = other.score_over(oracle, PROMPT, output, switched)
+    for place, token in enumerate(output):
+        assert scores.logprobs[place] == pytest.approx(float(expected[place][token]), abs=1e-5)
+        assert scores.best_ids[place] == int(expected[place].argmax())
+    # Told apart from an answer that is all old, and from one whose past was computed anew.
+    assert (
+        max(
+            abs(a - b)
+            for a, b in zip(scores.logprobs, oracle.score(PROMPT, output).logprobs, strict=True)
+        )
+        > 0.01
+    )
+    assert (
+        max(
+            abs(a - b)
+            for a, b in zip(
+                scores.logprobs[switched:],
+                other.score(PROMPT, output).logprobs[switched:],
+                strict=True,
+            )
+        )
+        > 0.01
+    )
+
+
+def test_an_exchange_that_is_none_is_refused(oracle: Oracle) -> None:
+    for switched in (0, 2):
+        with pytest.raises(ValueError, match="after the first token and before the last"):
+            oracle.score_over(oracle, PROMPT, [1, 2], switched)

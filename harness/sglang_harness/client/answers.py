@@ -17,6 +17,8 @@ class Generation:
             token of a sequence has none (``None``).
         finish: ``length``, ``stop`` or ``abort``.
         finish_detail: the rest of SGLang's ``finish_reason``, such as ``matched``.
+        weight_spans: which tokens were generated under which label: the label, the first token,
+            and the one behind the last; empty where the server does not state it.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Generation:
     cached_tokens: int
     weight_version: str | None
     seconds: float
+    weight_spans: tuple[tuple[str, int, int], ...] = ()
 
     @classmethod
     def parse(cls, data: dict[str, Any], seconds: float) -> Generation:
@@ -54,6 +57,10 @@ class Generation:
             cached_tokens=int(meta.get("cached_tokens") or 0),
             weight_version=meta.get("weight_version"),
             seconds=seconds,
+            weight_spans=tuple(
+                (str(span["version"]), int(span["start"]), int(span["end"]))
+                for span in meta.get("weight_versions") or ()
+            ),
         )
 
 
