@@ -1,14 +1,17 @@
 # Two commands for everybody:
 #   make qualify    set up what is missing, then start a server and judge it (results in out/)
 #   make test       set up what is missing, then run this project's own tests
+# and one for a machine with a GPU, which needs neither Docker nor a network:
+#   make gpu-check  what only a GPU can show; exit code 3 where it did not run
 #
+# GPU_PYTHON                    a Python with torch and nvidia-ml-py, for gpu-check
 # ARGS                          more options, such as ARGS='--model tiny -k weights'
 # PYTHON                        the Python to make .venv with
 # SGLANG_HARNESS_INSTALL=never  never install or start anything outside .venv and the cache
 #
 # Where no Docker engine can be had both go on without containers, and say so.
 # SGLANG_HARNESS_CACHE          where models and wheels are kept
-.PHONY: qualify test lint unit integration bench clean
+.PHONY: qualify test lint unit integration gpu-check bench clean
 HARNESS = .venv/bin/sglang-harness
 PYTEST = .venv/bin/python -m pytest
 
@@ -34,6 +37,11 @@ integration:
 	@scripts/environment.sh test
 	@docker/engine.sh || [ $$? -eq 3 ]
 	$(PYTEST) tests/integration $(ARGS)
+
+GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+
+gpu-check:
+	@$(GPU_PYTHON) tests/gpu/check.py $(ARGS)
 
 bench:
 	@scripts/environment.sh test

@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sglang_harness.errors import SpecError
+from sglang_harness.memory.driver import Gpu, gpus
+from sglang_harness.memory.selection import allotted, select, visible
 from sglang_harness.spec import ServerSpec
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """One device as NVML names it."""
-
-    index: int
-    uuid: str
-    name: str
-    memory_bytes: int
-
-
-def gpus() -> tuple[list[Gpu], str]:
-    """The GPUs of this host, and why there are none where there are none."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [], f"the NVIDIA driver library does not answer ({error})"
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            found.append(
-                Gpu(
-                    index,
-                    pynvml.nvmlDeviceGetUUID(handle),
-                    pynvml.nvmlDeviceGetName(handle),
-                    int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                )
-            )
-        return found, "" if found else "the NVIDIA driver knows no GPU"
-    except pynvml.NVMLError as error:
-        return [], f"the NVIDIA driver library fails ({error})"
-    finally:
-        pynvml.nvmlShutdown()
+__all__ = ["Gpu", "choose", "cuda_environment", "engine_gives_gpus", "gpus", "within_visible"]
 
 
 def meant(names: str) -> list[Gpu]:
-    """The GPUs of this host that ``gpus`` of a spec names: ``all``, or indices or UUIDs."""
-    found, _ = gpus()
-    wanted = None if names == "all" else {part.strip() for part in names.split(",")}
-    return [gpu for gpu in found if wanted is None or {str(gpu.index), gpu.uuid} & wanted]
+    """The GPUs of this host that ``gpus`` of a spec names: ``all``, or indices or UUIDs.
+
+    Raises:
+        SpecError: one of them is not there.
+    """
+    return select(gpus()[0], names)
 
 
 def engine_gives_gpus(info: dict[str, Any]) -> bool:
@@ -80,10 +50,39 @@ def choose(spec: ServerSpec, engine_info: dict[str, Any]) -> Literal["cpu", "gpu
             advice="Install the NVIDIA container toolkit and restart the engine.",
         )
     if spec.gpus != "all":
-        known = {str(gpu.index) for gpu in found} | {gpu.uuid for gpu in found}
-        if unknown := [name for name in spec.gpus.split(",") if name.strip() not in known]:
-            raise SpecError(
-                f"gpus names {', '.join(unknown)}, which this host does not have "
-                f"(it has {', '.join(sorted(known))})."
-            )
+        select(found, spec.gpus)
     return "gpu"
+
+
+def within_visible(spec: ServerSpec, environment: Mapping[str, str] = os.environ) -> ServerSpec:
+    """The spec with no more GPUs than ``CUDA_VISIBLE_DEVICES`` leaves: a scheduler that gives a
+    job two of eight GPUs says so there. ``all`` becomes their UUIDs; where none is left,
+    ``auto`` becomes ``cpu``.
+
+    Raises:
+        SpecError: a GPU is asked for that is not left.
+    """
+    if spec.device == "cpu" or "CUDA_VISIBLE_DEVICES" not in environment:
+        return spec
+    found, _ = gpus()
+    if not found:
+        return spec  # whoever chooses the device says why
+    if spec.device == "auto" and not visible(found, environment):
+        return spec.model_copy(update={"device": "cpu"})
+    left = allotted(found, spec.gpus, environment)
+    return spec.model_copy(update={"gpus": ",".join(g.uuid for g in left)})
+
+
+def cuda_environment(wanted: str) -> dict[str, str]:
+    """What makes CUDA see the devices that ``--gpus wanted`` names and no others. Indices in the
+    order of the bus, because SGLang (0.5.23, custom all-reduce) reads the words as numbers;
+    MIG instances have only UUIDs.
+
+    Raises:
+        SpecError: there is no such device.
+    """
+    if wanted == "all":
+        return {}
+    chosen = select(gpus()[0], wanted)
+    words = [g.uuid if g.parent else str(g.index) for g in chosen]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(words)}

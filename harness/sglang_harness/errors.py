@@ -91,6 +91,23 @@ class CheckpointMismatch(ModelError):
         self.names = names
 
 
+class TelemetryError(HarnessError):
+    """A GPU or its driver does not say what was asked. Never answered with a zero in its place.
+
+    Attributes:
+        code: NVML's own number of the error; ``None`` where there is none, as for a driver that
+            did not answer in time.
+    """
+
+    def __init__(self, message: str, *, advice: str = "", code: int | None = None) -> None:
+        super().__init__(message, advice=advice)
+        self.code = code
+
+
+class DeviceNotIdle(HarnessError):
+    """A GPU holds memory that it should not hold: nothing is started on it."""
+
+
 class MissingExtra(HarnessError):
     """A part of the package is needed that was not installed with it."""
 

@@ -34,6 +34,7 @@ class OwnServers:
 
     Attributes:
         logs: of every server that was started, with a title.
+        stopped: those that have ended: whether they gave their GPUs back is judged afterwards.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class OwnServers:
         say: Callable[[str], None],
     ) -> None:
         self.logs: list[str] = []
+        self.stopped: list[Server] = []
         self._wanted = wanted
         self._runtime = runtime
         self._image = image
@@ -124,6 +126,7 @@ class OwnServers:
     def _stop(self, spec: ServerSpec, server: Server) -> None:
         self.logs.append(f"--- a server of its own: {title(spec)} ---\n{server.logs()}")
         server.stop()
+        self.stopped.append(server)
 
 
 def title(spec: ServerSpec) -> str:

@@ -14,13 +14,18 @@ from typing import Any, Protocol
 
 from sglang_harness import __version__, environment, held, suite
 from sglang_harness.errors import (
+    DeviceNotIdle,
     HarnessError,
     Interrupted,
     ServerDied,
     SpecError,
     StartTimeout,
+    TelemetryError,
 )
 from sglang_harness.interruption import interruptions
+from sglang_harness.lease import LeaseTaken
+from sglang_harness.memory.driver import Driver
+from sglang_harness.memory.selection import select
 from sglang_harness.own_servers import OwnServers
 from sglang_harness.report import junit
 from sglang_harness.runtime import Runtime, engine
@@ -32,6 +37,7 @@ from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import installed, known_defects
 from sglang_harness.suite.check import Check, Context, run_check
+from sglang_harness.suite.memory import DeviceIsGivenBack
 from sglang_harness.verdict import (
     CheckResult,
     Figure,
@@ -57,6 +63,14 @@ PROCESS_CAVEAT = (
 ATTACHED_CAVEAT = (
     "Somebody else's server: it was {how}; its start, its end and its memory were out of sight."
 )
+
+FIRST_CALL_CAVEAT = (
+    "The NVIDIA driver has only the first version of the memory call: figures of use hold what "
+    "the driver reserves for itself."
+)
+
+#: What keeps a server from being started that nobody can blame on it.
+NO_GREEN_LIGHT = (LeaseTaken, TelemetryError, DeviceNotIdle)
 
 RESULTS = ("verdict.json", "junit.xml", "server.log")
 
@@ -152,7 +166,10 @@ class Qualification:
         try:
             server = self._start()
         except (ServerDied, StartTimeout) as error:
-            self._never_came_up(error)
+            self._never_came_up(f"expected a server that comes up; {error}", Outcome.FAIL)
+            return
+        except NO_GREEN_LIGHT as error:
+            self._never_came_up(str(error), Outcome.ERROR)
             return
         self._version = str(server.client.server_info().get("version") or "") or None
         context = Context(server, self._request.seed, self._own_server, self._scratch)
@@ -189,11 +206,10 @@ class Qualification:
         server.about()
         return server
 
-    def _never_came_up(self, error: HarnessError) -> None:
+    def _never_came_up(self, message: str, outcome: Outcome) -> None:
         launched = suite.registered()["launch/phases"]
-        message = f"expected a server that comes up; {error}"
         seconds = time.monotonic() - self._began
-        result = CheckResult(id=launched.id, outcome=Outcome.FAIL, seconds=seconds, message=message)
+        result = CheckResult(id=launched.id, outcome=outcome, seconds=seconds, message=message)
         self._record(result, [])
         self._outside += [
             Outside(id=c.id, reason="the server never came up")
@@ -264,6 +280,10 @@ class Qualification:
         except (ServerDied, StartTimeout):
             self._replaced = REPLACEMENTS
             return
+        except NO_GREEN_LIGHT as error:
+            self._caveats.append(f"It was not replaced: {error}")
+            self._replaced = REPLACEMENTS
+            return
         context.variants.clear()
         shutil.rmtree(self._scratch / "variant", ignore_errors=True)
 
@@ -303,6 +323,18 @@ class Qualification:
         self._logs.append(server.logs() or log)
 
     def _ask_after_stop(self, server: Server) -> None:
+        before = len(self._results)
+        self._ask_of_stopped(server)
+        # A GPU that was kept fails the run, whichever server kept it and whatever was asked.
+        judged = {r.id for r in self._results[before:] if r.outcome is not Outcome.NOT_RUN}
+        beside = self._own_servers.stopped if self._own_servers is not None else []
+        for each in (*self._servers, *beside):
+            kept = each.stopped is not None and not all(d.given_back for d in each.stopped.devices)
+            if kept and not (each is server and DeviceIsGivenBack.id in judged):
+                context = Context(each, self._request.seed, self._own_server, self._scratch)
+                self._record(*run_check(DeviceIsGivenBack(), context))
+
+    def _ask_of_stopped(self, server: Server) -> None:
         if server.stopped is None:
             return
         context = Context(server, self._request.seed, self._own_server, self._scratch)
@@ -334,6 +366,7 @@ class Qualification:
             *([PROCESS_CAVEAT] if request.runtime.name == "process" else []),
             *self._attached_caveat(),
             *self._caveats,
+            *(c for s in self._servers for c in _gaps(s)),
         ]
         phases = (
             [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
@@ -403,12 +436,29 @@ def _prepare(out: Path) -> None:
         ) from None
 
 
+def _gaps(server: Server) -> list[str]:
+    """What is not known of the server's GPU memory, or known with less."""
+    found = [
+        f"{source} was not read {times} times while the server ran: {reason}"
+        for source, sampler in server.memory.samplers.items()
+        for reason, times in sampler.gaps.items()
+    ]
+    if server.memory.first_call_only:
+        found.append(FIRST_CALL_CAVEAT)
+    return found
+
+
 def _device(kind: str, spec: ServerSpec) -> dict[str, Any]:
     if kind != "gpu":
         return {"kind": kind}
-    from sglang_harness.device import meant
-
-    return {"kind": kind, "gpus": [vars(gpu) for gpu in meant(spec.gpus)]}
+    try:
+        with Driver() as driver:
+            found, _ = driver.gpus()
+            versions = driver.versions()
+            chosen = select(found, spec.gpus)
+    except (TelemetryError, SpecError) as error:
+        return {"kind": kind, "gpus": [], "unknown": error.message}
+    return {"kind": kind, "gpus": [vars(g) for g in chosen], **vars(versions)}
 
 
 def _engine() -> dict[str, Any]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sglang_harness import checkpoint
+from sglang_harness import checkpoint, device
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
 from sglang_harness.errors import AttachError, ServerDied, StartTimeout
 from sglang_harness.introduction import introduce
 from sglang_harness.memory import MemoryLedger, MemorySource
-from sglang_harness.memory.nvml import NvmlMemory
+from sglang_harness.memory.guard import Guard, Return
 from sglang_harness.readiness import StartReport, wait_until_ready
 from sglang_harness.runtime import Reach, Running, Runtime
 from sglang_harness.runtime.attach import AttachedServer, Attachment
@@ -39,6 +39,8 @@ class Stopped:
     exit_code: int | None
     seconds: float
     left_behind: list[str]
+    devices: list[Return] = field(default_factory=list)
+    """What became of each GPU; empty for a server that used none."""
 
 
 def _quietly(_: str) -> None:
@@ -71,9 +73,11 @@ class Server:
         *,
         report: StartReport,
         memory: MemoryLedger,
+        guard: Guard | None = None,
         may_change: bool = True,
     ) -> None:
         self.may_change = may_change
+        self._guard = guard
         self.spec = spec
         self.model = running.model
         self.device = running.device
@@ -124,19 +128,25 @@ class Server:
 
         Raises:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
+            LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are somebody else's, do not
+                answer, or are not idle. Nothing was started.
             ServerDied, StartTimeout: it was started and never answered.
         """
         if isinstance(runtime, Attachment):
             return cls.attach(runtime, spec, say=say, run_id=run_id)
-        running = (runtime or DockerRuntime()).prepare(
-            spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say
-        )
-        devices: list[MemorySource] = [NvmlMemory(spec.gpus)] if running.device == "gpu" else []
+        runtime = runtime or DockerRuntime()
+        if runtime.name != "compose":  # whose GPUs are in its file
+            spec = device.within_visible(spec)
+        running = runtime.prepare(spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say)
+        guard = _guard(spec, running, say)
+        devices: list[MemorySource] = [guard.source] if guard else []
         ledger = MemoryLedger([*devices, *running.memory()])
-        ledger.mark("before start", only=devices)
-        started = time.monotonic()
-        running.start()
         try:
+            ledger.mark("before start", only=devices)
+            started = time.monotonic()
+            running.start()
+            for source in devices:
+                ledger.watch(source)
             ledger.mark("started")
             say("it runs, and imports SGLang")
             report = wait_until_ready(
@@ -149,11 +159,15 @@ class Server:
                 say=say,
             )
             ledger.mark("ready")
-            return cls(spec, running, report=report, memory=ledger)
+            return cls(spec, running, report=report, memory=ledger, guard=guard)
         except BaseException as error:
             # The log would be gone with the server; whoever reports the failure needs it.
             log = running.logs()
+            ledger.close()
             running.end()
+            for each in guard.close() if guard else ():
+                if not each.given_back:
+                    say(f"GPU {each.uuid} was not given back: {_held(each)}")
             redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
             error.server_log = redactor.text(log)  # type: ignore[attr-defined]
             raise
@@ -245,7 +259,10 @@ class Server:
             started = time.monotonic()
             exit_code = self.running.end()
             seconds = time.monotonic() - started
-            self.stopped = Stopped(exit_code, seconds, [*left, *self.running.left_behind()])
+            self.memory.close()
+            devices = self._guard.close() if self._guard else []
+            left = [*left, *self.running.left_behind()]
+            self.stopped = Stopped(exit_code, seconds, left, devices)
         return self.stopped
 
     def __enter__(self) -> Server:
@@ -258,3 +275,22 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def _guard(spec: ServerSpec, running: Running, say: Say) -> Guard | None:
+    """The guard of the server's GPUs; ``None`` where it uses none."""
+    if running.device != "gpu":
+        return None
+    guard = Guard(spec.gpus, run_id=running.run_id)
+    try:
+        guard.open(purpose=f"a server with {spec.model}", timeout=spec.limits.gpus, say=say)
+    except BaseException:
+        running.end()
+        raise
+    for warning in guard.warnings:
+        say(warning)
+    return guard
+
+
+def _held(device: Return) -> str:
+    return device.unknown or "; ".join(device.holders) or "the driver names nobody"

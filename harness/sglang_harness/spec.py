@@ -50,6 +50,8 @@ class Limits(_Strict):
     """One whole answer, or the time between two events of a stream."""
     stop: Seconds = 30.0
     """From SIGTERM to SIGKILL. SGLang allows its scheduler 15 s to end."""
+    gpus: Seconds = 600.0
+    """Waiting for a GPU that another run of this machine has."""
 
 
 class ServerSpec(_Strict):
@@ -71,7 +73,9 @@ class ServerSpec(_Strict):
     (the same for other architectures), a folder with a checkpoint, or a name on the hub."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     gpus: str = "all"
-    """``all``, or indices or UUIDs joined by commas, as ``docker run --gpus device=`` takes."""
+    """``all``, or indices or UUIDs joined by commas, as ``docker run --gpus device=`` takes;
+    ``0:1`` is the second MIG instance of the first GPU. Never more than
+    ``CUDA_VISIBLE_DEVICES`` leaves."""
     server_args: dict[str, Argument] = Field(default_factory=dict)
     """SGLang's own flags without the dashes; ``true`` for a flag without a value, ``false``
     to take one away that the harness would set."""
@@ -124,7 +128,7 @@ class ServerSpec(_Strict):
     @field_validator("gpus")
     @classmethod
     def _names_gpus(cls, value: str) -> str:
-        if not all(re.fullmatch(r"\w[\w-]*", part.strip()) for part in value.split(",")):
+        if not all(re.fullmatch(r"\d+:\d+|\w[\w-]*", part.strip()) for part in value.split(",")):
             raise ValueError("is neither 'all' nor indices or UUIDs joined by commas")
         return value
 

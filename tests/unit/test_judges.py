@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import lies_of_own_servers as own_servers
 import pytest
+import release_evidence
 from pydantic import ValidationError
 
 from sglang_harness import suite
@@ -45,6 +46,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "after": {"GPU-1": 610 * MIB, "GPU-2": 0},
         "waited_seconds": 0.4,
     },
+    **release_evidence.evidence(EVIDENCE),
     "stop/abort-whole-id": EVIDENCE["stop/abort"],
     "hostile/out-of-vocabulary-ids": {
         **EVIDENCE["hostile/out-of-vocabulary-ids"],
@@ -1355,6 +1357,9 @@ HARMLESS = [
 
 
 HARMLESS += [Alteration(*oddity) for oddity in own_servers.HARMLESS]
+LIES += [Alteration(t.check, t.name, put(t.values), t.piece) for t in release_evidence.LIES]
+HARMLESS += [Alteration(t.check, t.name, put(t.values)) for t in release_evidence.HARMLESS]
+
 
 # --- the tests --------------------------------------------------------------------------------
 

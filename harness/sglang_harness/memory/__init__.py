@@ -7,17 +7,24 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from sglang_harness.memory.sampler import RATE, Sampler
+from sglang_harness.memory.timeline import Sample, Timeline
+
+__all__ = ["MemoryLedger", "MemorySource", "Reading", "Sample", "Timeline"]
+
 
 class Reading(BaseModel):
     """Memory at one moment, all figures in bytes.
 
     Attributes:
-        source: ``nvml`` (whole GPUs, by UUID) or ``container`` (host memory of the server's
-            container as the kernel counts it).
+        source: ``nvml`` (whole GPUs, by UUID), ``container`` (host memory of the server's
+            container as the kernel counts it) or ``process`` (host memory of its processes).
         used_bytes: the figure to compare: device memory in use for ``nvml``; anonymous plus
-            shared memory for ``container`` (page cache is not counted: the kernel takes it
+            shared memory for the others (page cache is not counted: the kernel takes it
             back by itself).
         parts: what it is made of.
+        peak_bytes: the highest that was sampled since the mark before, this one included;
+            ``None`` where nothing samples.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -28,6 +35,7 @@ class Reading(BaseModel):
     source: str
     used_bytes: int
     parts: dict[str, int]
+    peak_bytes: int | None = None
 
 
 class MemorySource(Protocol):
@@ -40,27 +48,96 @@ class MemorySource(Protocol):
 
 
 class MemoryLedger:
-    """Reads every source at named marks and keeps the readings in order."""
+    """Reads every source at named marks and keeps the readings in order.
+
+    Between the marks :meth:`watch` has a thread read a source at its own rate.
+    """
 
     def __init__(self, sources: list[MemorySource]) -> None:
         self._sources = sources
         self._began = time.monotonic()
+        self._samplers: dict[str, Sampler] = {}
         self.readings: list[Reading] = []
+        self.timelines: dict[str, Timeline] = {}
+        """By source: what was sampled, where it is watched."""
 
     @property
     def source_names(self) -> list[str]:
         return [source.name for source in self._sources]
+
+    @property
+    def first_call_only(self) -> bool:
+        """The driver counts what it reserves as used: it has only the first version of the
+        memory call."""
+        return any(getattr(source, "first_call_only", False) for source in self._sources)
+
+    def source(self, name: str) -> MemorySource:
+        """The source of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for source in self._sources:
+            if source.name == name:
+                return source
+        raise KeyError(f"no source {name!r} among {self.source_names}")
+
+    def now(self) -> float:
+        """Seconds since the ledger began."""
+        return time.monotonic() - self._began
 
     def mark(self, name: str, *, only: list[MemorySource] | None = None) -> list[Reading]:
         """Reads every source (or ``only`` these) now under ``name``."""
         now = []
         for source in self._sources if only is None else only:
             used, parts = source.read()
-            seconds = time.monotonic() - self._began
+            seconds = self.now()
             now.append(
                 Reading(
-                    mark=name, seconds=seconds, source=source.name, used_bytes=used, parts=parts
+                    mark=name,
+                    seconds=seconds,
+                    source=source.name,
+                    used_bytes=used,
+                    parts=parts,
+                    peak_bytes=self._peak(source.name, seconds, used),
                 )
             )
+        for reading in now:
+            if reading.source in self.timelines:
+                self.timelines[reading.source].mark(name, reading.seconds)
         self.readings += now
         return now
+
+    def _peak(self, source: str, seconds: float, used: int) -> int | None:
+        timeline = self.timelines.get(source)
+        if timeline is None:
+            return None
+        marks = timeline.marks
+        since = marks[-1][0] if marks else 0.0
+        return max([used, *(s.used for s in timeline.between(since, seconds))])
+
+    def watch(self, source: MemorySource, *, rate: float = RATE) -> Sampler:
+        """Samples ``source`` from now on, ``rate`` times a second, until :meth:`close`. A device
+        that falls off is a gap in the samples, and the others go on."""
+        timeline = self.timelines.setdefault(source.name, Timeline())
+        partly = getattr(source, "read_partly", None)
+
+        def read() -> tuple[int, dict[str, int], list[str]]:
+            if partly is not None:
+                used, parts, reasons = partly()
+                return used, parts, reasons
+            return (*source.read(), [])
+
+        sampler = Sampler(read, timeline.add, rate=rate, clock=self.now)
+        self._samplers[source.name] = sampler
+        return sampler.start()
+
+    @property
+    def samplers(self) -> dict[str, Sampler]:
+        """By source: what watches it, or did."""
+        return dict(self._samplers)
+
+    def close(self) -> None:
+        """Ends the sampling. What was read stays."""
+        for sampler in self._samplers.values():
+            sampler.stop()

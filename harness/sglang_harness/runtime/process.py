@@ -24,9 +24,10 @@ from typing import Any, Literal
 import psutil
 
 from sglang_harness import checkpoint, shipped
-from sglang_harness.device import gpus
+from sglang_harness.device import cuda_environment, gpus
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
+from sglang_harness.memory.process import ProcessMemory
 from sglang_harness.runtime import cores, images
 from sglang_harness.runtime.beside import ProcessBeside, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
@@ -132,8 +133,9 @@ class SGLangProcess:
             for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
             if n in os.environ
         }
+        devices = cuda_environment(self.spec.gpus) if self.device == "gpu" else {}
         return {
-            **basics, **cpu, **offline, **passed, **self.spec.environment,
+            **basics, **devices, **cpu, **offline, **passed, **self.spec.environment,
             "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
             "TMPDIR": str(self._folder),
         }  # fmt: skip
@@ -179,7 +181,7 @@ class SGLangProcess:
         return text if tail is None else "\n".join(text.splitlines()[-tail:])
 
     def memory(self) -> list[MemorySource]:
-        return [ProcessMemory(self)]
+        return [ProcessMemory(self.host_pids)]
 
     def inspect(self) -> dict[str, Any]:
         words = self._process.args if self._process is not None else []
@@ -291,28 +293,6 @@ class SameMachine:
 
     def share(self, path: Path) -> PurePosixPath:
         return PurePosixPath(path.resolve())
-
-
-class ProcessMemory:
-    """Memory of a server's processes by the kernel's proportional count (Linux only)."""
-
-    name = "process"
-
-    def __init__(self, server: SGLangProcess) -> None:
-        self._server = server
-
-    def read(self) -> tuple[int, dict[str, int]]:
-        """Anonymous plus shared memory in bytes, shared pages counted once."""
-        parts = {"anonymous": 0, "shared": 0, "page_cache": 0}
-        fields = {"Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "page_cache"}
-        for process in self._server.processes():
-            with suppress(OSError):
-                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8")
-                for line in rollup.splitlines():
-                    name, _, rest = line.partition(":")
-                    if name in fields:
-                        parts[fields[name]] += int(rest.split()[0]) * 1024
-        return parts["anonymous"] + parts["shared"], parts
 
 
 def _ends_with_parent() -> Callable[[], None]:

@@ -9,9 +9,10 @@ from sglang_harness.errors import SpecError
 
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
-from sglang_harness.suite import weights, weights_routes, pushes, memory  # isort: skip
+from sglang_harness.suite import weights, weights_routes, pushes  # isort: skip
+from sglang_harness.suite import memory, memory_release  # isort: skip
 from sglang_harness.suite import architectures, parallel, parallel_pushes, lora  # isort: skip
-from sglang_harness.suite import hostile, refused_weights  # isort: skip
+from sglang_harness.suite import hostile, refused_weights, memory_misuse  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -38,8 +39,9 @@ __all__ = [
 ]
 
 _SUBJECTS = (
-    launch, generate, sample, stop, chat, control, weights, weights_routes, pushes, memory,
-    architectures, parallel, parallel_pushes, lora, hostile, refused_weights,
+    launch, generate, sample, stop, chat, control, weights, weights_routes, pushes,
+    memory, memory_release, architectures, parallel, parallel_pushes, lora,
+    hostile, refused_weights, memory_misuse,
 )  # fmt: skip
 
 

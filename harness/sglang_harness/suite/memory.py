@@ -4,10 +4,12 @@ without one; each figure says which."""
 from __future__ import annotations
 
 import statistics
-import time
 
+from pydantic import Field
+
+from sglang_harness.errors import TelemetryError
 from sglang_harness.memory import Reading
-from sglang_harness.memory.nvml import NvmlMemory
+from sglang_harness.memory.guard import GIVEN_BACK_WITHIN, PATIENCE
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.generate import PROMPTS, greedy
 from sglang_harness.suite.needs import GPU, STARTED_HERE
@@ -16,8 +18,6 @@ from sglang_harness.verdict import Figure
 
 MIB = 1 << 20
 PUSHES = 8
-#: A driver's own bookkeeping may differ by this much; a server's weights and cache do not.
-GIVEN_BACK_WITHIN = 64 * MIB
 
 
 class Snapshots(Observation):
@@ -155,6 +155,8 @@ class DeviceMemory(Observation):
     """Bytes in use by device UUID before the server started."""
     after: dict[str, int]
     waited_seconds: float
+    holders: dict[str, list[str]] = Field(default_factory=dict)
+    """Who is on a device that was not given back, in words."""
 
 
 @register
@@ -166,25 +168,35 @@ class DeviceIsGivenBack(Check[DeviceMemory]):
     after_stop = True
 
     def observe(self, context: Context) -> DeviceMemory:
-        source = NvmlMemory(context.server.spec.gpus)
-        readings = context.server.memory.readings
-        before = next(r.parts for r in readings if r.mark == "before start" and r.source == "nvml")
-        began = time.monotonic()
-        while True:
-            # The driver frees a dead process's memory some time after its end.
-            _, after = source.read()
-            waited = time.monotonic() - began
-            if waited > 30 or all(after[u] - before[u] <= GIVEN_BACK_WITHIN for u in before):
-                return DeviceMemory(before=before, after=after, waited_seconds=waited)
-            time.sleep(0.2)
+        stopped = context.server.stopped
+        devices = stopped.devices if stopped else []
+        if not devices:
+            raise TelemetryError("Nobody looked at the GPUs when the server had gone.")
+        for each in devices:
+            if each.after is None:
+                raise TelemetryError(f"GPU {each.uuid} is out of sight: {each.unknown}")
+        return DeviceMemory(
+            before={each.uuid: each.before for each in devices},
+            after={each.uuid: each.after for each in devices if each.after is not None},
+            waited_seconds=max(each.seconds for each in devices),
+            holders={each.uuid: each.holders for each in devices if not each.given_back},
+        )
 
     def judge(self, seen: DeviceMemory) -> list[Mismatch]:
-        return [
-            Mismatch(
-                f"GPU {uuid}",
-                f"at most {(used + GIVEN_BACK_WITHIN) / MIB:.0f} MiB within 30 s",
-                f"{seen.after.get(uuid, 0) / MIB:.0f} MiB",
+        wrong = []
+        for uuid, used in seen.before.items():
+            if seen.after.get(uuid, used + GIVEN_BACK_WITHIN + 1) - used <= GIVEN_BACK_WITHIN:
+                continue
+            holders = "; ".join(seen.holders.get(uuid, []))
+            wrong.append(
+                Mismatch(
+                    f"GPU {uuid}",
+                    f"at most {(used + GIVEN_BACK_WITHIN) / MIB:.0f} MiB within {PATIENCE:g} s",
+                    f"{seen.after.get(uuid, 0) / MIB:.0f} MiB",
+                    holders,
+                )
             )
-            for uuid, used in seen.before.items()
-            if seen.after.get(uuid, used + GIVEN_BACK_WITHIN + 1) - used > GIVEN_BACK_WITHIN
-        ]
+        return wrong
+
+    def figures(self, seen: DeviceMemory) -> list[Figure]:
+        return [Figure.of("end of the server to free GPU", "s", "lower", seen.waited_seconds)]
