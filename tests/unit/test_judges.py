@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lies_of_own_servers as own_servers
+import push_evidence
 import pytest
 import release_evidence
 from pydantic import ValidationError
@@ -47,6 +48,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
         "waited_seconds": 0.4,
     },
     **release_evidence.evidence(EVIDENCE),
+    **push_evidence.evidence(),
     "stop/abort-whole-id": EVIDENCE["stop/abort"],
     "hostile/out-of-vocabulary-ids": {
         **EVIDENCE["hostile/out-of-vocabulary-ids"],
@@ -1357,8 +1359,9 @@ HARMLESS = [
 
 
 HARMLESS += [Alteration(*oddity) for oddity in own_servers.HARMLESS]
-LIES += [Alteration(t.check, t.name, put(t.values), t.piece) for t in release_evidence.LIES]
-HARMLESS += [Alteration(t.check, t.name, put(t.values)) for t in release_evidence.HARMLESS]
+for told in (release_evidence, push_evidence):
+    LIES += [Alteration(t.check, t.name, put(t.values), t.piece) for t in told.LIES]
+    HARMLESS += [Alteration(t.check, t.name, put(t.values)) for t in told.HARMLESS]
 
 
 # --- the tests --------------------------------------------------------------------------------
