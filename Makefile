@@ -48,6 +48,7 @@ bench:
 	@docker/engine.sh
 	.venv/bin/python bench/readiness.py $(ARGS)
 	.venv/bin/python bench/plugin.py
+	.venv/bin/python bench/memory.py
 
 clean:
 	rm -rf .venv out dist

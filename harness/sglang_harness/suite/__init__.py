@@ -9,8 +9,8 @@ from sglang_harness.errors import SpecError
 
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
-from sglang_harness.suite import weights, memory, memory_release, hostile  # isort: skip
-from sglang_harness.suite import memory_misuse  # isort: skip
+from sglang_harness.suite import weights, memory, memory_release  # isort: skip
+from sglang_harness.suite import memory_colocated, hostile, memory_misuse  # isort: skip
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -38,7 +38,7 @@ __all__ = [
 
 _SUBJECTS = (
     *(launch, generate, sample, stop, chat, control),
-    *(weights, memory, memory_release, hostile, memory_misuse),
+    *(weights, memory, memory_release, memory_colocated, hostile, memory_misuse),
 )
 
 
