@@ -49,6 +49,7 @@ bench:
 	.venv/bin/python bench/readiness.py $(ARGS)
 	.venv/bin/python bench/plugin.py
 	.venv/bin/python bench/weights.py
+	.venv/bin/python bench/memory.py
 
 clean:
 	rm -rf .venv out dist

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from testcontainers.core.waiting_utils import WaitStrategy, WaitStrategyTarget
 
 from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport
+from sglang_harness.device import within_visible
+from sglang_harness.errors import DeviceNotIdle
+from sglang_harness.memory.guard import Guard
 from sglang_harness.permissions import check_readable
 from sglang_harness.readiness import StartReport, wait_until_ready
 from sglang_harness.runtime.docker import SGLangServerContainer, prepare
@@ -52,7 +56,7 @@ class SGLangContainer(SGLangServerContainer):
     """
 
     def __init__(self, spec: ServerSpec | None = None, **fields: Any) -> None:
-        spec = ServerSpec.make(**fields) if spec is None else spec
+        spec = within_visible(ServerSpec.make(**fields) if spec is None else spec)
         model = checkpoint.locate(spec.model, lambda _: None)
         if model is not None:
             check_readable(model)
@@ -61,6 +65,37 @@ class SGLangContainer(SGLangServerContainer):
         self._answers = AnswersGeneration()
         self.waiting_for(self._answers)
         self._client: Client | None = None
+        self._guard: Guard | None = None
+
+    def start(self) -> SGLangContainer:
+        """Starts it and waits for its first token; on GPUs that nobody else has.
+
+        Raises:
+            LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are somebody else's, do not
+                answer, or are not idle. Nothing was started.
+            ServerDied, StartTimeout: it never answered.
+        """
+        if self.device == "gpu":
+            guard = Guard(self.spec.gpus, run_id=self.run_id)
+            self._guard = guard.open(purpose="an SGLangContainer", timeout=self.spec.limits.gpus)
+        super().start()
+        return self
+
+    def end(self) -> int | None:
+        """Ends it and waits until its GPUs are free. Again: the same answer.
+
+        Raises:
+            DeviceNotIdle: a GPU was not given back, and nothing else is being raised.
+        """
+        exit_code = super().end()
+        kept = [d for d in self._guard.close() if not d.given_back] if self._guard else []
+        self._guard = None
+        if kept and sys.exc_info()[1] is None:
+            raise DeviceNotIdle(
+                f"GPU {kept[0].uuid} was not given back: "
+                f"{kept[0].unknown or '; '.join(kept[0].holders) or 'the driver names nobody'}."
+            )
+        return exit_code
 
     @property
     def report(self) -> StartReport | None:

@@ -10,7 +10,7 @@ from sglang_harness.errors import SpecError
 from sglang_harness.suite import launch  # isort: skip
 from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
 from sglang_harness.suite import weights, weights_routes, pushes  # isort: skip
-from sglang_harness.suite import memory, memory_release  # isort: skip
+from sglang_harness.suite import memory, memory_release, memory_colocated  # isort: skip
 from sglang_harness.suite import architectures, parallel, parallel_pushes, lora  # isort: skip
 from sglang_harness.suite import hostile, refused_weights, memory_misuse  # isort: skip
 from sglang_harness.suite.check import (
@@ -40,7 +40,7 @@ __all__ = [
 
 _SUBJECTS = (
     launch, generate, sample, stop, chat, control, weights, weights_routes, pushes,
-    memory, memory_release, architectures, parallel, parallel_pushes, lora,
+    memory, memory_release, memory_colocated, architectures, parallel, parallel_pushes, lora,
     hostile, refused_weights, memory_misuse,
 )  # fmt: skip
 
