@@ -92,7 +92,7 @@ class OwnServers:
     def _take(self, spec: ServerSpec) -> tuple[Server, State] | None:
         if self._kept is not None:
             asked_for, server, first = self._kept
-            if asked_for == spec and server.running.watch.death is None:
+            if asked_for.model_dump() == spec.model_dump() and server.running.watch.death is None:
                 self._kept = None
                 return server, first
             self.close()

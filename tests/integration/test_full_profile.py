@@ -1,6 +1,7 @@
-"""Servers of other architectures, of several processes and with adapters, as a person asks.
+"""All checks that have servers of their own, in one run, as a person asks for them: other
+architectures, several processes, adapters, and what kills a server.
 
-One run for all of it: every check starts a server of its own, some 40 s each on two idle cores.
+A start takes some 40 s on two idle cores; a server that lives is handed on to the next check.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from sglang_harness.verdict import Outcome, Verdict
 
 pytestmark = pytest.mark.engine
 
-SUBJECTS = ("architectures/", "parallel/", "lora/")
-ASKED = {check for check in registered() if check.startswith(SUBJECTS)}
+ASKED = {name for name, check in registered().items() if check.own_server}
 
-#: Seconds: eleven starts on a busy machine.
-LIMIT = 1800
+#: Seconds: some twenty starts on a busy machine.
+LIMIT = 2700
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
-    selected = [word for subject in SUBJECTS for word in ("-k", subject)]
+    selected = [word for name in ASKED for word in ("-k", name)]
     done = subprocess.run(
-        [*COMMAND, "qualify", "--model", "tiny", "--profile", "full", *selected],
+        [*COMMAND, "qualify", "--model", "tiny", "--profile", "full", "--strict-known", *selected],
         capture_output=True,
         text=True,
         timeout=LIMIT,
@@ -48,8 +48,12 @@ def test_every_one_of_them_is_asked_and_passes_with_evidence(verdict: Verdict) -
     assert verdict.verdict == "pass"
     assert verdict.outside_profile == []
     assert {check.id for check in verdict.checks} == ASKED
-    assert len(ASKED) == 10
-    assert all(check.outcome is Outcome.PASS and check.evidence for check in verdict.checks)
+    assert len(ASKED) > 20
+    assert all(check.evidence for check in verdict.checks)
+    failed = {check.id for check in verdict.checks if check.outcome is not Outcome.PASS}
+    # What 0.5.23 does wrong is in the registry, and nothing that serves is.
+    assert {c.id for c in verdict.checks if c.outcome is Outcome.KNOWN} == failed
+    assert {name.split("/")[0] for name in failed} <= {"hostile", "memory"}
 
 
 def test_float32_is_right_to_a_hundred_thousandth(verdict: Verdict) -> None:
@@ -58,7 +62,9 @@ def test_float32_is_right_to_a_hundred_thousandth(verdict: Verdict) -> None:
         for figure in verdict.figures
         if figure.name.endswith("largest log-probability error")
     }
-    assert errors.keys() == ASKED
+    assert errors.keys() == {
+        a for a in ASKED if a.startswith(("architectures/", "parallel/", "lora/"))
+    }
     # In nats. Some tokens were scored, or it would be 0.
     assert all(0 < error < 5e-5 for error in errors.values()), errors
 
@@ -74,10 +80,9 @@ def test_several_processes_were_really_several(verdict: Verdict) -> None:
 def test_the_log_of_each_server_is_kept_under_its_name(out: Path) -> None:
     log = (out / "server.log").read_text()
     titles = [line for line in log.splitlines() if line.startswith("--- a server of its own")]
-    assert len(titles) == len(ASKED)
+    assert 10 <= len(titles) < len(ASKED), "some died, some were handed on"
     for wanted in ("tiny-qwen2", "tiny-mixtral", "--tp-size=2", "--pp-size=2", "--enable-lora"):
         assert any(wanted in title for title in titles), wanted
-    assert "Scheduler hit an exception" not in log
 
 
 def test_nothing_of_the_run_is_left(verdict: Verdict) -> None:

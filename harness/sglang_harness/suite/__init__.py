@@ -53,7 +53,7 @@ def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
     """
     checks = list(registered().values())
     if not patterns:
-        return [c for c in checks if profile == "full" or c.profile == "quick"]
+        return _together([c for c in checks if profile == "full" or c.profile == "quick"])
     chosen = []
     for pattern in patterns:
         found = [c for c in checks if pattern in c.id or fnmatch(c.id, pattern)]
@@ -63,4 +63,12 @@ def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
                 advice="'sglang-harness checks' lists them all.",
             )
         chosen += [c for c in found if c not in chosen]
-    return sorted(chosen, key=checks.index)
+    return _together(sorted(chosen, key=checks.index))
+
+
+def _together(checks: list[Check[Any]]) -> list[Check[Any]]:
+    """Those that can share a server of their own come after one another, where the first is."""
+    first: dict[str, int] = {}
+    for place, check in enumerate(checks):
+        first.setdefault(check.alike or check.id, place)
+    return sorted(checks, key=lambda check: first[check.alike or check.id])

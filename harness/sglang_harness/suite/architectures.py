@@ -65,6 +65,7 @@ class Qwen3(_Architecture):
 @register
 class Qwen3Moe(_Architecture):
     id = "architectures/qwen3-moe"
+    alike = "qwen3-moe"
     sentence = (
         "A Qwen3-MoE (four experts, two a token) is served as transformers computes it, alone "
         "and in a batch."

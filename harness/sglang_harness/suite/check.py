@@ -180,6 +180,8 @@ class Check(ABC, Generic[O]):
         sentence: the required behaviour, as one sentence.
         profile: ``quick`` checks also run in ``full``.
         own_server: may kill its server, or needs one that runs otherwise: it starts its own.
+        alike: checks of the same word ask for the same server of their own, so they are asked one
+            after another; empty where none is alike.
         after_stop: asked when the server has been stopped.
         changes: leaves the server other than it was until it has put it back, so it is not
             asked of somebody else's server unless that is allowed.
@@ -191,6 +193,7 @@ class Check(ABC, Generic[O]):
     needs: ClassVar[tuple[Need, ...]] = ()
     profile: ClassVar[Literal["quick", "full"]] = "quick"
     own_server: ClassVar[bool] = False
+    alike: ClassVar[str] = ""
     after_stop: ClassVar[bool] = False
     changes: ClassVar[bool] = False
 

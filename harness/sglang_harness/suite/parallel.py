@@ -116,6 +116,7 @@ def places(seen: Ranks, key: str) -> list[int | None]:
 @register
 class TensorParallel(_Parallel):
     id = "parallel/tensor-2"
+    alike = "tensor-2"
     sentence = (
         "With tensor parallelism of 2 a mixture of experts is served as transformers computes "
         "it, and each rank holds its own part of every matrix."
@@ -151,6 +152,7 @@ class TensorParallel(_Parallel):
 @register
 class PipelineParallel(_Parallel):
     id = "parallel/pipeline-2"
+    alike = "pipeline-2"
     sentence = (
         "With pipeline parallelism of 2 a Llama is served as transformers computes it, and no "
         "stage holds all layers."

@@ -47,7 +47,7 @@ class _Pushed(Check[PushedByRoutes]):
     def observe(self, context: Context) -> PushedByRoutes:
         seen = PushedByRoutes()
         try:
-            with context.own_server(model=self.model, server_args=self.args or None) as server:
+            with context.own_server(model=self.model, server_args=self.args) as server:
                 assert server.model is not None
                 client = server.client
                 folder = context.scratch / f"variant-of-{self.model}"
@@ -106,6 +106,8 @@ class _Pushed(Check[PushedByRoutes]):
 @register
 class OntoTensorParallel(_Pushed):
     id = "weights/on-tensor-2"
+    alike = "tensor-2"
+    model = "tiny-qwen3-moe"
     sentence = (
         "With tensor parallelism of 2 a push by each route gives every rank its part of the new "
         "weights."
@@ -124,6 +126,7 @@ class OntoTensorParallel(_Pushed):
 @register
 class OntoPipelineParallel(_Pushed):
     id = "weights/on-pipeline-2"
+    alike = "pipeline-2"
     sentence = (
         "With pipeline parallelism of 2 a push by each route gives every stage its layers of the "
         "new weights."
@@ -135,6 +138,7 @@ class OntoPipelineParallel(_Pushed):
 @register
 class OntoExperts(_Pushed):
     id = "weights/on-experts"
+    alike = "qwen3-moe"
     sentence = "A push onto a mixture of experts by each route reaches every expert."
     model = "tiny-qwen3-moe"
     routes = ("disk", "tensor", "distributed")
