@@ -298,6 +298,9 @@ def judge(
 @app.command()
 def checks(
     as_json: Annotated[bool, typer.Option("--json", help="As data.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="As the tables of docs/checks.md.")
+    ] = False,
 ) -> None:
     """List every check: id, sentence, needs, profile."""
     from sglang_harness.suite import installed
@@ -314,6 +317,9 @@ def checks(
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
+        return
+    if as_markdown:
+        print(suite.as_markdown())
         return
     table = Table(header_style="bold")
     for name in ("id", "what must hold", "needs", "profile"):

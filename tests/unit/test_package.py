@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sglang_harness
-from sglang_harness import shipped
+from sglang_harness import shipped, suite
 
 SOURCE = Path(sglang_harness.__file__).parent
 
@@ -247,3 +247,8 @@ def test_what_the_source_reads_beside_itself_is_there():
         assert (root / name).is_file(), name
     for name in ("py.typed", "suite/known_defects.yaml", "verdict.schema.json"):
         assert (SOURCE / name).is_file(), name
+
+
+def test_the_docs_list_every_check_as_it_is() -> None:
+    text = (shipped.root() / "docs" / "checks.md").read_text(encoding="utf-8")
+    assert suite.as_markdown() in text, "sglang-harness checks --markdown prints what belongs there"

@@ -31,6 +31,7 @@ __all__ = [
     "Context",
     "Mismatch",
     "Observation",
+    "as_markdown",
     "judge_again",
     "register",
     "registered",
@@ -72,3 +73,19 @@ def _together(checks: list[Check[Any]]) -> list[Check[Any]]:
     for place, check in enumerate(checks):
         first.setdefault(check.alike or check.id, place)
     return sorted(checks, key=lambda check: first[check.alike or check.id])
+
+
+def as_markdown() -> str:
+    """All checks as tables, one a subject."""
+    by_subject: dict[str, list[str]] = {}
+    for check in registered().values():
+        needs = ", ".join(
+            f"`{need.name}`" if need.name.startswith(("GET ", "POST ", "--")) else need.name
+            for need in check.needs
+        )
+        row = f"| `{check.id}` | {check.sentence} | {needs} | {check.profile} |"
+        by_subject.setdefault(check.id.split("/")[0], []).append(row)
+    head = "| id | what must hold | needs | profile |\n|---|---|---|---|"
+    return "\n\n".join(
+        "\n".join([f"## {subject}\n\n{head}", *rows]) for subject, rows in by_subject.items()
+    )
