@@ -59,6 +59,12 @@ BY_HAND: dict[str, dict[str, Any]] = {
     },
 }
 
+# Recorded on the same server by itself, after the whole run.
+ROUTES = ("weights/tensor", "weights/tensor-bucket", "weights/shared-memory", "weights/distributed")
+BY_HAND |= json.loads(
+    (Path(__file__).parent / "data" / "weights-routes-tiny-0.5.23.json").read_text("utf-8")
+)
+
 
 def good(check_id: str) -> dict[str, Any]:
     """What a right server is seen to do; the caller's own copy."""
@@ -1356,6 +1362,49 @@ HARMLESS = [
         ),
     ),
 ]
+
+for route in ROUTES:
+    LIES += [
+        Alteration(
+            route,
+            "the way there failed",
+            put({"there.outcome": "failed", "there.reason": "bucket 1: no memory", "back": None}),
+            "the way there: expected a good push, got failed: bucket 1: no memory",
+        ),
+        Alteration(
+            route,
+            "nothing was pushed back",
+            put({"back": None}),
+            "the way back: expected a push, got none was tried",
+        ),
+        Alteration(
+            route,
+            "one witness of two said nothing",
+            put({"back.outcome": "unproven", "back.reason": "checksums: not known"}),
+            "the way back: expected a good push, got unproven",
+        ),
+        Alteration(
+            route, "nothing changed", put({"changed": 0}), "the way there: expected changed"
+        ),
+        Alteration(
+            route,
+            "one parameter is not what disk makes of it",
+            put({"unlike_disk": ["model.norm.weight"]}),
+            "checksums unlike those from disk: expected [], got ['model.norm.weight']",
+        ),
+        Alteration(
+            route,
+            "one parameter does not come back",
+            put({"unlike_before": ["lm_head.weight"]}),
+            "checksums after the way back: expected [], got ['lm_head.weight']",
+        ),
+        Alteration(
+            route,
+            "another answer than before",
+            off_by(0.01, "after", 1, "logprobs", 3),
+            "answer 1, token 3",
+        ),
+    ]
 
 
 HARMLESS += [Alteration(*oddity) for oddity in own_servers.HARMLESS]

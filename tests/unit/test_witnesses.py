@@ -69,14 +69,30 @@ def test_every_rank_counts():
 
 
 def test_a_layout_that_nothing_confirms_proves_nothing():
-    """Nothing agrees, and neither did the weights from before: the computation is in doubt."""
+    """Where the first weights do not give what is computed either, the computation is wrong."""
     strange = sums({"a": "x", "b": "y"})
     args = (sums(BEFORE), strange, expected(NEW))
-    assert judge_checksums(*args, known_here=lambda: True).says == "differs"
-    assert judge_checksums(*args, known_here=lambda: False).says == "not available"
-    partly = sums({"a": "a1", "b": "y"})
-    seen = judge_checksums(sums(BEFORE), partly, expected(NEW), known_here=lambda: False)
-    assert seen.says == "differs", "one that agrees confirms the layout"
+    assert judge_checksums(*args).says == "differs"
+    assert judge_checksums(*args, known_here=lambda: None).says == "differs"
+    assert judge_checksums(*args, known_here=lambda: {"a", "b"}).says == "differs"
+    seen = judge_checksums(*args, known_here=set)
+    assert seen.says == "not available"
+    assert "2 cannot be told: for a this" in seen.how
+    half = judge_checksums(*args, known_here=lambda: {"b"})
+    assert half.says == "differs"
+    assert [w.split(":")[0] for w in half.wrong] == ["b"], "only what can be computed is wrong"
+    one = judge_checksums(sums(BEFORE), sums({**AFTER, "b": "y"}), expected(NEW), known_here=set)
+    assert one.says == "not available"
+    assert "1 are equal, and 1 cannot be told" in one.how
+
+
+def test_what_agrees_is_not_asked_about_twice():
+    def never() -> set[str]:
+        raise AssertionError("the first weights are read for nothing")
+
+    assert judge_checksums(sums(BEFORE), sums(AFTER), expected(NEW), known_here=never).says == (
+        "agrees"
+    )
 
 
 def test_without_a_known_layout_change_alone_is_no_proof():

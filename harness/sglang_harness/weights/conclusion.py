@@ -63,7 +63,7 @@ class Findings:
     reason: str
 
 
-def find(push: Gathered, known_here: Callable[[], bool]) -> Findings:
+def find(push: Gathered, known_here: Callable[[], set[str] | None]) -> Findings:
     """Judges what was gathered; see :func:`judge_checksums` for ``known_here``."""
     if push.error is not None:
         how = "the push did not go through"

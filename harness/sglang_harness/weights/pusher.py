@@ -320,15 +320,28 @@ class WeightPusher:
 
     def _are_first(self, now: Checksums | None, served: Served) -> bool:
         """Whether these are the checksums of the model on disk, computed here."""
-        model = self._server.model
-        if now is None or model is None or served.unknown:
+        known = self._reproduced(now, served)
+        if now is None or not known:
             return False
+        return known == {name for rank in now.ranks for name in rank if not _computed(name)}
+
+    def _reproduced(self, stated: Checksums | None, served: Served) -> set[str] | None:
+        """The parameters whose checksums are those of the model on disk, computed here;
+        ``None`` where they cannot be computed."""
+        model = self._server.model
+        if stated is None or model is None or served.unknown:
+            return None
         computed = expected_checksums(open_checkpoint(model), served)
-        return len(computed.ranks) == len(now.ranks) and all(
-            stated.get(name) == wanted
-            for stated, rank in zip(now.ranks, computed.ranks, strict=True)
-            for name, wanted in rank.items()
-        )
+        if len(computed.ranks) != len(stated.ranks):
+            return set()
+        return {
+            name
+            for name in computed.ranks[0]
+            if all(
+                now.get(name) == rank[name]
+                for now, rank in zip(stated.ranks, computed.ranks, strict=True)
+            )
+        }
 
     def _recognise(self, now: Checksums | None) -> None:
         """Which checkpoint is served now: somebody may have pushed beside this pusher."""
@@ -344,7 +357,7 @@ class WeightPusher:
     # --- the end of a push -------------------------------------------------------------------
 
     def _conclude(self, push: Gathered, pause: Pause | None, flush: bool) -> PushReport:
-        findings = conclusion.find(push, lambda: self._can_reproduce(push))
+        findings = conclusion.find(push, lambda: self._known_here(push))
         new: set[str] = set()
         old: set[str] = set()
         put_back = None
@@ -369,11 +382,9 @@ class WeightPusher:
             raise PushFailed(report) from push.error
         return report
 
-    def _can_reproduce(self, push: Gathered) -> bool:
-        """Whether the weights that the server was started with give its first checksums."""
-        if self._first_checksums is None:
-            return True
-        return self._are_first(self._first_checksums, push.served)
+    def _known_here(self, push: Gathered) -> set[str] | None:
+        """See :func:`judge_checksums`."""
+        return self._reproduced(self._first_checksums, push.served)
 
     # --- after a failure ---------------------------------------------------------------------
 

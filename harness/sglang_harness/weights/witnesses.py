@@ -34,7 +34,7 @@ def judge_checksums(
     *,
     why_none: str = "",
     pushed: Iterable[str] = (),
-    known_here: Callable[[], bool] | None = None,
+    known_here: Callable[[], set[str] | None] | None = None,
 ) -> Witness:
     """Holds the server's checksums against what this push should have made of them.
 
@@ -44,21 +44,24 @@ def judge_checksums(
             alone is seen, which proves no content.
         why_none: why there are no checksums, or nothing to expect.
         pushed: names of the pushed tensors.
-        known_here: whether the weights from before can be reproduced here. Asked where nothing
-            at all agrees: then this project's idea of the layout may be what is wrong.
+        known_here: the parameters whose checksums can be computed right for the weights that
+            the server was started with; ``None``: those are not known. Asked where something
+            does not agree: what is wrong may be this project's idea of the layout.
     """
     if before is None or after is None:
         return _witness("not available", why_none or "the server states no checksums")
     if len(before.ranks) != len(after.ranks):
-        wrong = [f"{len(before.ranks)} ranks before, {len(after.ranks)} after"]
-        return _witness("differs", "the server's own, before and after", wrong)
+        words = f"{len(before.ranks)} ranks before, {len(after.ranks)} after"
+        return _witness("differs", "the server's own, before and after", [words])
     if expected is None:
         return _by_name(before, after, set(pushed), why_none)
     how = "each parameter's, computed from the checkpoint in the server's layout"
     if len(expected.ranks) != len(after.ranks):
-        wrong = [f"expected {len(expected.ranks)} ranks, the server states {len(after.ranks)}"]
-        return _witness("differs", how, wrong)
-    wrong, right = [], 0
+        words = f"expected {len(expected.ranks)} ranks, the server states {len(after.ranks)}"
+        return _witness("differs", how, [words])
+    wrong: list[str] = []
+    unequal: dict[str, list[str]] = {}
+    right = 0
     for rank, (then, now, wanted) in enumerate(
         zip(before.ranks, after.ranks, expected.ranks, strict=True)
     ):
@@ -79,15 +82,21 @@ def judge_checksums(
                 right += 1
             else:
                 state = "its old value" if got == then.get(name) else "neither new nor old"
-                wrong.append(f"{name}{where}: expected {wanted[name]}, got {got}, {state}")
-    if not wrong and not right:
-        return _witness("not available", "no parameter is known to be pushed")
-    if wrong and not right and known_here is not None and not known_here():
+                unequal.setdefault(name, []).append(
+                    f"{name}{where}: expected {wanted[name]}, got {got}, {state}"
+                )
+    known = known_here() if unequal and known_here is not None else None
+    strange = sorted(name for name in unequal if known is not None and name not in known)
+    wrong += [each for name in unequal if name not in strange for each in unequal[name]]
+    if strange and not wrong:
         return _witness(
             "not available",
-            "neither these weights nor those from before give the checksums that are computed "
-            "here: how this server lays them out is not known",
+            f"{right} are equal, and {len(strange)} cannot be told: for {strange[0]} this server's "
+            "first weights do not give what is computed here either, so how it lays them out is "
+            "not known",
         )
+    if not wrong and not right:
+        return _witness("not available", "no parameter is known to be pushed")
     return _witness("differs" if wrong else "agrees", f"{how}: {right} are equal", wrong)
 
 
