@@ -58,7 +58,8 @@ class Lease:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self._lock = FileLock(path)
+        # One lock for all threads of this process: whoever releases it need not be who took it.
+        self._lock = FileLock(path, thread_local=False)
         self._holder = path.with_name(path.name + ".holder")
         self._name = name
         self._over = threading.Event()

@@ -7,6 +7,7 @@ test asks for one of its fixtures.
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ _INI_TYPES: dict[str, Literal["bool", "linelist", "string"]] = {
 _FAILED = pytest.StashKey[bool]()
 _SERVERS: pytest.StashKey[list[tuple[str, Server]]] = pytest.StashKey()
 _LOST_LOG = pytest.StashKey[str]()
+_RUN = pytest.StashKey[str]()
 _COUNTER: pytest.StashKey[OpenCounter] = pytest.StashKey()
 _TALLIES: pytest.StashKey[list[Tally]] = pytest.StashKey()
 _SPECS: pytest.StashKey[dict[str, ServerSpec]] = pytest.StashKey()
@@ -64,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU (skipped without one)")
     config.addinivalue_line("markers", "slow: takes minutes; leave out with -m 'not slow'")
     config.stash[_TALLIES] = []
+    config.stash[_RUN] = uuid.uuid4().hex[:12]
     given = any(config.getoption(o.ini, None) not in (None, []) for o in OPTIONS)
     if given and not hasattr(config, "workerinput"):
         _refuse_slips(config)
@@ -176,7 +179,7 @@ def _sglang_session(
         pytestconfig.stash[_TALLIES].append(borrowed.keeper.tally)
         yield borrowed
         return
-    own = OwnServer(sglang_spec, sglang_runtime)
+    own = OwnServer(sglang_spec, sglang_runtime, run_id=pytestconfig.stash[_RUN])
     pytestconfig.stash[_TALLIES].append(own.tally)
     try:
         yield SessionServer(own)
@@ -263,7 +266,8 @@ def fresh_sglang_server(
     """A server of this test's own, for tests that break theirs. It costs a start."""
     from sglang_harness.session_server import OwnServer
 
-    own = OwnServer(_another(sglang_spec), _startable(sglang_runtime))
+    run = request.config.stash[_RUN]
+    own = OwnServer(_another(sglang_spec), _startable(sglang_runtime), run_id=run)
     request.config.stash[_TALLIES].append(own.tally)
     try:
         with _one_line(request.node):
@@ -311,7 +315,8 @@ def sglang_servers(
                     advice="Give it another name.",
                 )
             if name not in _named_servers:
-                own = OwnServer(spec, _startable(sglang_runtime))
+                run = request.config.stash[_RUN]
+                own = OwnServer(spec, _startable(sglang_runtime), run_id=run)
                 _named_servers[name] = own
                 request.config.stash[_TALLIES].append(own.tally)
             found, _ = _named_servers[name].server()

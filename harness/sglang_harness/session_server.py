@@ -53,6 +53,7 @@ class OwnServer:
 
     Args:
         runtime: an attachment is asked, and never replaced.
+        run_id: servers of one run may share a GPU; those of others wait for it.
     """
 
     def __init__(
@@ -60,7 +61,10 @@ class OwnServer:
         spec: ServerSpec,
         runtime: Runtime | Attachment,
         say: Callable[[str], None] = lambda _: None,
+        *,
+        run_id: str | None = None,
     ) -> None:
+        self._run_id = run_id
         self.tally = Tally()
         self._spec = spec
         self._runtime = runtime
@@ -83,7 +87,9 @@ class OwnServer:
         if self.current is None:
             began = time.monotonic()
             try:
-                self.current = Server.start(self._spec, runtime=self._runtime, say=self._say)
+                self.current = Server.start(
+                    self._spec, runtime=self._runtime, say=self._say, run_id=self._run_id
+                )
                 self._first = State.of(self.current) if self.current.may_change else None
             except HarnessError as error:
                 self._failed = error

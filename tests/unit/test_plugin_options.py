@@ -86,7 +86,7 @@ def test_a_flag_in_the_environment_has_to_be_a_yes_or_a_no() -> None:
         gathered(None, None, {"SGLANG_HARNESS_OWN_SERVER": "perhaps"})
 
 
-PLUGIN = ("-p", "sglang_harness.plugin", "-p", "no:cacheprovider")
+PLUGIN = ("-p", "no:cacheprovider")
 USES_A_SERVER = "def test_x(sglang_server): assert False, 'never runs'"
 
 

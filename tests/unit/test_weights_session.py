@@ -90,9 +90,25 @@ def test_what_nobody_asked_for_is_left_out_and_said(play):
 )
 def test_whatever_is_refused_on_the_way_the_server_goes_on(play, refused, sent_after):
     answers = {refused: [NO, OK]} if refused == FLUSH else {refused: NO}
-    session, sent, raised = play(answers)
+    session, sent, raised = play(answers, pause="abort")
     assert isinstance(raised, Refused)
     assert sent[sent.index(refused) + 1 :] == sent_after
+    assert session.left_open == []
+
+
+def test_a_batch_that_still_ends_after_a_pause_is_waited_for(play):
+    session, sent, raised = play({FLUSH: [NO, NO, OK]}, pause="retract")
+    assert raised is None
+    assert sent[:5] == [PAUSE, FLUSH, FLUSH, FLUSH, BEGIN]
+    assert outcomes(session)["flush"] == "done"
+
+
+def test_a_cache_that_is_never_emptied_is_told_and_the_server_goes_on(play, monkeypatch):
+    monkeypatch.setattr("sglang_harness.weights.session.DRAINS_WITHIN", 0.2)
+    session, sent, raised = play({FLUSH: NO}, pause="retract")
+    assert isinstance(raised, Refused)
+    assert BEGIN not in sent
+    assert sent[-1] == GO_ON
     assert session.left_open == []
 
 
