@@ -160,7 +160,8 @@ class ManyPushes(Check[Many]):
         return wrong
 
     def figures(self, seen: Many) -> list[Figure]:
-        return [Figure.of("push in the body, one of fifty", "s", "lower", *seen.seconds)]
+        name = "push in the body, one of fifty"
+        return [Figure.of(name, "s", "lower", *seen.seconds)] if seen.seconds else []
 
 
 RUNNING = 16
@@ -396,14 +397,15 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
         ]
         if seen.push.outcome == "failed":
             wrong.append(Mismatch("push", "one that arrives", seen.push.reason))
-        scored = dict(zip(seen.numbers, seen.answers, strict=True))
+        wrong += expect("answers that were scored", len(seen.numbers), len(seen.answers))
+        scored = dict(zip(seen.numbers, seen.answers, strict=False))
         for number, answer in scored.items():
             wrong += wrong_segments(f"request {number}", answer, seen.tolerance)
         try:
             before, after = seen.traffic.before(START), seen.traffic.after(END)
             seen.traffic.across(START)
-        except EmptySlice as error:
-            return [*wrong, Mismatch("traffic", "requests before, across and after", error.message)]
+        except (EmptySlice, KeyError) as error:
+            return [*wrong, Mismatch("traffic", "requests before, across and after", str(error))]
         for request in (r for r in before if r.number in scored):
             answer = scored[request.number]
             if answer.switched < len(answer.ids):
@@ -421,7 +423,7 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
     def figures(self, seen: PushedUnderTraffic) -> list[Figure]:
         try:
             across = seen.traffic.across(START)
-        except EmptySlice:
+        except (EmptySlice, KeyError):
             return []
         took = [r.ended - r.sent for r in across if r.ended is not None]
         return [Figure.of("request across a push", "s", "lower", *took)] if took else []

@@ -111,7 +111,7 @@ def wrong_segments(where: str, seen: Segmented, tolerance: float) -> Iterator[Mi
     if not seen.ids:
         yield Mismatch(where, "tokens", "none")
         return
-    if len(seen.served) != len(seen.ids):
+    if not len(seen.served) == len(seen.expected) == len(seen.ids):
         yield Mismatch(
             where, f"{len(seen.ids)} log-probabilities, one a token", str(len(seen.served))
         )
