@@ -129,8 +129,9 @@ def is_paused(server: Server) -> bool | None:
 def put_back(server: Server, first: State) -> PutBack:
     """Brings ``server`` back to ``first``.
 
-    Running requests are aborted, a pause is ended, other weights are replaced by those on the
-    disk that ``first`` was loaded from.
+    Running requests are aborted, a pause and an open weight-update session are ended, adapters
+    that were not there are unloaded, and other weights are replaced by those on the disk that
+    ``first`` was loaded from.
 
     Raises:
         CannotPutBack: it is still not the same, or does not answer.
@@ -153,6 +154,13 @@ def _put_back(server: Server, first: State, started: float) -> PutBack:
         client.resume()
     if paused:
         done.differed.append("paused")
+    if client.has_route("POST", "/end_weight_update"):
+        try:
+            # Refused where none is open, which does no harm (SGLang 0.5.21 to 0.5.23).
+            client.send(calls.end_weight_update())
+            done.differed.append("a weight-update session was open")
+        except Refused:
+            pass
     try:
         client.flush_cache()
     except Refused:
@@ -160,8 +168,15 @@ def _put_back(server: Server, first: State, started: float) -> PutBack:
         done.differed.append("running requests")
         client.abort_all()
         client.flush_cache()
-    differing = first.differences(State.of(server))
+    now = State.of(server)
+    differing = first.differences(now)
     done.differed += differing
+    # The base model goes by another name after an update from disk, and is no adapter.
+    base = {now.labels["model_path"], now.labels["served_model_name"]}
+    if adapters := set(now.models) - set(first.models) - base:
+        for name in sorted(adapters):
+            client.unload_lora_adapter(name)
+        differing = first.differences(State.of(server))
     if differing:
         if server.running.runtime == "attach" and first.labels["weight_version"] != "default":
             raise CannotPutBack(

@@ -23,6 +23,8 @@ def _what_was_made_before_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 PUSHING = """
 import pytest
 
+from sglang_harness.client import calls
+
 
 @pytest.mark.parametrize("seed", range(1, 21))
 def test_each_pushes_other_weights_and_finds_the_first_ones(seed, generate, push_weights):
@@ -41,6 +43,10 @@ def test_one_pauses_and_walks_away(sglang_server):
 def test_one_leaves_a_long_request_running(sglang_server):
     long = {"max_new_tokens": 1500, "ignore_eos": True}
     next(sglang_server.client.stream("Once", sampling=long))
+
+
+def test_one_leaves_a_session_open(sglang_server):
+    sglang_server.client.send(calls.begin_weight_update())
 
 
 def test_the_next_finds_it_as_it_was(generate):
@@ -63,9 +69,9 @@ def test_twenty_pushes_cost_one_start_and_a_failing_test_shows_its_server(
 ) -> None:
     pytester.makepyfile(PUSHING)
     done = run(pytester)
-    done.assert_outcomes(passed=23, failed=1)
+    done.assert_outcomes(passed=24, failed=1)
     text = done.stdout.str()
-    (summary,) = re.findall(r"sglang: 1 server start \((.+) s\), put back after 24 tests", text)
+    (summary,) = re.findall(r"sglang: 1 server start \((.+) s\), put back after 25 tests", text)
     assert float(summary) > 1
     assert "replaced" not in text
     assert "- start of the session's server -" in text

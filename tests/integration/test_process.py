@@ -19,6 +19,41 @@ from sglang_harness.verdict import Verdict
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
+ACME = """
+from sglang_harness.suite import Check, Mismatch, Observation, register
+
+
+class Seen(Observation):
+    tokens: int
+
+
+@register
+class Answers(Check[Seen]):
+    id = "acme/answers"
+    sentence = "It answers with two tokens."
+    observation = Seen
+
+    def observe(self, context):
+        asked = {"max_new_tokens": 2, "ignore_eos": True}
+        answer = context.server.client.generate("Hello", sampling=asked)
+        return Seen(tokens=len(answer.output_ids))
+
+    def judge(self, seen):
+        return [] if seen.tokens == 2 else [Mismatch("tokens", "2", str(seen.tokens))]
+"""
+
+
+@pytest.fixture
+def with_checks_of_another_package(tmp_path: Path) -> Path:
+    """A folder that holds an installed package with one check."""
+    site = tmp_path / "site"
+    info = site / "acme_checks-1.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-checks\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[sglang_harness.checks]\nmine = acme_checks\n")
+    (site / "acme_checks.py").write_text(ACME)
+    return site
+
 
 def test_a_process_serves_dies_and_leaves_nothing() -> None:
     server = Server.start(ServerSpec(model="tiny"), runtime=ProcessRuntime())
@@ -46,13 +81,20 @@ def test_a_process_serves_dies_and_leaves_nothing() -> None:
 
 
 def test_the_suite_runs_without_a_container_and_says_so(
-    tmp_path: Path, command: Run, no_secret_in_sight: SecretWatch
+    tmp_path: Path,
+    command: Run,
+    no_secret_in_sight: SecretWatch,
+    with_checks_of_another_package: Path,
 ) -> None:
     """No engine answers where DOCKER_HOST points; asked for, the process does not mind."""
     done = command(
         "qualify", "--model", "tiny", "--runtime", "process",
-        "-k", "launch/", "-k", "generate/", "-k", "weights/", "-k", "memory/",
-        env={"DOCKER_HOST": "unix:///nonexistent.sock", **no_secret_in_sight.environment},
+        "-k", "launch/", "-k", "generate/", "-k", "weights/", "-k", "memory/", "-k", "acme/",
+        env={
+            "DOCKER_HOST": "unix:///nonexistent.sock",
+            "PYTHONPATH": f"{with_checks_of_another_package}:{os.environ.get('PYTHONPATH', '')}",
+            **no_secret_in_sight.environment,
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     verdict = Verdict.read(tmp_path / "out" / "verdict.json")
@@ -60,6 +102,10 @@ def test_the_suite_runs_without_a_container_and_says_so(
     assert verdict.runtime == "process"
     assert any("No container" in caveat for caveat in verdict.caveats)
     assert {r.source for r in verdict.memory} == {"process"}
+    (theirs,) = (check for check in verdict.checks if check.id == "acme/answers")
+    assert theirs.evidence == {"tokens": 2}
+    assert verdict.environment["checks_added"][0]["package"] == "acme-checks"
+    assert "acme/answers" in (tmp_path / "out" / "junit.xml").read_text()
     no_secret_in_sight.check(done.stdout, done.stderr, tmp_path / "out")
 
 
