@@ -90,7 +90,7 @@ def test_with_leave_what_is_changed_is_put_back(
     assert verdict.verdict == "pass"
     assert {"weights/disk", "weights/disk-restore"} <= {c.id for c in verdict.checks}
     reasons = {o.id: o.reason for o in verdict.outside_profile}
-    assert "may kill its server" in reasons["hostile/out-of-vocabulary-ids"]
+    assert "a server of its own" in reasons["hostile/out-of-vocabulary-ids"]
     assert server.client.checksums() == before
     assert server.client.model_info() == info
     assert set(server.reach.folder.iterdir()) == files, "what was shared is gone"
