@@ -13,6 +13,7 @@ import pickle
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness import oracle as oracles
@@ -90,7 +91,7 @@ class _RefusedWeights(Check[Refusal]):
             dtype = str(client.server_info().get("dtype"))
 
             def ask() -> Tokens:
-                client.flush_cache()
+                client.send(replace(calls.flush_cache(), timeout=ANSWERS_WITHIN))
                 answer = client.generate(
                     [1, 2, 3, 4], sampling=greedy(6), logprobs=True, timeout=ANSWERS_WITHIN
                 )
