@@ -89,7 +89,8 @@ def test_the_suite_runs_on_our_own_compose_file(
 ) -> None:
     done = command(
         "qualify", "--model", "tiny", "--runtime", "compose",
-        "-k", "launch/", "-k", "generate/", "-k", "weights/", "-k", "memory/",
+        "-k", "launch/", "-k", "generate/", "-k", "weights/disk", "-k", "weights/tensor",
+        "-k", "weights/shared-memory", "-k", "memory/snapshots",
         env=no_secret_in_sight.environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -89,7 +89,8 @@ def test_the_suite_runs_without_a_container_and_says_so(
     """No engine answers where DOCKER_HOST points; asked for, the process does not mind."""
     done = command(
         "qualify", "--model", "tiny", "--runtime", "process",
-        "-k", "launch/", "-k", "generate/", "-k", "weights/", "-k", "memory/", "-k", "acme/",
+        "-k", "launch/", "-k", "generate/", "-k", "weights/disk", "-k", "weights/tensor",
+        "-k", "weights/shared-memory", "-k", "memory/snapshots", "-k", "acme/",
         env={
             "DOCKER_HOST": "unix:///nonexistent.sock",
             "PYTHONPATH": f"{with_checks_of_another_package}:{os.environ.get('PYTHONPATH', '')}",
