@@ -1,6 +1,8 @@
 """Evidence of checks that start servers of their own, and the lies that they have to refuse.
 
-Kept apart from ``test_judges.py``, which judges both: recorded with SGLang 0.5.23 on a CPU.
+Kept apart from ``test_judges.py``, which judges both. Recorded in two runs with SGLang 0.5.23 on a
+CPU, floats rounded to seven places; the two replicas of ``parallel/data-2`` stood in the order in
+which they had answered, and stand here as the client sorts them since.
 """
 
 from __future__ import annotations
