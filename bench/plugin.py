@@ -29,7 +29,7 @@ from rich.table import Table
 
 from sglang_harness import checkpoint, environment
 from sglang_harness.runtime.docker import DockerRuntime
-from sglang_harness.session_server import OwnServer, SessionServer
+from sglang_harness.session_server import LocalKeeper, SessionServer
 from sglang_harness.spec import ServerSpec
 
 TESTS = 20
@@ -40,7 +40,7 @@ def session(model: str) -> dict[str, object]:
     """Seconds of each start, and of each look with putting back, of one session."""
     other = checkpoint.locate("tiny:7" if model == "tiny" else model, print)
     assert other is not None
-    keeper = OwnServer(ServerSpec(model=model), DockerRuntime())
+    keeper = LocalKeeper(ServerSpec(model=model), DockerRuntime())
     lender = SessionServer(keeper)
     try:
         for number in range(TESTS):

@@ -22,7 +22,7 @@ from sglang_harness.runtime import Beside, Runtime
 from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.server import Server
-from sglang_harness.session_server import OwnServer, Tally
+from sglang_harness.session_server import LocalKeeper, Tally
 from sglang_harness.spec import Argument, ServerSpec
 
 
@@ -54,7 +54,7 @@ class Lender:
 
     def __init__(self) -> None:
         self.tally = Tally()
-        self._keeper: OwnServer | None = None
+        self._keeper: LocalKeeper | None = None
         self._asked_for: tuple[ServerSpec, str] | None = None
         self._lock = threading.Lock()
         self._starter = ThreadPoolExecutor(1, "sglang-lender")
@@ -75,7 +75,7 @@ class Lender:
         """
         with self._lock:
             if self._keeper is None:
-                self._keeper = OwnServer(spec, runtime)
+                self._keeper = LocalKeeper(spec, runtime)
                 self.tally = self._keeper.tally
                 self._asked_for = spec, runtime.name
             elif self._asked_for != (spec, runtime.name):

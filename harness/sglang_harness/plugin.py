@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sglang_harness.runtime import Runtime
     from sglang_harness.runtime.attach import Attachment
     from sglang_harness.server import Server
-    from sglang_harness.session_server import OwnServer, SessionServer, Tally
+    from sglang_harness.session_server import LocalKeeper, SessionServer, Tally
     from sglang_harness.spec import ServerSpec
     from sglang_harness.weights import PushReport
 
@@ -161,7 +161,7 @@ def _sglang_session(
     sglang_runtime: Runtime | Attachment,
 ) -> Iterator[SessionServer]:
     """The session's server: this process's own, or one that xdist's workers share."""
-    from sglang_harness.session_server import OwnServer, SessionServer
+    from sglang_harness.session_server import LocalKeeper, SessionServer
 
     shared = getattr(pytestconfig, "workerinput", {}).get("sglang_counter")
     wanted = _wanted(pytestconfig)
@@ -179,7 +179,7 @@ def _sglang_session(
         pytestconfig.stash[_TALLIES].append(borrowed.keeper.tally)
         yield borrowed
         return
-    own = OwnServer(sglang_spec, sglang_runtime, run_id=pytestconfig.stash[_RUN])
+    own = LocalKeeper(sglang_spec, sglang_runtime, run_id=pytestconfig.stash[_RUN])
     pytestconfig.stash[_TALLIES].append(own.tally)
     try:
         yield SessionServer(own)
@@ -218,7 +218,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and "sglang_spec" in getattr(item, "fixturenames", ()):
         from sglang_harness.device import gpus
 
-        wanted = _wanted(item.config)
+        with _one_line(item):
+            wanted = _wanted(item.config)
         found, why_none = gpus()
         if not found and wanted.runtime.name != "attach":
             pytest.skip(f"needs a GPU, and {why_none}")
@@ -264,10 +265,10 @@ def fresh_sglang_server(
     sglang_runtime: Runtime | Attachment,
 ) -> Iterator[Server]:
     """A server of this test's own, for tests that break theirs. It costs a start."""
-    from sglang_harness.session_server import OwnServer
+    from sglang_harness.session_server import LocalKeeper
 
     run = request.config.stash[_RUN]
-    own = OwnServer(_another(sglang_spec), _startable(sglang_runtime), run_id=run)
+    own = LocalKeeper(_another(sglang_spec), _startable(sglang_runtime), run_id=run)
     request.config.stash[_TALLIES].append(own.tally)
     try:
         with _one_line(request.node):
@@ -278,8 +279,8 @@ def fresh_sglang_server(
 
 
 @pytest.fixture(scope="session")
-def _named_servers() -> Iterator[dict[str, OwnServer]]:
-    servers: dict[str, OwnServer] = {}
+def _named_servers() -> Iterator[dict[str, LocalKeeper]]:
+    servers: dict[str, LocalKeeper] = {}
     try:
         yield servers
     finally:
@@ -292,7 +293,7 @@ def sglang_servers(
     request: pytest.FixtureRequest,
     sglang_spec: ServerSpec,
     sglang_runtime: Runtime | Attachment,
-    _named_servers: dict[str, OwnServer],
+    _named_servers: dict[str, LocalKeeper],
 ) -> Callable[..., Server]:
     """Servers by name, each with its own spec: ``sglang_servers("draft", model="tiny:7")``.
 
@@ -300,7 +301,7 @@ def sglang_servers(
     options'. They are not put back: a name is for the tests that share it on purpose.
     """
     from sglang_harness.errors import SpecError
-    from sglang_harness.session_server import OwnServer
+    from sglang_harness.session_server import LocalKeeper
     from sglang_harness.spec import ServerSpec
 
     specs: dict[str, ServerSpec] = request.config.stash.setdefault(_SPECS, {})
@@ -316,7 +317,7 @@ def sglang_servers(
                 )
             if name not in _named_servers:
                 run = request.config.stash[_RUN]
-                own = OwnServer(spec, _startable(sglang_runtime), run_id=run)
+                own = LocalKeeper(spec, _startable(sglang_runtime), run_id=run)
                 _named_servers[name] = own
                 request.config.stash[_TALLIES].append(own.tally)
             found, _ = _named_servers[name].server()

@@ -48,7 +48,7 @@ class Keeper(Protocol):
         """Ends ``server``, unless that was done already; the next one who asks gets another."""
 
 
-class OwnServer:
+class LocalKeeper:
     """A server of this process.
 
     Args:
