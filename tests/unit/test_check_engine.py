@@ -348,12 +348,24 @@ def ids(checks: list[Check[Any]]) -> list[str]:
 
 def test_the_full_profile_is_everything_and_the_quick_one_leaves_out_what_costs_a_server():
     full, quick = ids(suite.select("full", [])), ids(suite.select("quick", []))
-    assert full == list(suite.registered())
+    assert sorted(full) == sorted(suite.registered())
     assert set(full) - set(quick) == {
         c.id for c in suite.registered().values() if c.profile == "full"
     }
     assert "hostile/out-of-vocabulary-ids" not in quick
     assert not any(c.own_server for c in suite.select("quick", []))
+
+
+def test_checks_that_can_share_a_server_of_their_own_come_after_one_another():
+    chosen = suite.select("full", [])
+    words = [c.alike for c in chosen if c.alike]
+    assert {"tensor-2", "pipeline-2", "qwen3-moe"} <= set(words)
+    runs = [word for n, word in enumerate(words) if n == 0 or words[n - 1] != word]
+    assert len(runs) == len(set(words))
+    alone = [c.id for c in chosen if not c.alike]
+    assert alone == [i for i in suite.registered() if i in set(alone)], (
+        "the others keep their order"
+    )
 
 
 def test_a_part_of_an_id_selects_whatever_the_profile():

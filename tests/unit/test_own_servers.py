@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from sglang_harness import qualify, suite
+from sglang_harness import own_servers, suite
 from sglang_harness.errors import DidNotComeUp, MissingExtra, ServerDied
-from sglang_harness.qualify import Qualification, Request
+from sglang_harness.own_servers import OwnServers
+from sglang_harness.restoring import CannotPutBack
 from sglang_harness.runtime.death import Death
 from sglang_harness.secrets import Redactor
 from sglang_harness.server import Server
@@ -24,7 +25,6 @@ from sglang_harness.verdict import Outcome
 #: Whose start is part of what they ask.
 ASKING = [c for c in suite.registered().values() if c.id.startswith(("arch", "parallel/", "lora/"))]
 DEATH = Death(1, False, "ValueError: no such flag", "", ())
-VIEWER: Any = SimpleNamespace(say=lambda _: None)
 
 
 def context(error: BaseException, device: str = "cpu") -> Any:
@@ -97,29 +97,57 @@ class Starts:
         return self.outcome
 
 
+class Lives:
+    """Stands in for a server that is up."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.client = SimpleNamespace(deadline=None)
+        self.running = SimpleNamespace(watch=SimpleNamespace(death=None))
+        self.ended = 0
+
+    def logs(self) -> str:
+        return f"what {self.name} wrote"
+
+    def stop(self) -> None:
+        self.ended += 1
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Qualification:
-    spec = ServerSpec.make(model="/models/large", server_args={"quantization": "fp8"})
-    made = Qualification(Request(spec=spec, out=tmp_path / "out"), VIEWER)
-    first: Any = SimpleNamespace(about=lambda: {"image": "an/image"})
-    made._servers.append(first)
-    return made
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[Lives]:
+    """The servers that were started, in their order."""
+    started: list[Lives] = []
+
+    def start(spec: ServerSpec, **_: Any) -> Any:
+        started.append(Lives(f"server {len(started)}"))
+        return started[-1]
+
+    monkeypatch.setattr(own_servers.Server, "start", start)
+    monkeypatch.setattr(own_servers.State, "of", lambda server: f"first of {server.name}")
+    monkeypatch.setattr(own_servers, "put_back", lambda *_: None)
+    return started
+
+
+@pytest.fixture
+def servers() -> OwnServers:
+    wanted = ServerSpec.make(model="/models/large", server_args={"quantization": "fp8"})
+    return OwnServers(wanted, SimpleNamespace(), image="an/image", run_id="r", say=lambda _: None)  # type: ignore[arg-type]
 
 
 def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
-    run: Qualification, monkeypatch: pytest.MonkeyPatch
+    servers: OwnServers, monkeypatch: pytest.MonkeyPatch
 ):
     died = ServerDied(DEATH)
     died.server_log = "its last words"  # type: ignore[attr-defined]
-    monkeypatch.setattr(qualify.Server, "start", starts := Starts(died))
+    monkeypatch.setattr(own_servers.Server, "start", starts := Starts(died))
     with (
         pytest.raises(DidNotComeUp, match="no such flag"),
-        run._own_server(model="tiny-qwen3", server_args={"tp-size": 2}),
+        servers.lent(model="tiny-qwen3", server_args={"tp-size": 2}),
     ):
         pytest.fail("it never came up")
     (spec,) = starts.specs
     assert (spec.image, spec.model, spec.server_args) == ("an/image", "tiny-qwen3", {"tp-size": 2})
-    (log,) = run._logs
+    (log,) = servers.logs
     assert log.splitlines() == [
         "--- a server of its own that did not come up: tiny-qwen3 --tp-size=2 ---",
         "its last words",
@@ -127,36 +155,70 @@ def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
 
 
 def test_a_missing_package_is_what_the_harness_lacks(
-    run: Qualification, monkeypatch: pytest.MonkeyPatch
+    servers: OwnServers, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(qualify.Server, "start", Starts(MissingExtra("A tiny model", "torch")))
-    with pytest.raises(NotProvided, match=r"sglang-harness\[torch\]"), run._own_server():
+    monkeypatch.setattr(own_servers.Server, "start", Starts(MissingExtra("A tiny model", "torch")))
+    with pytest.raises(NotProvided, match=r"sglang-harness\[torch\]"), servers.lent():
         pytest.fail("it cannot be made")
 
 
-def test_it_is_stopped_and_its_log_kept_whatever_the_check_does(
-    run: Qualification, monkeypatch: pytest.MonkeyPatch
+def test_the_check_has_its_time_from_when_the_server_is_up(
+    servers: OwnServers, starts: list[Lives]
 ):
-    ended: list[str] = []
-    server = SimpleNamespace(
-        client=SimpleNamespace(deadline=None),
-        logs=lambda: "what it wrote",
-        stop=lambda: ended.append("stopped"),
-    )
-    monkeypatch.setattr(qualify.Server, "start", starts := Starts(server))
     before = time.monotonic()
+    with servers.lent() as server:
+        assert server.client.deadline is not None
+        assert 0 <= server.client.deadline - before - servers._wanted.limits.check < 60
+    assert starts[0].client.deadline is None, "putting back is not the check's time"
 
+
+def test_it_is_stopped_and_its_log_kept_where_the_check_did_not_come_to_its_end(
+    servers: OwnServers, starts: list[Lives]
+):
     def check() -> None:
-        with run._own_server():
+        with servers.lent():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         check()
-    deadline = server.client.deadline
-    # The start has a limit of its own; the check's begins when the server is up.
-    assert deadline is not None
-    assert 0 <= deadline - before - starts.specs[0].limits.check < 60
-    assert ended == ["stopped"]
-    assert run._logs == [
-        "--- a server of its own for one check: tiny --quantization=fp8 ---\nwhat it wrote"
-    ]
+    assert [each.ended for each in starts] == [1]
+    title = "--- a server of its own: tiny --quantization=fp8 ---"
+    assert servers.logs == [f"{title}\nwhat server 0 wrote"]
+    assert servers.stopped == starts
+
+
+def test_one_that_could_be_put_back_is_handed_on_to_whoever_asks_for_the_same(
+    servers: OwnServers, starts: list[Lives]
+):
+    for _ in range(3):
+        with servers.lent(model="tiny", server_args={"tp_size": 2}):
+            pass
+    with servers.lent(model="tiny", server_args={"tp-size": 2}):
+        pass
+    assert [each.ended for each in starts] == [0]
+    with servers.lent(model="tiny-qwen3"):
+        assert [each.ended for each in starts] == [1, 0], "never two of them at once"
+    servers.close()
+    servers.close()
+    assert [each.ended for each in starts] == [1, 1]
+
+
+def test_one_that_died_or_could_not_be_put_back_is_never_handed_on(
+    servers: OwnServers, starts: list[Lives], monkeypatch: pytest.MonkeyPatch
+):
+    with servers.lent():
+        pass
+    starts[0].running.watch.death = DEATH
+    with servers.lent():
+        pass
+
+    def cannot(*_: Any) -> None:
+        raise CannotPutBack("other weights")
+
+    monkeypatch.setattr(own_servers, "put_back", cannot)
+    with servers.lent():
+        pass
+    with servers.lent():
+        pass
+    assert len(starts) == 3
+    assert [each.ended for each in starts] == [1, 1, 1]
