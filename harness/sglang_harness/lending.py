@@ -146,6 +146,8 @@ class Lender:
 class BorrowedServer:
     """A :class:`sglang_harness.runtime.Running` that another process keeps."""
 
+    is_borrowed = True
+
     def __init__(self, loan: Loan, counter: Counter) -> None:
         self._loan = loan
         self._counter = counter

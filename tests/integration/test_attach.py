@@ -83,13 +83,17 @@ def test_with_leave_what_is_changed_is_put_back(
     files = set(server.reach.folder.iterdir())
     done = command(
         "qualify", "--url", server.address, "--model", str(server.model),
-        "--allow-changes", "--share", share, "--profile", "full", env=theirs.environment,
+        "--allow-changes", "--share", share, "-k", "weights/disk", "-k", "weights/tensor",
+        "-k", "weights/shared-memory", "-k", "weights/push-retract", "-k", "hostile/out-of",
+        env=theirs.environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     verdict = Verdict.read(tmp_path / "out" / "verdict.json")
     assert verdict.verdict == "pass"
-    assert {"weights/disk", "weights/disk-restore"} <= {c.id for c in verdict.checks}
+    judged = {c.id for c in verdict.checks}
+    assert {"weights/disk", "weights/disk-restore", "weights/tensor"} <= judged
     reasons = {o.id: o.reason for o in verdict.outside_profile}
+    assert "nothing can be put beside it" in reasons["weights/shared-memory"]
     assert "a server of its own" in reasons["hostile/out-of-vocabulary-ids"]
     assert server.client.checksums() == before
     assert server.client.model_info() == info

@@ -52,6 +52,8 @@ def lacks_peer(server: Server) -> str | None:
     """Why nothing can be put beside this server; ``None``: it can."""
     if server.running.runtime == "attach":
         return "somebody else started this server: nothing can be put beside it"
+    if getattr(server.running, "is_borrowed", False):
+        return "another process keeps this server: nothing can be put beside it from here"
     return None
 
 
