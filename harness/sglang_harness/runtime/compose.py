@@ -123,13 +123,11 @@ class Project(DockerCompose):
         done = self._run_command([*self.compose_command_property, "config", "--format", "json"])
         return dict(json.loads(done.stdout))
 
-    def down(self, seconds: float) -> None:
-        """Takes down what :meth:`start` brought up, anonymous volumes too. A volume that the
-        file names itself may be somebody's cache, and stays."""
-        self._run_command(
-            [*self.compose_command_property, "down", "--timeout", str(int(seconds)),
-             "--remove-orphans"]
-        )  # fmt: skip
+    def down(self) -> None:
+        """Takes down what :meth:`start` brought up, anonymous volumes too, each service within
+        the grace period that its file gives it. A volume that the file names itself may be
+        somebody's cache, and stays."""
+        self._run_command([*self.compose_command_property, "down", "--remove-orphans"])
 
 
 class ComposeServer(RunningContainer):
@@ -284,7 +282,7 @@ class ComposeServer(RunningContainer):
         if not self._second.exists():
             return
         with suppress(EngineError):
-            self._project.down(self.spec.limits.stop)
+            self._project.down()
             self._remove_volumes()
         self.reach.close()
 
