@@ -6,8 +6,9 @@ route, and beside that
 * a plain copy of the same bytes: the checkpoint's files read into memory, once;
 * the push as SGLang's own examples do it in the body: one tensor a request, pickled and base64.
 
-For each route: our part (reading, packing, handing over) and the server's (answering, loading),
-and the sender's peak of memory (anonymous and shared pages) above what it held before the push.
+For each route: our part (reading, packing, handing over) and the server's (answering, loading).
+Where the harness itself sends, also its peak of memory (anonymous and shared pages) above what it
+held before the push; a peer keeps its buffer from push to push, so this says nothing of it.
 Prints a table and writes ``bench/results/``.
 
     python bench/weights.py [--rounds 3] [--layers 6]
@@ -29,7 +30,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import docker
 import requests
 from rich.console import Console
 from rich.table import Table
@@ -71,7 +71,7 @@ def make_model(folder: Path, layers: int) -> None:
     folder.chmod(0o755)
 
 
-def held(pid: int | str) -> int:
+def held(pid: str) -> int:
     """Bytes of anonymous and shared memory that a process has now."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
@@ -81,7 +81,7 @@ def held(pid: int | str) -> int:
 class Peak:
     """The most that a process held while this was open, above what it held at first."""
 
-    def __init__(self, pid: int | str) -> None:
+    def __init__(self, pid: str) -> None:
         self._pid = pid
         self._first = self._most = held(pid)
         self._over = threading.Event()
@@ -107,15 +107,8 @@ class Peak:
         return self._most - self._first
 
 
-def sender_of(server: Server, route: str) -> int | str:
-    """The process that reads and packs: this one, or the peer (started and warm)."""
-    peer = server.weights._peer  # bench only: nobody else has to know
-    if route in ("disk", "tensor", "tensor-bucket") or peer is None:
-        return "self"
-    table = docker.from_env().containers.get(peer.name).top()
-    column = table["Titles"].index("PID")
-    # The program itself, not the init process before it.
-    return int(table["Processes"][-1][column])
+#: Routes whose bytes this process reads and packs; the others' a peer does.
+SENT_FROM_HERE = ("disk", "tensor", "tensor-bucket")
 
 
 def plain_copy(folder: Path) -> float:
@@ -159,13 +152,13 @@ def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, 
     size = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
     rows = []
     names = [n for n in routes.names() if routes.make(n).lacking(server) is None]
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     copies, examples = [], []
     for number in range(rounds + 1):  # the first only warms caches and peers
         for turn, name in enumerate(names):
             folder = folders[(number * len(names) + turn) % 2]
             copy = plain_copy(folder)
-            with Peak(sender_of(server, name)) as peak:
+            with Peak("self") as peak:
                 push = server.weights.push(folder, route=name, logprobs=False, timeout=600)
             assert push.checksums.says == "agrees", push
             if number:
@@ -177,14 +170,17 @@ def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, 
                         "server": push.seconds_server,
                         "all": push.seconds,
                         "copy": copy,
-                        "peak_bytes": peak.above,
+                        "peak_bytes": peak.above if name in SENT_FROM_HERE else None,
                     }
                 )
         example = one_by_one(server, folders[number % 2])
         if number:
             examples.append(example)
     for name, taken in samples.items():
-        median = {key: statistics.median(s[key] for s in taken) for key in taken[0]}
+        median = {
+            key: statistics.median(s[key] for s in taken) if taken[0][key] is not None else None
+            for key in taken[0]
+        }
         rows.append(
             {
                 "route": name,
@@ -242,9 +238,9 @@ def show(rows: list[dict[str, Any]], size: int, largest: int, rounds: int) -> No
                 f"{median['ours']:.2f}",
                 f"{median['server']:.2f}",
                 f"{row['ours_times_a_copy']:.2f}",
-                f"{median['peak_bytes'] / 1e6:.0f}",
-                f"{median['peak_bytes'] / allowed:.2f}",
             ]
+            if (most := median["peak_bytes"]) is not None:
+                cells += [f"{most / 1e6:.0f}", f"{most / allowed:.2f}"]
         table.add_row(*cells)
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
