@@ -7,6 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def logprobs_in(meta: dict[str, Any]) -> tuple[float, ...]:
+    """Of the generated tokens, in nats; NaN where a server with such weights answers null, as
+    JSON has no NaN (0.5.23)."""
+    scored = meta.get("output_token_logprobs") or ()
+    return tuple(math.nan if entry[0] is None else float(entry[0]) for entry in scored)
+
+
+def spans_in(meta: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
+    """Label, first token and the one behind the last, where the server states them."""
+    return tuple(
+        (str(span["version"]), int(span["start"]), int(span["end"]))
+        for span in meta.get("weight_versions") or ()
+    )
+
+
 @dataclass(frozen=True)
 class Generation:
     """One answer of ``/generate``.
@@ -49,8 +64,7 @@ class Generation:
         return cls(
             text=data.get("text", ""),
             output_ids=tuple(int(i) for i in data["output_ids"]),
-            # JSON has no NaN: a server with such weights answers null (0.5.23).
-            logprobs=tuple(math.nan if e[0] is None else float(e[0]) for e in scored),
+            logprobs=logprobs_in(meta),
             logprob_ids=tuple(int(entry[1]) for entry in scored),
             prompt_logprobs=tuple(None if e[0] is None else float(e[0]) for e in prompt),
             finish=str(finish.pop("type", "")),
@@ -61,10 +75,7 @@ class Generation:
             cached_tokens=int(meta.get("cached_tokens") or 0),
             weight_version=meta.get("weight_version"),
             seconds=seconds,
-            weight_spans=tuple(
-                (str(span["version"]), int(span["start"]), int(span["end"]))
-                for span in meta.get("weight_versions") or ()
-            ),
+            weight_spans=spans_in(meta),
             dp_rank=meta.get("dp_rank"),
         )
 

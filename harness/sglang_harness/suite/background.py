@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_harness.client import Chunk, Client
+from sglang_harness.client.answers import logprobs_in, spans_in
 from sglang_harness.client.calls import Prompt
 from sglang_harness.errors import HarnessError
 
@@ -113,12 +113,6 @@ class BackgroundStream:
             finish=str((meta["finish_reason"] or {}).get("type", "")),
             chunk_seconds=[c.seconds for c in self._chunks],
             ids=list(last.output_ids),
-            logprobs=[
-                math.nan if each[0] is None else float(each[0])
-                for each in meta.get("output_token_logprobs") or ()
-            ],
-            weight_spans=[
-                (str(span["version"]), int(span["start"]), int(span["end"]))
-                for span in meta.get("weight_versions") or ()
-            ],
+            logprobs=list(logprobs_in(meta)),
+            weight_spans=list(spans_in(meta)),
         )

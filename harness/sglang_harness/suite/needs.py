@@ -121,3 +121,4 @@ def _no_checksums(server: Server) -> str | None:
 
 CHECKSUMS = Need("checksums of the weights", _no_checksums)
 DISK_UPDATE = route("POST", "/update_weights_from_disk")
+TENSOR_UPDATE = route("POST", "/update_weights_from_tensor")

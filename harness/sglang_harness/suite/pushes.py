@@ -22,7 +22,7 @@ from sglang_harness.suite.check import (
     register,
 )
 from sglang_harness.suite.generate import PROMPTS, greedy
-from sglang_harness.suite.needs import CHECKSUMS, FIRST_WEIGHTS, route
+from sglang_harness.suite.needs import CHECKSUMS, DISK_UPDATE, FIRST_WEIGHTS, TENSOR_UPDATE, route
 from sglang_harness.suite.scored import Tokens, unequal
 from sglang_harness.suite.segments import Segmented, wrong_segments
 from sglang_harness.suite.weights import NEW_VERSION, first_weights_afterwards, variant
@@ -30,11 +30,10 @@ from sglang_harness.traffic import EmptySlice, Traffic, TrafficRecord
 from sglang_harness.verdict import Figure
 from sglang_harness.weights import PushReport
 
-TENSORS = route("POST", "/update_weights_from_tensor")
 PAUSE = route("POST", "/pause_generation")
 
 #: What a check needs that pushes tensors in the body of a request and puts the first ones back.
-PUSHED = (TENSORS, route("POST", "/update_weights_from_disk"), FIRST_WEIGHTS)
+PUSHED = (TENSOR_UPDATE, DISK_UPDATE, FIRST_WEIGHTS)
 
 Mode = Literal["abort", "retract", "in_place"]
 

@@ -32,13 +32,12 @@ from sglang_harness.suite.check import (
     register,
 )
 from sglang_harness.suite.generate import greedy
-from sglang_harness.suite.needs import DISK_UPDATE, route
+from sglang_harness.suite.needs import DISK_UPDATE, TENSOR_UPDATE, route
 from sglang_harness.suite.scored import Tokens, unequal
 
 if TYPE_CHECKING:
     import torch
 
-TENSOR_UPDATE = route("POST", "/update_weights_from_tensor")
 GROUPS = route("POST", "/init_weights_update_group")
 
 #: A parameter that a server holds under the checkpoint's own name, whatever it fuses.
