@@ -202,7 +202,7 @@ def _one_line(item: pytest.Item | None) -> Iterator[None]:
     except HarnessError as error:
         if item is not None:
             item.stash[_LOST_LOG] = str(getattr(error, "server_log", ""))
-        pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 
 
 def _lend(item: pytest.Item, name: str, server: Server) -> Server:

@@ -121,18 +121,22 @@ def test_a_slip_in_the_ini_file_counts_only_where_a_test_uses_a_server(
     ("words", "told"),
     [
         (("--sglang-url", "http://127.0.0.1:9"), "AttachError: No server answers at"),
-        (("--sglang-runtime", "compose", "--sglang-compose-file", "conftest.py"), "compose"),
+        (("--sglang-runtime", "docker"), "EngineError: No Docker engine answers at"),
         (("--sglang-model", "./nowhere"), "ModelError: The model ./nowhere is not there"),
     ],
 )
 def test_a_server_that_cannot_be_had_is_one_line_a_test(
-    pytester: pytest.Pytester, words: tuple[str, ...], told: str
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    told: str,
 ) -> None:
-    pytester.makeconftest("")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     pytester.makepyfile(USES_A_SERVER)
     done = run(pytester, *words)
     assert done.ret == 1
     assert told in done.stdout.str()
+    assert "During handling" not in done.stdout.str()
     assert "never runs" not in done.stdout.str().replace(USES_A_SERVER, "")
     assert "site-packages" not in done.stdout.str()
     assert 'File "' not in done.stdout.str()
