@@ -15,7 +15,6 @@ import io
 import json
 import pickle
 import time
-from binascii import b2a_base64
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +35,10 @@ def buffer(nbytes: int) -> torch.Tensor:
     """Room for one bucket: uint8, on the CPU.
 
     Raises:
-        MissingExtra: torch is not installed.
+        MissingExtra: torch, or what comes with it, is not installed.
     """
     try:
+        import pybase64  # noqa: F401 -- told now, and not in the middle of a push
         import torch
     except ImportError:
         raise MissingExtra("Pushing weights", "torch") from None
@@ -206,6 +206,8 @@ def pieces(room: torch.Tensor, bucket: Bucket, *, flattened: bool) -> list[bytes
 
 def in_base64(parts: Sequence[bytes | memoryview]) -> Iterator[bytes]:
     """The base64 of the parts one after another, :data:`PIECE` bytes at a time."""
+    import pybase64
+
     left = b""
     for part in parts:
         view = memoryview(part)
@@ -215,14 +217,14 @@ def in_base64(parts: Sequence[bytes | memoryview]) -> Iterator[bytes]:
             left += bytes(view[:at])
             if len(left) % 3:
                 continue
-            yield b2a_base64(left, newline=False)
+            yield pybase64.b64encode(left)
             left = b""
         whole = at + (len(view) - at) // 3 * 3
         for start in range(at, whole, PIECE):
-            yield b2a_base64(view[start : min(start + PIECE, whole)], newline=False)
+            yield pybase64.b64encode(view[start : min(start + PIECE, whole)])
         left = bytes(view[whole:])
     if left:
-        yield b2a_base64(left, newline=False)
+        yield pybase64.b64encode(left)
 
 
 class TensorBody:
