@@ -7,8 +7,10 @@ route, and beside that
 * the push as SGLang's own examples do it in the body: one tensor a request, pickled and base64.
 
 For each route: our part (reading, packing, handing over) and the server's (answering, loading).
-Where the harness itself sends, also its peak of memory (anonymous and shared pages) above what it
-held before the push; a peer keeps its buffer from push to push, so this says nothing of it.
+The sender's peak of memory stands beside them: of the harness where it sends itself (anonymous
+and shared pages, above what it held before the push), else of the peer (all resident memory above
+what its imports hold). Whoever takes the body of a request takes its time over it, so both routes
+in the body are also measured against a receiver that throws the bytes away.
 Prints a table and writes ``bench/results/``.
 
     python bench/weights.py [--rounds 3] [--layers 6]
@@ -23,12 +25,15 @@ import pickle
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import requests
 from rich.console import Console
@@ -37,7 +42,10 @@ from rich.table import Table
 from sglang_harness import Server, ServerSpec, checkpoint, environment
 from sglang_harness.checkpoint.perturb import perturbed
 from sglang_harness.checkpoint.reading import open_checkpoint
+from sglang_harness.client import Client, RequestsTransport
+from sglang_harness.peer import Peer
 from sglang_harness.weights import route as routes
+from sglang_harness.weights.buckets import plan
 from sglang_harness.weights.pusher import BUCKET
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,8 +115,8 @@ class Peak:
         return self._most - self._first
 
 
-#: Routes whose bytes this process reads and packs; the others' a peer does.
-SENT_FROM_HERE = ("disk", "tensor", "tensor-bucket")
+#: Routes that send the bytes in the body of a request.
+IN_BODY = ("tensor", "tensor-bucket")
 
 
 def plain_copy(folder: Path) -> float:
@@ -148,6 +156,55 @@ def one_by_one(server: Server, folder: Path) -> float:
     return time.monotonic() - began
 
 
+#: Takes any request and answers success, as fast as Python takes bytes from a socket.
+NOWHERE = """
+import socket
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], flush=True)
+connection, _ = listening.accept()
+room = bytearray(1 << 20)
+while True:
+    head = b""
+    while b"\\r\\n\\r\\n" not in head:
+        piece = connection.recv(1 << 16)
+        if not piece:
+            raise SystemExit
+        head += piece
+    head, _, body = head.partition(b"\\r\\n\\r\\n")
+    length = next(int(line.split(b":")[1]) for line in head.split(b"\\r\\n")
+                  if line.lower().startswith(b"content-length"))
+    left = length - len(body)
+    while left:
+        left -= connection.recv_into(room, min(left, len(room)))
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 29\\r\\n\\r\\n"
+                       b'{"success":true,"message":""}')
+"""
+
+
+def to_nowhere(folder: Path, name: str) -> float:
+    """Our seconds for a push by a route in the body, to who throws the bytes away."""
+    source = open_checkpoint(folder)
+    with subprocess.Popen([sys.executable, "-c", NOWHERE], stdout=subprocess.PIPE) as receiver:
+        assert receiver.stdout is not None
+        client = Client(RequestsTransport(f"http://127.0.0.1:{int(receiver.stdout.readline())}"))
+        job = routes.Job(
+            server=cast(Server, SimpleNamespace(client=client)),
+            source=source,
+            buckets=plan(source.tensors.values(), BUCKET),
+            ranks=1,
+            version="nowhere",
+            timeout=600,
+            abort_all_requests=False,
+            any_peer=lambda: cast(Peer, None),
+        )
+        route = routes.make(name)
+        route.open(job)
+        sent = [route.send(bucket) for bucket in job.buckets]
+        route.close()
+        client.close()
+    return sum(each.read + each.pack + each.hand_over for each in sent)
+
+
 def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, Any]]:
     size = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
     rows = []
@@ -170,7 +227,10 @@ def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, 
                         "server": push.seconds_server,
                         "all": push.seconds,
                         "copy": copy,
-                        "peak_bytes": peak.above if name in SENT_FROM_HERE else None,
+                        "nowhere": to_nowhere(folder, name) if name in IN_BODY else None,
+                        "peak_bytes": peak.above
+                        if push.peer_peak_bytes is None
+                        else push.peer_peak_bytes,
                     }
                 )
         example = one_by_one(server, folders[number % 2])
@@ -188,6 +248,9 @@ def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, 
                 "median": median,
                 "gigabytes_per_second": size / GB / median["all"],
                 "ours_times_a_copy": statistics.median(s["ours"] / s["copy"] for s in taken),
+                "nowhere_times_a_copy": statistics.median(s["nowhere"] / s["copy"] for s in taken)
+                if name in IN_BODY
+                else None,
             }
         )
     rows.append({"route": "SGLang's examples, a tensor a request", "seconds": examples,
@@ -226,6 +289,7 @@ def show(rows: list[dict[str, Any]], size: int, largest: int, rounds: int) -> No
         "ours s",
         "server s",
         "ours / copy",
+        "to nowhere / copy",
         "peak MB",
         f"of {allowed / 1e6:.0f}",
     )
@@ -238,6 +302,7 @@ def show(rows: list[dict[str, Any]], size: int, largest: int, rounds: int) -> No
                 f"{median['ours']:.2f}",
                 f"{median['server']:.2f}",
                 f"{row['ours_times_a_copy']:.2f}",
+                f"{nowhere:.2f}" if (nowhere := row["nowhere_times_a_copy"]) else "",
             ]
             if (most := median["peak_bytes"]) is not None:
                 cells += [f"{most / 1e6:.0f}", f"{most / allowed:.2f}"]

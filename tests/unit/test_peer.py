@@ -157,7 +157,22 @@ def test_what_fails_over_there_is_said_here_and_the_next_order_works(peer: Peer,
     with pytest.raises(PeerFailed, match="no group was joined"):
         peer.ask("broadcast", slots=[], room=16, timeout=60)
     assert peer.ask("port", timeout=10)["port"] > 1023
-    assert peer.ask("memory", timeout=10)["peak"] > 1 << 20
+
+
+def test_a_peer_holds_one_bucket_and_little_more(peer: Peer, tmp_path: Path):
+    sixteen = 16 << 20
+    tensors = {name: torch.ones(sixteen // 4) for name in "abcd"}
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    buckets = plan([Info(n, t) for n, t in tensors.items()], 2 * sixteen)
+    assert len(buckets) == 2
+    peer.ask("open", folder=str(tmp_path), timeout=60)
+    assert peer.peak_bytes() < sixteen // 2
+    for bucket in buckets:
+        peer.ask(
+            "pack", slots=slots(bucket), extent=bucket.extent, room=largest(buckets), ranks=1,
+            flattened=False, timeout=60,
+        )  # fmt: skip
+    assert 2 * sixteen <= peer.peak_bytes() < 3 * sixteen
 
 
 def test_a_bucket_that_does_not_fit_into_shared_memory_is_refused_in_words(

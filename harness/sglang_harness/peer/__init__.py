@@ -83,6 +83,14 @@ class Peer:
         self.tell(do, **order)
         return self.answer(timeout)
 
+    def peak_bytes(self) -> int:
+        """The most that it held since it imported something, above what the imports hold.
+
+        Raises:
+            PeerFailed: it does not answer.
+        """
+        return int(self.ask("memory", timeout=10.0)["peak_bytes"])
+
     def words(self) -> str:
         """The end of its error output."""
         return self._beside.words()

@@ -10,6 +10,7 @@ is there. Orders come as lines of JSON on standard input, one answer a line goes
     join        a process group as its rank 0      -> {"seconds": s}
     broadcast   a bucket, one tensor after another -> {"seconds_read": s, ...}
     leave       the process group                  -> {}
+    memory      held above what the imports hold   -> {"peak_bytes": n, "now_bytes": n}
     close       gives everything back              -> {"left": [names in /dev/shm]}
 
 A failed order answers {"error": "..."}. When standard input ends, so does this.
@@ -27,7 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
@@ -45,13 +46,24 @@ class Sender:
         self.segments: list[str] = []
         self.group: Any = None
         self.backend = ""
+        self.imports = resident()["VmRSS"]
+
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """What it adds is Python's and its libraries', and no part of a peak, which counts anew."""
+        before = resident()["VmRSS"]
+        yield
+        self.imports += resident()["VmRSS"] - before
+        with suppress(OSError), open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")
 
     # --- what is sent ---------------------------------------------------------------------
 
     def open(self, folder: str) -> dict[str, Any]:
         """Finds every tensor of the folder's safetensors files; reads none. Imports torch, which
         takes seconds, while nothing waits for it."""
-        import torch  # noqa: F401
+        with self.importing():
+            import torch  # noqa: F401
 
         self.places = {}
         for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
@@ -102,7 +114,8 @@ class Sender:
         started = time.monotonic()
         self._make_room(room, shared)
         if shared:
-            bucket_module()
+            with self.importing():
+                bucket_module()
         return {"seconds": time.monotonic() - started}
 
     def _make_room(self, room: int, shared: bool) -> None:
@@ -242,7 +255,8 @@ class Sender:
     def prepare(self) -> dict[str, Any]:
         """Imports what ``join`` needs, which takes seconds, before anything waits for it."""
         started = time.monotonic()
-        import sglang.srt.utils  # noqa: F401
+        with self.importing():
+            import sglang.srt.utils  # noqa: F401
 
         return {"seconds": time.monotonic() - started}
 
@@ -273,12 +287,12 @@ class Sender:
     # --- the end --------------------------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
-        """Peak resident memory of this process so far, in bytes (Linux)."""
-        with open("/proc/self/status") as status:
-            told = dict(line.split(":", 1) for line in status)
+        """The most that it held since it imported something, and what it holds now; in bytes of
+        resident memory above what the imports hold (Linux)."""
+        held = resident()
         return {
-            "peak": int(told["VmHWM"].split()[0]) * 1024,
-            "now": int(told["VmRSS"].split()[0]) * 1024,
+            "peak_bytes": held["VmHWM"] - self.imports,
+            "now_bytes": held["VmRSS"] - self.imports,
         }
 
     def close(self) -> dict[str, Any]:
@@ -297,6 +311,13 @@ class Sender:
         left = [n for n in self.segments if os.path.exists(os.path.join(SHARED_MEMORY, n))]
         self.segments = []
         return left
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process's resident memory: now (``VmRSS``) and at most (``VmHWM``)."""
+    with open("/proc/self/status") as status:
+        told = dict(line.split(":", 1) for line in status)
+    return {name: int(told[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM")}
 
 
 def bucket_module() -> Any:

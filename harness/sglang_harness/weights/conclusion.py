@@ -46,6 +46,7 @@ class Gathered:
     error: HarnessError | None = None
     entered: bool = False
     seconds: float = 0.0
+    peer_peak_bytes: int | None = None
 
     @property
     def sent_nothing(self) -> bool:
@@ -183,4 +184,5 @@ def report(
         put_back=put_back,
         unfit=unfit,
         notes=push.job.notes,
+        peer_peak_bytes=push.peer_peak_bytes,
     )

@@ -138,7 +138,7 @@ class WeightPusher:
             version=version or self._label(),
             timeout=timeout or server.spec.limits.check,
             abort_all_requests=abort_all_requests,
-            peer=self._any_peer,
+            any_peer=self._any_peer,
         )  # fmt: skip
         before, why_none = self._checksums()
         self._remember_first(about, before, served)
@@ -207,6 +207,9 @@ class WeightPusher:
                 job.notes += route.close()
                 if self._peer is not None and self._peer.busy:
                     self._drop_peer(job)
+                elif job.beside is not None:
+                    with suppress(HarnessError):
+                        push.peer_peak_bytes = job.beside.peak_bytes()
         if push.error is None and push.session.closing_errors:
             push.error = push.session.closing_errors[0]
 

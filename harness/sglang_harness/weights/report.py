@@ -94,6 +94,8 @@ class PushReport(_Record):
         new, old, unknown: tensors by what is known of them when the push has failed.
         put_back: what the server serves after a failed push, where it was put back.
         unfit: why the server must not be used any more; ``None``: it may.
+        peer_peak_bytes: the most that the peer held above what its imports hold, the bucket in
+            it included; ``None`` where no peer was used, or it was ended.
     """
 
     route: str
@@ -122,6 +124,7 @@ class PushReport(_Record):
     put_back: str | None
     unfit: str | None
     notes: list[str]
+    peer_peak_bytes: int | None = None
 
     @property
     def seconds_ours(self) -> float:

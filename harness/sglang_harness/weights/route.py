@@ -24,7 +24,8 @@ class Job:
         ranks: tensor-parallel ranks of the server: each gets an entry of its own.
         version: the label that goes with every bucket.
         timeout: seconds for the server's answer to one bucket.
-        peer: what stands beside the server, started by the first route that asks for it.
+        any_peer: what stands beside the server, started for the first push that asks for it.
+        beside: the peer that this push uses, if it uses one.
         seconds_staged: what a route spent on copying the checkpoint to where it is read.
         staged: folders to be removed when the push is over.
     """
@@ -36,10 +37,20 @@ class Job:
     version: str
     timeout: float
     abort_all_requests: bool
-    peer: Callable[[], Peer]
+    any_peer: Callable[[], Peer]
+    beside: Peer | None = None
     seconds_staged: float = 0.0
     staged: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def peer(self) -> Peer:
+        """What stands beside the server.
+
+        Raises:
+            EngineError, PeerFailed: nothing can.
+        """
+        self.beside = self.any_peer()
+        return self.beside
 
 
 @dataclass(frozen=True)
