@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,7 @@ _SERVERS: pytest.StashKey[list[tuple[str, Server]]] = pytest.StashKey()
 _LOST_LOG = pytest.StashKey[str]()
 _RUN = pytest.StashKey[str]()
 _COUNTER: pytest.StashKey[OpenCounter] = pytest.StashKey()
+_IN_ORDER: pytest.StashKey[ExitStack] = pytest.StashKey()
 _TALLIES: pytest.StashKey[list[Tally]] = pytest.StashKey()
 _SPECS: pytest.StashKey[dict[str, ServerSpec]] = pytest.StashKey()
 
@@ -93,6 +94,8 @@ def pytest_configure_node(node: Any) -> None:
             return Lender()
 
         stash[_COUNTER] = OpenCounter(lender)
+        stash[_IN_ORDER] = ExitStack()
+        stash[_IN_ORDER].enter_context(_sigterm_ends_in_order())
     counter = stash[_COUNTER].counter
     node.workerinput["sglang_counter"] = (counter.socket, counter.key)
 
@@ -116,6 +119,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if lender is not None:
             lender.close()
             config.stash[_TALLIES].append(lender.tally)
+        config.stash[_IN_ORDER].close()
 
 
 def _wanted(config: pytest.Config) -> Wanted:
@@ -140,6 +144,39 @@ def _refuse_slips(config: pytest.Config) -> None:
         raise pytest.UsageError(f"sglang-harness: {error}") from None
 
 
+@contextmanager
+def _sigterm_ends_in_order() -> Iterator[None]:
+    """A CI job that is called off ends its tests with SIGTERM, which Python dies of on the spot;
+    inside, the first one ends the run as ``pytest.exit`` does, so that no container stays. Who
+    has a handler of their own keeps it."""
+    import signal
+    import threading
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what gives servers back is not interrupted
+        raise pytest.exit.Exception("SIGTERM", returncode=128 + number)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if not ours:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session")
+def _in_order() -> Iterator[None]:
+    """Every fixture that may start a server stands on this one."""
+    with _sigterm_ends_in_order():
+        yield
+
+
 @pytest.fixture(scope="session")
 def sglang_spec(pytestconfig: pytest.Config) -> ServerSpec:
     """What to run, by the options. Override it in a conftest.py to say it in Python."""
@@ -159,6 +196,7 @@ def _sglang_session(
     pytestconfig: pytest.Config,
     sglang_spec: ServerSpec,
     sglang_runtime: Runtime | Attachment,
+    _in_order: None,
 ) -> Iterator[SessionServer]:
     """The session's server: this process's own, or one that xdist's workers share."""
     from sglang_harness.session_server import LocalKeeper, SessionServer
@@ -263,6 +301,7 @@ def fresh_sglang_server(
     request: pytest.FixtureRequest,
     sglang_spec: ServerSpec,
     sglang_runtime: Runtime | Attachment,
+    _in_order: None,
 ) -> Iterator[Server]:
     """A server of this test's own, for tests that break theirs. It costs a start."""
     from sglang_harness.session_server import LocalKeeper
@@ -279,7 +318,7 @@ def fresh_sglang_server(
 
 
 @pytest.fixture(scope="session")
-def _named_servers() -> Iterator[dict[str, LocalKeeper]]:
+def _named_servers(_in_order: None) -> Iterator[dict[str, LocalKeeper]]:
     servers: dict[str, LocalKeeper] = {}
     try:
         yield servers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from commands import COMMAND_LIMIT
+from commands import COMMAND_LIMIT, names_on_engine
 
 from sglang_harness import places
 
@@ -127,6 +127,28 @@ def test_the_workers_of_xdist_share_one_server_and_one_that_is_killed_takes_noth
     text = done.stdout.str()
     assert "sglang: 1 server start " in text
     assert "replaced" not in text
+
+
+CALLED_OFF = """
+import os
+import signal
+import time
+
+
+def test_the_job_is_called_off(sglang_server):
+    print(f"container {sglang_server.about()['container']}.")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.engine
+def test_sigterm_takes_the_container_down_before_the_run_ends(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(CALLED_OFF)
+    done = run(pytester, "-s", "--sglang-runtime", "docker")
+    assert done.ret == 128 + 15
+    (container,) = re.findall(r"container (sglang-harness-\S+)\.", done.stdout.str())
+    assert container not in names_on_engine()
 
 
 KILLED = """

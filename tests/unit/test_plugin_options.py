@@ -117,6 +117,42 @@ def test_a_slip_in_the_ini_file_counts_only_where_a_test_uses_a_server(
     done.stderr.fnmatch_lines(["ERROR: sglang-harness: *'podman' is none of*"])
 
 
+def test_sigterm_gives_back_what_the_run_has_before_it_ends(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import os, signal, time
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def had(_in_order):
+            yield
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one interrupts nothing
+            print("given back")
+
+        def test_x(had, sglang_servers):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        """
+    )
+    done = run(pytester, "-s")
+    assert done.ret == 128 + 15
+    done.stdout.fnmatch_lines(["*given back*", "*Exit: SIGTERM*"])
+
+
+def test_without_a_server_sigterm_is_none_of_the_plugins_business(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(
+        """
+        import os, signal
+
+        def test_x():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        """
+    )
+    run(pytester).assert_outcomes(passed=1)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
