@@ -1,17 +1,27 @@
-"""Does it survive what it should refuse? Each check has a server of its own."""
+"""Does it survive what it should refuse? Each check has a server of its own, which it may kill."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from sglang_harness import oracle as oracles
 from sglang_harness.errors import RequestFailed, ServerDied
-from sglang_harness.suite.check import Check, Context, Mismatch, Observation, register
+from sglang_harness.suite.check import Check, Context, Mismatch, Observation, dtype_of, register
 from sglang_harness.suite.generate import greedy
 from sglang_harness.suite.scored import Tokens, unequal
 
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
 
-class AfterHostility(Observation):
+PROMPT = [1, 2, 3, 4]
+#: Seconds. SGLang takes about six from a scheduler's end to its own (0.5.23).
+DIES_WITHIN = 12.0
+
+
+class Aftermath(Observation):
     status: int | None
-    """Of the hostile request; ``None`` when it got no answer."""
+    """Of the hostile call; ``None`` when it got no answer."""
     reason: str
     death: str
     """How the server ended; empty when it lives."""
@@ -20,43 +30,64 @@ class AfterHostility(Observation):
     tolerance: float
 
 
-@register
-class OutOfVocabulary(Check[AfterHostility]):
-    id = "hostile/out-of-vocabulary-ids"
-    sentence = "A token id beyond the vocabulary is refused, and the server goes on as before."
-    observation = AfterHostility
+class Survives(Check[Aftermath]):
+    """Asks, does what should harm nothing, and asks again.
+
+    Attributes:
+        may_answer_200: doing nothing is as good an answer as refusing.
+    """
+
+    observation = Aftermath
     profile = "full"
     own_server = True
+    may_answer_200: ClassVar[bool] = False
 
-    def observe(self, context: Context) -> AfterHostility:
+    def prepare(self, server: Server) -> Any:
+        """Makes the moment a wrong one; the others are handed what it returns."""
+        del server
+
+    @abstractmethod
+    def attack(self, server: Server, prepared: Any) -> None:
+        """Sends the call. What it raises is what is seen."""
+
+    def put_back(self, server: Server, prepared: Any) -> None:
+        """Ends what was begun, on a server that lives."""
+        del server, prepared
+
+    def observe(self, context: Context) -> Aftermath:
         with context.own_server() as server:
             client = server.client
-            prompt = [1, 2, 3, 4]
-            dtype = str(client.server_info().get("dtype"))
+            dtype = dtype_of(server)
 
             def ask() -> Tokens:
                 client.flush_cache()
-                return Tokens.of(client.generate(prompt, sampling=greedy(6), logprobs=True))
+                return Tokens.of(client.generate(PROMPT, sampling=greedy(6), logprobs=True))
 
             before = ask()
+            client.flush_cache()
             status: int | None = 200
             reason = death = ""
             after = None
+            prepared = self.prepare(server)
             try:
-                client.generate([1, 2, 10_000_000], sampling=greedy(2), timeout=20)
+                self.attack(server, prepared)
             except ServerDied as error:
                 status, death = None, error.death.sentence()
             except RequestFailed as error:
                 status, reason = getattr(error, "status", None), str(error)
-            # SGLang takes about six seconds from a scheduler's end to its own.
-            if not death and (seen := server.running.watch.wait(12.0 if status != 400 else 1.0)):
+            if not death and (
+                seen := server.running.watch.wait(1.0 if refused(status) else DIES_WITHIN)
+            ):
                 death = seen.sentence()
             if not death:
                 try:
+                    self.put_back(server, prepared)
                     after = ask()
                 except ServerDied as error:
                     death = error.death.sentence()
-            return AfterHostility(
+                except RequestFailed as error:
+                    reason = reason or str(error)
+            return Aftermath(
                 status=status,
                 reason=reason,
                 death=death,
@@ -65,14 +96,32 @@ class OutOfVocabulary(Check[AfterHostility]):
                 tolerance=oracles.tolerance(dtype),
             )
 
-    def judge(self, seen: AfterHostility) -> list[Mismatch]:
+    def judge(self, seen: Aftermath) -> list[Mismatch]:
         if seen.death:
             return [Mismatch("the server", "one that lives", seen.death)]
         wrong = []
-        if seen.status is None or not 400 <= seen.status < 500:
-            wrong.append(Mismatch("answer", "a refusal (4xx)", f"{seen.status} {seen.reason}"))
+        if not (refused(seen.status) or (self.may_answer_200 and seen.status == 200)):
+            right = "200 or a refusal (4xx)" if self.may_answer_200 else "a refusal (4xx)"
+            wrong.append(Mismatch("answer", right, f"{seen.status} {seen.reason}"))
+        if not seen.before.ids:
+            wrong.append(Mismatch("answer before", "tokens", "none"))
         if seen.after is None:
-            wrong.append(Mismatch("answer afterwards", "one", "none"))
+            wrong.append(Mismatch("answer afterwards", "one", f"none {seen.reason}".strip()))
         else:
             wrong += unequal("answer afterwards", seen.before, seen.after, seen.tolerance)
         return wrong
+
+
+def refused(status: int | None) -> bool:
+    """Whether the server said no, as HTTP says it."""
+    return status is not None and 400 <= status < 500
+
+
+@register
+class OutOfVocabulary(Survives):
+    id = "hostile/out-of-vocabulary-ids"
+    sentence = "A token id beyond the vocabulary is refused, and the server goes on as before."
+
+    def attack(self, server: Server, prepared: Any) -> None:
+        del prepared
+        server.client.generate([1, 2, 10_000_000], sampling=greedy(2), timeout=20)

@@ -28,10 +28,12 @@ from sglang_harness.suite.check import (
     Mismatch,
     NotProvided,
     Observation,
+    dtype_of,
     expect,
     register,
 )
 from sglang_harness.suite.generate import greedy
+from sglang_harness.suite.hostile import DIES_WITHIN, PROMPT, refused
 from sglang_harness.suite.needs import DISK_UPDATE, TENSOR_UPDATE, route
 from sglang_harness.suite.scored import Tokens, unequal
 
@@ -45,8 +47,6 @@ NAME = "model.layers.0.mlp.down_proj.weight"
 
 #: Seconds for an answer to such a request.
 ANSWERS_WITHIN = 30.0
-#: SGLang takes about six seconds from a scheduler's end to its own (0.5.23).
-DIES_WITHIN = 12.0
 
 LABEL = "harness-refused"
 
@@ -87,12 +87,12 @@ class _RefusedWeights(Check[Refusal]):
     def observe(self, context: Context) -> Refusal:
         with context.own_server() as server:
             client = server.client
-            dtype = str(client.server_info().get("dtype"))
+            dtype = dtype_of(server)
 
             def ask() -> Tokens:
                 client.send(replace(calls.flush_cache(), timeout=ANSWERS_WITHIN))
                 answer = client.generate(
-                    [1, 2, 3, 4], sampling=greedy(6), logprobs=True, timeout=ANSWERS_WITHIN
+                    PROMPT, sampling=greedy(6), logprobs=True, timeout=ANSWERS_WITHIN
                 )
                 return Tokens.of(answer)
 
@@ -161,7 +161,7 @@ class _RefusedWeights(Check[Refusal]):
         if seen.hung:
             return [Mismatch("the server", "one that answers", seen.hung)]
         wrong = []
-        if seen.status is None or not 400 <= seen.status < 500:
+        if not refused(seen.status):
             wrong.append(Mismatch("answer", "a refusal (4xx)", f"{seen.status} {seen.said}"))
         return [*wrong, *_not_as_before(seen)]
 
