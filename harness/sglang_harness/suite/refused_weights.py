@@ -47,6 +47,8 @@ NAME = "model.layers.0.mlp.down_proj.weight"
 
 #: Seconds for an answer to such a request.
 ANSWERS_WITHIN = 30.0
+#: The same where the request before it got none.
+ANSWERS_AGAIN_WITHIN = 10.0
 
 LABEL = "harness-refused"
 
@@ -89,11 +91,9 @@ class _RefusedWeights(Check[Refusal]):
             client = server.client
             dtype = dtype_of(server)
 
-            def ask() -> Tokens:
-                client.send(replace(calls.flush_cache(), timeout=ANSWERS_WITHIN))
-                answer = client.generate(
-                    PROMPT, sampling=greedy(6), logprobs=True, timeout=ANSWERS_WITHIN
-                )
+            def ask(within: float = ANSWERS_WITHIN) -> Tokens:
+                client.send(replace(calls.flush_cache(), timeout=within))
+                answer = client.generate(PROMPT, sampling=greedy(6), logprobs=True, timeout=within)
                 return Tokens.of(answer)
 
             sums, no_checksums = None, ""
@@ -118,7 +118,8 @@ class _RefusedWeights(Check[Refusal]):
                 self._send(server, self.attack(context, server), seen)
                 if seen.death:
                     return seen
-                seen.after = ask()
+                unanswered = seen.status is None
+                seen.after = ask(ANSWERS_AGAIN_WITHIN if unanswered else ANSWERS_WITHIN)
                 seen.label_after = str(client.model_info().get("weight_version"))
                 if sums is not None:
                     seen.differing = client.checksums().changed_since(sums)
