@@ -307,7 +307,7 @@ def show(rows: list[dict[str, Any]], size: int, largest: int, rounds: int) -> No
             if (most := median["peak_bytes"]) is not None:
                 cells += [f"{most / 1e6:.0f}", f"{most / allowed:.2f}"]
         table.add_row(*cells)
-    Console().print(table)
+    Console(width=max(Console().width, 110)).print(table)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"weights-{platform.machine()}-{machine['cpus']}cpu.json"
     data = {
