@@ -31,7 +31,7 @@ lint:
 
 unit:
 	@scripts/environment.sh test
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 integration:
 	@scripts/environment.sh test

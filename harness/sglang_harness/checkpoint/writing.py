@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,9 @@ def write_distributed(folder: Path, content: Mapping[str, Any]) -> Path:
         from torch.distributed.checkpoint.state_dict_saver import save
     except ImportError:
         raise MissingExtra("Writing a distributed checkpoint", "torch") from None
-    save(dict(content), checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        # That one process writes alone is what was asked for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(dict(content), checkpoint_id=folder, no_dist=True)
     make_readable(folder)
     return folder
