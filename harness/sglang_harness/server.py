@@ -24,7 +24,7 @@ from sglang_harness.secrets import Redactor, named_as_secrets
 from sglang_harness.spec import ServerSpec
 
 if TYPE_CHECKING:
-    from sglang_harness.weights import WeightPusher
+    from sglang_harness.weights import AdapterPusher, WeightPusher
 
 Say = Callable[[str], None]
 
@@ -99,6 +99,7 @@ class Server:
         self.stopped: Stopped | None = None
         self._about: dict[str, Any] | None = None
         self._weights: WeightPusher | None = None
+        self._adapters: AdapterPusher | None = None
 
     @property
     def weights(self) -> WeightPusher:
@@ -109,6 +110,15 @@ class Server:
 
             self._weights = WeightPusher(self)
         return self._weights
+
+    @property
+    def adapters(self) -> AdapterPusher:
+        """Brings LoRA adapters, and finds out whether they are applied."""
+        if self._adapters is None:
+            from sglang_harness.weights import AdapterPusher
+
+            self._adapters = AdapterPusher(self)
+        return self._adapters
 
     @classmethod
     def start(

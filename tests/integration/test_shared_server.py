@@ -192,3 +192,10 @@ def test_thirty_two_threads_share_one_client(shared_server: Server) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert list(pool.map(ask, range(32))) == [2] * 32
+
+
+def test_a_server_without_lora_takes_no_adapter_and_is_not_asked(
+    shared_server: Server, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="it was started without --enable-lora"):
+        shared_server.adapters.push(tmp_path, name="policy")

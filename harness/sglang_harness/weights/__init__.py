@@ -4,7 +4,15 @@ arrived."""
 from __future__ import annotations
 
 from sglang_harness.weights import beside, disk, distributed, in_body  # noqa: F401 -- register
+from sglang_harness.weights.adapters import AdapterFailed, AdapterPusher, AdapterReport
 from sglang_harness.weights.pusher import WeightPusher
 from sglang_harness.weights.report import PushFailed, PushReport
 
-__all__ = ["PushFailed", "PushReport", "WeightPusher"]
+__all__ = [
+    "AdapterFailed",
+    "AdapterPusher",
+    "AdapterReport",
+    "PushFailed",
+    "PushReport",
+    "WeightPusher",
+]

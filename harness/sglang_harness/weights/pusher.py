@@ -140,9 +140,7 @@ class WeightPusher:
             abort_all_requests=abort_all_requests,
             any_peer=self._any_peer,
         )  # fmt: skip
-        before, why_none = self._checksums()
-        self._remember_first(about, before, served)
-        self._recognise(before)
+        before, why_none = self._know_what_is_served(about, served)
         bracket = chosen.needs_session and server.client.has_route("POST", "/begin_weight_update")
         session = Session(
             server.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
@@ -172,6 +170,22 @@ class WeightPusher:
         finally:
             for folder in job.staged:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def served_checkpoint(self) -> Path | None:
+        """A folder with the weights that are served now; ``None``: which these are is not known,
+        as after a push by somebody else."""
+        about = self._server.client.server_info()
+        self._know_what_is_served(about, Served.of(self._server.model, about, self._server.device))
+        return self._served_folder
+
+    def _know_what_is_served(
+        self, about: Mapping[str, Any], served: Served
+    ) -> tuple[Checksums | None, str]:
+        """The checksums now; or why there are none."""
+        now, why_none = self._checksums()
+        self._remember_first(about, now, served)
+        self._recognise(now)
+        return now, why_none
 
     def _label(self) -> str:
         self._own += 1

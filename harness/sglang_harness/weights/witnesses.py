@@ -145,13 +145,19 @@ def known_states(
     return new, old
 
 
-def ask_tokens(client: Client, new: Oracle, old: Oracle | None) -> list[Token]:
-    """Greedy answers as they are served now, scored by both oracles."""
+def ask_tokens(
+    client: Client, new: Oracle, old: Oracle | None, *, lora_path: str | None = None
+) -> list[Token]:
+    """Greedy answers as they are served now, by the adapter ``lora_path`` where one is named,
+    scored by both oracles."""
     tokens = []
     for number, prompt in enumerate(PROMPTS):
         ids = new.encode(prompt)
         answer = client.generate(
-            ids, sampling={"temperature": 0, "max_new_tokens": TOKENS}, logprobs=True
+            ids,
+            sampling={"temperature": 0, "max_new_tokens": TOKENS},
+            logprobs=True,
+            lora_path=lora_path,
         )
         output = list(answer.output_ids)
         if not output or len(answer.logprobs) != len(output):
@@ -167,13 +173,21 @@ def ask_tokens(client: Client, new: Oracle, old: Oracle | None) -> list[Token]:
     return tokens
 
 
-def judge_logprobs(tokens: Sequence[Token], dtype: str, *, same_weights: bool) -> Witness:
+def judge_logprobs(
+    tokens: Sequence[Token],
+    dtype: str,
+    *,
+    same_weights: bool,
+    new: str = "the new weights",
+    old: str = "the old ones",
+) -> Witness:
     """Inside the tolerance of the new weights, and outside it for the old ones.
 
     Args:
         dtype: what the server computes in.
         same_weights: what was pushed is what was served before, to the byte: then the old
             weights are no control.
+        new, old: what to call them.
     """
     tolerance = oracles.tolerance(dtype)
     if not tokens:
@@ -184,10 +198,10 @@ def judge_logprobs(tokens: Sequence[Token], dtype: str, *, same_weights: bool) -
         if not off <= tolerance:  # catches NaN too
             wrong.append(
                 f"prompt {token.prompt}, token {token.place} ({token.id}): expected "
-                f"{token.new:.6f} by the new weights, got {token.served:.6f}, off by {off:.6f}, "
+                f"{token.new:.6f} by {new}, got {token.served:.6f}, off by {off:.6f}, "
                 f"tolerance {tolerance:g}"
             )
-    how = f"{len(tokens)} greedy tokens beside the oracle of the new weights"
+    how = f"{len(tokens)} greedy tokens beside the oracle of {new}"
     if wrong:
         return _logprobs("differs", how, wrong)
     if same_weights:
@@ -195,16 +209,16 @@ def judge_logprobs(tokens: Sequence[Token], dtype: str, *, same_weights: bool) -
     by_old = [abs(token.served - token.old) for token in tokens if token.old is not None]
     if not by_old:
         return _logprobs(
-            "not available", f"{how} agree, but there is no oracle of the old weights as control"
+            "not available", f"{how} agree, but there is no oracle of {old} as control"
         )
     apart = max(by_old)
     if not apart > tolerance:
         return _logprobs(
             "not available",
-            f"{how} agree, and so does that of the old weights (at most {apart:.6f} apart, "
+            f"{how} agree, and so does that of {old} (at most {apart:.6f} apart, "
             f"tolerance {tolerance:g}): the two cannot be told apart",
         )
-    return _logprobs("agrees", f"{how}; that of the old ones is off by up to {apart:.4f}")
+    return _logprobs("agrees", f"{how}; that of {old} is off by up to {apart:.4f}")
 
 
 def judge_label(asked: str, stated: dict[str, str | None]) -> Witness:
