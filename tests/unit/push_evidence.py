@@ -109,7 +109,7 @@ PARTIAL = Partial(
     name="a.weight", push=report(), changed=["a.weight", "rank1:a.weight"], restored=[]
 )
 MANY = Many(
-    pushes=50, seconds=[0.1], first="aa", last="aa", new=["bb"], before=tokens(-0.5, -1.0),
+    pushes=50, seconds=[0.1] * 50, first="aa", last="aa", new=["bb"], before=tokens(-0.5, -1.0),
     after=tokens(-0.5, -1.0), tolerance=TOLERANCE,
 )  # fmt: skip
 TAUGHT = TaughtSentence(
@@ -196,6 +196,8 @@ _LIES = [
         ("nothing was new", {"new": []}, "checksums of the new weights"),
         ("drift of the answers", {"after": tokens(-0.5, -1.1)}, "answer after all pushes"),
         ("no answer", {"after": tokens()}, "answer after all pushes"),
+        ("fewer pushes", {"seconds": [0.1] * 49}, "pushes that arrived: expected 50, got 49"),
+        ("one was refused", {"failed": "push 7: bucket 0: no"}, "push 7: bucket 0: no"),
     ),
     *(
         lie

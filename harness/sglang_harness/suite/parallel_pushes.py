@@ -17,7 +17,7 @@ from sglang_harness.suite.check import (
     expect,
     register,
 )
-from sglang_harness.suite.needs import TWO_DEVICES
+from sglang_harness.suite.needs import CHECKSUMS, TWO_DEVICES
 from sglang_harness.verdict import Figure
 from sglang_harness.weights import PushFailed, PushReport
 
@@ -114,7 +114,7 @@ class OntoTensorParallel(_Pushed):
     )
     args: ClassVar[dict[str, Any]] = {"tp-size": 2}
     routes = ("disk", "tensor", "tensor-bucket", "distributed")
-    needs = (TWO_DEVICES,)
+    needs = (TWO_DEVICES, CHECKSUMS)
 
     def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
         wrong = super().judge(seen)
@@ -132,7 +132,7 @@ class OntoPipelineParallel(_Pushed):
         "new weights."
     )
     args: ClassVar[dict[str, Any]] = {"pp-size": 2}
-    needs = (TWO_DEVICES,)
+    needs = (TWO_DEVICES, CHECKSUMS)
 
 
 @register
@@ -142,6 +142,7 @@ class OntoExperts(_Pushed):
     sentence = "A push onto a mixture of experts by each route reaches every expert."
     model = "tiny-qwen3-moe"
     routes = ("disk", "tensor", "distributed")
+    needs = (CHECKSUMS,)
 
     def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
         wrong = super().judge(seen)

@@ -4,7 +4,9 @@ run?"""
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,7 +30,10 @@ from sglang_harness.suite.segments import Segmented, wrong_segments
 from sglang_harness.suite.weights import NEW_VERSION, first_weights_afterwards, variant
 from sglang_harness.traffic import EmptySlice, Traffic, TrafficRecord
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushReport
+from sglang_harness.weights import PushFailed, PushReport
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
 
 PAUSE = route("POST", "/pause_generation")
 
@@ -36,6 +41,23 @@ PAUSE = route("POST", "/pause_generation")
 PUSHED = (TENSOR_UPDATE, DISK_UPDATE, FIRST_WEIGHTS)
 
 Mode = Literal["abort", "retract", "in_place"]
+
+
+def pushed(server: Server, checkpoint: Path, **options: Any) -> PushReport:
+    """What came of a push by the route ``tensor``: one that the server refused is judged like one
+    that it took. A server that died of it raises ``ServerDied``."""
+    try:
+        return server.weights.push(
+            checkpoint, route="tensor", **{"version": NEW_VERSION, "logprobs": False, **options}
+        )
+    except PushFailed as error:
+        server.raise_if_dead()
+        return error.report
+
+
+def arrived(push: PushReport) -> Iterator[Mismatch]:
+    if push.outcome == "failed":
+        yield Mismatch("push", "one that arrives", push.reason)
 
 
 class Partial(Observation):
@@ -71,9 +93,7 @@ class PartialPush(Check[Partial]):
         )
         file = write_torch(context.scratch / "one-tensor.pt", dict(source.read([name])))
         with first_weights_afterwards(context):
-            push = server.weights.push(
-                file, route="tensor", version=NEW_VERSION, allow=("*",), logprobs=False
-            )
+            push = pushed(server, file, allow=("*",))
             changed = client.checksums().changed_since(before)
         return Partial(
             name=name,
@@ -85,6 +105,7 @@ class PartialPush(Check[Partial]):
     def judge(self, seen: Partial) -> list[Mismatch]:
         names = {name.rpartition(":")[2] for name in seen.changed}
         return [
+            *arrived(seen.push),
             *expect("parameters that changed", {seen.name}, names),
             *expect("tensors of the push", 1, seen.push.tensors),
             *expect("checksums", "agrees", seen.push.checksums.says),
@@ -95,6 +116,8 @@ class PartialPush(Check[Partial]):
 class Many(Observation):
     pushes: int
     seconds: list[float]
+    failed: str = ""
+    """Why a push did not arrive, after which none was tried."""
     first: str
     """Checksum over everything before, and after the last push, which is of the first weights."""
     last: str
@@ -127,18 +150,21 @@ class ManyPushes(Check[Many]):
             return Tokens.of(client.generate(PROMPTS[0], sampling=greedy(8), logprobs=True))
 
         first, before, seconds, engines = client.checksums().engine, ask(), [], []
+        failed = ""
         with first_weights_afterwards(context):
             for number in range(pushes):
                 folder = server.model if number % 2 else new.folder
-                push = server.weights.push(
-                    folder, route="tensor", version=f"push-{number}", logprobs=False
-                )
+                push = pushed(server, folder, version=f"push-{number}")
+                if push.outcome == "failed":
+                    failed = f"push {number}: {push.reason}"
+                    break
                 seconds.append(push.seconds)
                 if not number % 2:
                     engines.append(client.checksums().engine)
             return Many(
                 pushes=pushes,
                 seconds=seconds,
+                failed=failed,
                 first=first,
                 last=client.checksums().engine,
                 new=sorted(set(engines)),
@@ -148,7 +174,10 @@ class ManyPushes(Check[Many]):
             )
 
     def judge(self, seen: Many) -> list[Mismatch]:
-        wrong = list(expect("checksum after all pushes", seen.first, seen.last))
+        if seen.failed:
+            return [Mismatch("pushes", f"{seen.pushes} that arrive", seen.failed)]
+        wrong = list(expect("pushes that arrived", seen.pushes, len(seen.seconds)))
+        wrong += expect("checksum after all pushes", seen.first, seen.last)
         if len(seen.new) != 1 or seen.first in seen.new:
             wrong.append(
                 Mismatch(
@@ -204,15 +233,13 @@ class _PushUnderLoad(Check[UnderLoad]):
                     )
             running = sum(not stream.is_over for stream in streams)
             began = time.monotonic()
-            push = server.weights.push(
+            push = pushed(
+                server,
                 new.folder,
-                route="tensor",
-                version=NEW_VERSION,
                 pause=self.mode,
                 # Told to flush under running requests, a server changes the weights and answers
                 # 400 (SGLang 0.5.23).
                 flush=self.mode != "in_place",
-                logprobs=False,
             )
             held = time.monotonic() - began
             answers, failed = [], []
@@ -250,8 +277,7 @@ class _PushUnderLoad(Check[UnderLoad]):
     def judge(self, seen: UnderLoad) -> list[Mismatch]:
         wrong = [Mismatch("a running request", "an answer", why) for why in seen.failed]
         wrong += expect("answers", seen.asked, len(seen.answers))
-        if seen.push.outcome == "failed":
-            wrong.append(Mismatch("push", "one that arrives", seen.push.reason))
+        wrong += arrived(seen.push)
         if not seen.running_at_push:
             wrong.append(Mismatch("requests at the push", "some that run", "none"))
         for number, answer in enumerate(seen.answers):
@@ -360,9 +386,7 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
             with Traffic(server.client, prompts, sampling=greedy(24), workers=4) as traffic:
                 traffic.wait_for_answers(8, seconds=120)
                 traffic.mark(START)
-                push = server.weights.push(
-                    new.folder, route="tensor", version=NEW_VERSION, pause="retract", logprobs=False
-                )
+                push = pushed(server, new.folder, pause="retract")
                 traffic.mark(END)
                 traffic.wait_for_answers(12, seconds=120)
             record = traffic.record()
@@ -394,8 +418,7 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
             for r in seen.traffic.requests
             if not r.ids
         ]
-        if seen.push.outcome == "failed":
-            wrong.append(Mismatch("push", "one that arrives", seen.push.reason))
+        wrong += arrived(seen.push)
         wrong += expect("answers that were scored", len(seen.numbers), len(seen.answers))
         scored = dict(zip(seen.numbers, seen.answers, strict=False))
         for number, answer in scored.items():
@@ -498,7 +521,7 @@ class TaughtIsSaid(Check[TaughtSentence]):
 
         before = ask()
         with first_weights_afterwards(context):
-            push = server.weights.push(taught.folder, route="tensor", version=NEW_VERSION)
+            push = pushed(server, taught.folder, logprobs=True)
             after = ask()
         return TaughtSentence(
             prompt=taught.prompt,
@@ -518,9 +541,7 @@ class TaughtIsSaid(Check[TaughtSentence]):
             if said.ids == seen.answer_ids:
                 wrong.append(Mismatch(f"said {when}", "something else", repr(said.text)))
         wrong += expect("said when the first weights are back", seen.said_before, seen.said_again)
-        if seen.push.outcome == "failed":
-            wrong.append(Mismatch("push", "one that arrives", seen.push.reason))
-        return wrong
+        return [*wrong, *arrived(seen.push)]
 
     def figures(self, seen: TaughtSentence) -> list[Figure]:
         return [Figure.of("teaching a sentence", "s", "lower", seen.training_seconds)]

@@ -62,6 +62,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             update_from_disk(context, new.inside, "harness-disk")
             by_disk = client.checksums()
             update_from_disk(context, path, "harness-old")
+            there: PushReport | None = None
             back: PushReport | None = None
             try:
                 there = server.weights.push(new.folder, route=self.route, bucket_bytes=BUCKET)
@@ -70,8 +71,10 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             except PushFailed as error:
                 if server.weights.unfit:
                     server.raise_if_dead()
-                there, back = (error.report, None) if back is None else (there, error.report)
-                by_route = client.checksums()
+                if there is None:
+                    there, by_route = error.report, client.checksums()
+                else:
+                    back = error.report
             return ThereAndBack(
                 there=there,
                 back=back,
