@@ -79,28 +79,24 @@ def make_model(folder: Path, layers: int) -> None:
     folder.chmod(0o755)
 
 
-def held(pid: str) -> int:
-    """Bytes of anonymous and shared memory that a process has now."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+def held() -> int:
+    """Bytes of anonymous and shared memory that this process has now."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 class Peak:
-    """The most that a process held while this was open, above what it held at first."""
+    """The most that this process held while this was open, above what it held at first."""
 
-    def __init__(self, pid: str) -> None:
-        self._pid = pid
-        self._first = self._most = held(pid)
+    def __init__(self) -> None:
+        self._first = self._most = held()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._over.wait(0.005):
-            try:
-                self._most = max(self._most, held(self._pid))
-            except OSError:
-                return
+            self._most = max(self._most, held())
 
     def __enter__(self) -> Peak:
         self._thread.start()
@@ -215,7 +211,7 @@ def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, 
         for turn, name in enumerate(names):
             folder = folders[(number * len(names) + turn) % 2]
             copy = plain_copy(folder)
-            with Peak("self") as peak:
+            with Peak() as peak:
                 push = server.weights.push(folder, route=name, logprobs=False, timeout=600)
             assert push.checksums.says == "agrees", push
             if number:

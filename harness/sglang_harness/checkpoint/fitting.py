@@ -18,7 +18,7 @@ from sglang_harness.errors import CheckpointMismatch, ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Fit", "Misfit", "NotFinite", "fit"]
+__all__ = ["Fit", "Misfit", "NotFinite", "fit", "not_finite"]
 
 #: Dtypes that are brought to each other. Others (integers, 8-bit floats, whose values stand
 #: only with a scale) have to be what the model expects.
@@ -161,7 +161,7 @@ class Fit:
 
     def check_finite(self) -> tuple[NotFinite, ...]:
         """Every tensor that has values that are not finite. One streamed pass."""
-        return tuple(found for name, it in self.read() if (found := _not_finite(name, it)))
+        return tuple(found for name, it in self.read() if (found := not_finite(name, it)))
 
     def check_tied(self) -> dict[str, str]:
         """Copies of tied weights that differ from what they should be copies of. Two tensors
@@ -329,7 +329,8 @@ def _advice(extra: list[str]) -> str:
     return "Give a checkpoint of this model, or the model folder that this one belongs to."
 
 
-def _not_finite(name: str, tensor: torch.Tensor) -> NotFinite | None:
+def not_finite(name: str, tensor: torch.Tensor) -> NotFinite | None:
+    """How many of a tensor's values are no numbers; ``None``: all are."""
     import torch
 
     if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):

@@ -10,7 +10,7 @@ is there. Orders come as lines of JSON on standard input, one answer a line goes
     join        a process group as its rank 0      -> {"seconds": s}
     broadcast   a bucket, one tensor after another -> {"seconds_read": s, ...}
     leave       the process group                  -> {}
-    memory      held above what the imports hold   -> {"peak_bytes": n, "now_bytes": n}
+    memory      held above what the imports hold   -> {"peak_bytes": n}
     close       gives everything back              -> {"left": [names in /dev/shm]}
 
 A failed order answers {"error": "..."}. When standard input ends, so does this.
@@ -287,13 +287,9 @@ class Sender:
     # --- the end --------------------------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
-        """The most that it held since it imported something, and what it holds now; in bytes of
-        resident memory above what the imports hold (Linux)."""
-        held = resident()
-        return {
-            "peak_bytes": held["VmHWM"] - self.imports,
-            "now_bytes": held["VmRSS"] - self.imports,
-        }
+        """The most that it held since it imported something: resident memory above what the
+        imports hold (Linux)."""
+        return {"peak_bytes": resident()["VmHWM"] - self.imports}
 
     def close(self) -> dict[str, Any]:
         self.room = None

@@ -8,6 +8,7 @@ from sglang_harness import device
 from sglang_harness.errors import Refused
 from sglang_harness.runtime import cores
 from sglang_harness.suite.check import Need
+from sglang_harness.weights.disk import lacks_shared_folder
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server
@@ -72,13 +73,7 @@ def _no_key(server: Server) -> str | None:
 API_KEY = Need("a server with a key", _no_key)
 
 
-def _no_shared_folder(server: Server) -> str | None:
-    if getattr(server.running, "shares_a_folder", True):
-        return None
-    return "no folder is shared with this server (--share)"
-
-
-SHARED_FOLDER = Need("a folder that both sides see", _no_shared_folder)
+SHARED_FOLDER = Need("a folder that both sides see", lacks_shared_folder)
 
 
 def _not_its_first_weights(server: Server) -> str | None:

@@ -18,8 +18,9 @@ from sglang_harness.suite.check import (
     register,
 )
 from sglang_harness.suite.needs import CHECKSUMS, TWO_DEVICES
+from sglang_harness.suite.weights import pushed
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushFailed, PushReport
+from sglang_harness.weights import PushReport
 
 
 class PushedByRoutes(Observation):
@@ -56,11 +57,9 @@ class _Pushed(Check[PushedByRoutes]):
                 first, made = client.checksums(), None
                 seen.ranks = len(first.ranks)
                 for route in self.routes:
-                    try:
-                        seen.pushes[route] = server.weights.push(folder, route=route)
-                    except PushFailed as error:
-                        server.raise_if_dead()
-                        seen.pushes[route] = error.report
+                    push = pushed(server, folder, route=route, version=None, logprobs=True)
+                    seen.pushes[route] = push
+                    if push.outcome == "failed":
                         continue
                     now = client.checksums()
                     made = made or now

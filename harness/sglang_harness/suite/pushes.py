@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -27,13 +26,10 @@ from sglang_harness.suite.generate import PROMPTS, greedy
 from sglang_harness.suite.needs import CHECKSUMS, DISK_UPDATE, FIRST_WEIGHTS, TENSOR_UPDATE, route
 from sglang_harness.suite.scored import Tokens, unequal
 from sglang_harness.suite.segments import Segmented, wrong_segments
-from sglang_harness.suite.weights import NEW_VERSION, first_weights_afterwards, variant
+from sglang_harness.suite.weights import NEW_VERSION, first_weights_afterwards, pushed, variant
 from sglang_harness.traffic import EmptySlice, Traffic, TrafficRecord
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushFailed, PushReport
-
-if TYPE_CHECKING:
-    from sglang_harness.server import Server
+from sglang_harness.weights import PushReport
 
 PAUSE = route("POST", "/pause_generation")
 
@@ -41,18 +37,6 @@ PAUSE = route("POST", "/pause_generation")
 PUSHED = (TENSOR_UPDATE, DISK_UPDATE, FIRST_WEIGHTS)
 
 Mode = Literal["abort", "retract", "in_place"]
-
-
-def pushed(server: Server, checkpoint: Path, **options: Any) -> PushReport:
-    """What came of a push by the route ``tensor``: one that the server refused is judged like one
-    that it took. A server that died of it raises ``ServerDied``."""
-    try:
-        return server.weights.push(
-            checkpoint, route="tensor", **{"version": NEW_VERSION, "logprobs": False, **options}
-        )
-    except PushFailed as error:
-        server.raise_if_dead()
-        return error.report
 
 
 def arrived(push: PushReport) -> Iterator[Mismatch]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sglang_harness import oracle as oracles
 from sglang_harness.checkpoint.perturb import perturbed
@@ -38,6 +39,10 @@ from sglang_harness.suite.scored import (
     wrong_logprobs,
 )
 from sglang_harness.verdict import Figure
+from sglang_harness.weights import PushFailed, PushReport
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
 
 NEW_VERSION = "harness-new"
 
@@ -106,6 +111,18 @@ def first_weights_afterwards(context: Context) -> Iterator[str]:
         yield path
     finally:
         update_from_disk(context, path, version)
+
+
+def pushed(server: Server, checkpoint: Path, **options: Any) -> PushReport:
+    """What came of a push, by the route ``tensor`` and without the second witness where nothing
+    else is said: one that the server refused is judged like one that it took. A server that died
+    of it raises ``ServerDied``."""
+    usual = {"route": "tensor", "version": NEW_VERSION, "logprobs": False}
+    try:
+        return server.weights.push(checkpoint, **{**usual, **options})
+    except PushFailed as error:
+        server.raise_if_dead()
+        return error.report
 
 
 class NewWeights(Observation):

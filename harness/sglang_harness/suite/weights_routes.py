@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sglang_harness import oracle as oracles
 from sglang_harness.suite.check import Check, Context, Mismatch, Need, Observation, expect, register
 from sglang_harness.suite.generate import PROMPTS, greedy
 from sglang_harness.suite.needs import CHECKSUMS
 from sglang_harness.suite.scored import Tokens, unequal
-from sglang_harness.suite.weights import PUSHED, first_weights_afterwards, update_from_disk, variant
+from sglang_harness.suite.weights import (
+    PUSHED,
+    first_weights_afterwards,
+    pushed,
+    update_from_disk,
+    variant,
+)
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushFailed, PushReport
+from sglang_harness.weights import PushReport
 from sglang_harness.weights import route as routes
 
 #: Bytes of a bucket: small enough that every model takes several.
@@ -62,19 +68,15 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             update_from_disk(context, new.inside, "harness-disk")
             by_disk = client.checksums()
             update_from_disk(context, path, "harness-old")
-            there: PushReport | None = None
-            back: PushReport | None = None
-            try:
-                there = server.weights.push(new.folder, route=self.route, bucket_bytes=BUCKET)
-                by_route = client.checksums()
-                back = server.weights.push(old, route=self.route, bucket_bytes=BUCKET)
-            except PushFailed as error:
-                if server.weights.unfit:
-                    server.raise_if_dead()
-                if there is None:
-                    there, by_route = error.report, client.checksums()
-                else:
-                    back = error.report
+            way: dict[str, Any] = {
+                "route": self.route,
+                "version": None,
+                "logprobs": True,
+                "bucket_bytes": BUCKET,
+            }
+            there = pushed(server, new.folder, **way)
+            by_route = client.checksums()
+            back = pushed(server, old, **way) if there.outcome != "failed" else None
             return ThereAndBack(
                 there=there,
                 back=back,

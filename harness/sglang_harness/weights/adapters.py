@@ -4,7 +4,6 @@ they are applied where they are asked for and nowhere else. The oracle is PEFT."
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_harness.checkpoint import adapter as adapter_files
+from sglang_harness.checkpoint.fitting import not_finite
 from sglang_harness.checkpoint.reading import TensorInfo, open_checkpoint
-from sglang_harness.client import AdapterUpdate
+from sglang_harness.client import AdapterUpdate, Call, calls
 from sglang_harness.errors import HarnessError, MissingExtra, ModelError, ReadOnly, SpecError
+from sglang_harness.weights.disk import lacks_shared_folder
 from sglang_harness.weights.report import Token, Witness
 from sglang_harness.weights.witnesses import ask_tokens, judge_logprobs
 
@@ -127,23 +128,26 @@ class AdapterPusher:
             raise SpecError(f"The server is unfit: {server.weights.unfit}.")
         folder = Path(folder).expanduser().resolve()
         infos = finite_tensors(folder)
+        about = client.server_info()
         base = server.weights.served_checkpoint()
         replaced = name in client.models()
         started = time.monotonic()
         tokens: list[Token] = []
-        applied = plain = _silent("it did not go so far")
+        applied = plain = Witness.silent("log-probabilities", "it did not go so far")
         loaded: list[str] = []
         ours = seconds = 0.0
         failure: HarnessError | None = None
         try:
             if replaced:
                 client.unload_lora_adapter(name)
-            send, ours = self._send(folder, name, route, pinned)
-            told = send()
+            preparing = time.monotonic()
+            call = self._call(folder, name, route, pinned, int(about.get("tp_size") or 1))
+            ours = time.monotonic() - preparing
+            told = client.send(call)
             seconds, loaded = time.monotonic() - started, list(told.loaded)
             if not told.success:
                 raise HarnessError(told.message or "the server says that it did not load it")
-            tokens, applied, plain = self._ask(folder, name, base)
+            tokens, applied, plain = self._ask(folder, name, base, str(about.get("dtype")))
         except HarnessError as error:
             failure = error
             seconds = seconds or time.monotonic() - started
@@ -199,43 +203,36 @@ class AdapterPusher:
                 return f"this SGLang has no POST {path}"
         if not client.server_info().get("enable_lora"):
             return "it was started without --enable-lora"
-        if route == "disk" and not getattr(self._server.running, "shares_a_folder", True):
-            return "no folder is shared with it (--share)"
-        return None
+        return lacks_shared_folder(self._server) if route == "disk" else None
 
-    def _send(
-        self, folder: Path, name: str, route: AdapterRoute, pinned: bool
-    ) -> tuple[Callable[[], AdapterUpdate], float]:
-        """What sends it, and the seconds that it took to make ready."""
-        client, started = self._server.client, time.monotonic()
+    def _call(
+        self, folder: Path, name: str, route: AdapterRoute, pinned: bool, ranks: int
+    ) -> Call[AdapterUpdate]:
+        """What loads it, ready to be sent."""
         if route == "disk":
             inside = str(self._server.reach.share(folder))
-            return (
-                lambda: client.load_lora_adapter(name, inside, pinned=pinned),
-                time.monotonic() - started,
-            )
-        ranks = int(client.server_info().get("tp_size") or 1)
+            return calls.load_lora_adapter(name, inside, pinned=pinned)
         config, tensors = adapter_files.in_request(folder, ranks=ranks)
-        return (
-            lambda: client.load_lora_adapter_from_tensors(name, config, tensors, pinned=pinned),
-            time.monotonic() - started,
-        )
+        return calls.load_lora_adapter_from_tensors(name, config, tensors, pinned=pinned)
 
     def _ask(
-        self, folder: Path, name: str, base: Path | None
+        self, folder: Path, name: str, base: Path | None, dtype: str
     ) -> tuple[list[Token], Witness, Witness]:
         """Nothing is flushed: the same prompts with and without it, and each its own cache."""
         from sglang_harness import oracle as oracles
 
+        why = ""
         if base is None:
-            why = _silent("which base weights are served is not known here")
-            return [], why, why
-        try:
-            with_it, without = oracles.Oracle(base, adapter=folder), oracles.for_folder(base)
-        except (MissingExtra, ModelError) as error:
-            return [], _silent(error.message), _silent(error.message)
+            why = "which base weights are served is not known here"
+        else:
+            try:
+                with_it, without = oracles.Oracle(base, adapter=folder), oracles.for_folder(base)
+            except (MissingExtra, ModelError) as error:
+                why = error.message
+        if why:
+            silent = Witness.silent("log-probabilities", why)
+            return [], silent, silent
         client = self._server.client
-        dtype = str(client.server_info().get("dtype"))
         asked = ask_tokens(client, with_it, without, lora_path=name)
         others = ask_tokens(client, without, with_it)
         applied = judge_logprobs(
@@ -263,8 +260,6 @@ def finite_tensors(folder: Path) -> list[TensorInfo]:
         ModelError: it holds no adapter in safetensors, or one with values that are not finite,
             which a server takes without a word.
     """
-    import torch
-
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder} holds no LoRA adapter: adapter_config.json is not there.",
@@ -272,13 +267,9 @@ def finite_tensors(folder: Path) -> list[TensorInfo]:
         )
     opened = open_checkpoint(folder / "adapter_model.safetensors")
     for name, tensor in opened.read():
-        if not torch.isfinite(tensor).all():
+        if not_finite(name, tensor):
             raise ModelError(f"{folder}: {name} has values that are not finite.")
     return list(opened.tensors.values())
-
-
-def _silent(why: str) -> Witness:
-    return Witness(name="log-probabilities", says="not available", how=why)
 
 
 def _conclusion(

@@ -69,9 +69,9 @@ def find(push: Gathered, known_here: Callable[[], set[str] | None]) -> Findings:
     if push.error is not None:
         how = "the push did not go through"
         return Findings(
-            Witness(name="checksums", says="not available", how=how),
-            Witness(name="log-probabilities", says="not available", how=how),
-            Witness(name="weight version", says="not available", how=how),
+            Witness.silent("checksums", how),
+            Witness.silent("log-probabilities", how),
+            Witness.silent("weight version", how),
             "failed",
             _where(push, push.error),
         )
@@ -84,7 +84,7 @@ def find(push: Gathered, known_here: Callable[[], set[str] | None]) -> Findings:
         known_here=known_here,
     )
     if push.why_no_logprobs:
-        logprobs = Witness(name="log-probabilities", says="not available", how=push.why_no_logprobs)
+        logprobs = Witness.silent("log-probabilities", push.why_no_logprobs)
     else:
         logprobs = judge_logprobs(push.tokens, push.served.dtype, same_weights=_same(push))
     label = judge_label(push.job.version, push.stated)

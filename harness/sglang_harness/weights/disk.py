@@ -24,8 +24,8 @@ class Disk:
     in_one_piece = True
 
     def lacking(self, server: Server) -> str | None:
-        if not getattr(server.running, "shares_a_folder", True):
-            return "no folder is shared with this server (--share)"
+        if reason := lacks_shared_folder(server):
+            return reason
         if not server.client.has_route("POST", "/update_weights_from_disk"):
             return "this SGLang has no POST /update_weights_from_disk"
         return None
@@ -57,3 +57,10 @@ class Disk:
 
     def close(self) -> list[str]:
         return []
+
+
+def lacks_shared_folder(server: Server) -> str | None:
+    """Why this server reads nothing that is put on disk here; ``None``: it does."""
+    if not getattr(server.running, "shares_a_folder", True):
+        return "no folder is shared with this server (--share)"
+    return None

@@ -65,6 +65,9 @@ class Token(_Record):
     old: float | None
 
 
+WitnessName = Literal["checksums", "log-probabilities", "weight version"]
+
+
 class Witness(_Record):
     """What one independent sign says of the push.
 
@@ -74,10 +77,15 @@ class Witness(_Record):
         wrong: each thing that is not as it has to be, named.
     """
 
-    name: Literal["checksums", "log-probabilities", "weight version"]
+    name: WitnessName
     says: Literal["agrees", "differs", "not available"]
     how: str
     wrong: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def silent(cls, name: WitnessName, why: str) -> Witness:
+        """One that can say nothing."""
+        return cls(name=name, says="not available", how=why)
 
 
 class PushReport(_Record):

@@ -229,7 +229,7 @@ def judge_label(asked: str, stated: dict[str, str | None]) -> Witness:
     """
     told = {where: label for where, label in stated.items() if label is not None}
     if not told:
-        return Witness(name="weight version", says="not available", how="the server states none")
+        return Witness.silent("weight version", "the server states none")
     wrong = [
         f"{where}: expected {asked!r}, got {label!r}"
         for where, label in told.items()
