@@ -17,7 +17,7 @@ import pytest
 
 from sglang_harness.errors import EngineError, PeerFailed
 from sglang_harness.peer import Peer, largest, slots
-from sglang_harness.runtime.beside import ProcessBeside, remove_segments
+from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.weights.buckets import plan
 from sglang_harness.weights.staging import as_it_lies, stage, write_safetensors
 
@@ -32,11 +32,12 @@ class Here:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.made: list[ProcessBeside] = []
+        self.made: list[AttachedProcess] = []
 
-    def beside(self, script: str) -> ProcessBeside:
+    def beside(self, script: str) -> AttachedProcess:
         self.made.append(
-            ProcessBeside(
+            AttachedProcess(
+                "The peer",
                 [sys.executable, "-c", script],
                 name="peer",
                 environment={**os.environ, "TMPDIR": str(self.folder)},

@@ -29,7 +29,7 @@ from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.process import ProcessMemory
 from sglang_harness.runtime import cores, images
-from sglang_harness.runtime.beside import ProcessBeside, remove_segments
+from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import Redactor, new_api_key
 from sglang_harness.spec import ServerSpec, command_line
@@ -73,7 +73,7 @@ class SGLangProcess:
         self._watch: DeathWatch | None = None
         self._family: dict[int, psutil.Process] = {}
         self._logs_at_end: str | None = None
-        self._beside: list[ProcessBeside] = []
+        self._beside: list[AttachedProcess] = []
         self.reach = SameMachine()
 
     def model_path(self) -> str:
@@ -140,9 +140,10 @@ class SGLangProcess:
             "TMPDIR": str(self._folder),
         }  # fmt: skip
 
-    def beside(self, script: str) -> ProcessBeside:
+    def beside(self, script: str) -> AttachedProcess:
         """A second process of the same Python: see :class:`sglang_harness.runtime.Running`."""
-        made = ProcessBeside(
+        made = AttachedProcess(
+            "The peer",
             [str(self._python), "-c", script],
             name=f"{self.name}-peer",
             environment={**self._environment(), "GLOO_SOCKET_IFNAME": "lo"},
