@@ -27,6 +27,7 @@ Requests are lines of JSON on standard input, answers and events lines on standa
     --listen PATH   take requests from connections to a socket at PATH too, each as above; a
                     server ends with the connection that asked for it. Standard input is ignored.
     --idle SECONDS  with --listen: end after so long without a connection
+    --log PATH      where this program itself writes what it has to say, besides the protocol
 
 Without --listen it ends when its standard input ends, or its parent process does; its servers go
 with it, however it ends.
@@ -428,7 +429,8 @@ def family(served: Served) -> set[int]:
         if state in "ZX":
             continue
         parents[int(entry)] = int(parent)
-        if int(session) == served.pid:
+        # It is in its session from its first steps on, and not before.
+        if int(session) == served.pid or (int(entry) == served.pid and not served.ended):
             members.add(int(entry))
     grown = True
     while grown:
@@ -548,6 +550,7 @@ def main() -> None:
     parser.add_argument("--ports", default="")
     parser.add_argument("--listen", default="")
     parser.add_argument("--idle", type=float, default=3600.0)
+    parser.add_argument("--log", default="")
     options = parser.parse_args()
     began = time.monotonic()
     # A scheduler that dies sends SIGQUIT up to whoever started it (0.5.23).
@@ -556,6 +559,8 @@ def main() -> None:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # What imports print must not stand between the lines of the protocol.
     out = os.dup(1)
+    if options.log:
+        os.dup2(os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     os.dup2(2, 1)
     missing = import_everything()
     import gc

@@ -10,7 +10,7 @@ from testcontainers.core.waiting_utils import WaitStrategy, WaitStrategyTarget
 from sglang_harness import checkpoint
 from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.device import within_visible
-from sglang_harness.errors import DeviceNotIdle
+from sglang_harness.errors import DeviceNotIdle, SpecError
 from sglang_harness.memory.guard import Guard
 from sglang_harness.permissions import check_readable
 from sglang_harness.readiness import StartReport, wait_until_ready
@@ -57,6 +57,11 @@ class SGLangContainer(SGLangServerContainer):
 
     def __init__(self, spec: ServerSpec | None = None, **fields: Any) -> None:
         spec = within_visible(ServerSpec.make(**fields) if spec is None else spec)
+        if spec.start == "warm":
+            raise SpecError(
+                "An SGLangContainer is a container of its own, which starts cold.",
+                advice="Use Server.start, or the pytest plugin's fixtures, for a warm start.",
+            )
         model = checkpoint.locate(spec.model, lambda _: None)
         if model is not None:
             check_readable(model)
@@ -81,13 +86,13 @@ class SGLangContainer(SGLangServerContainer):
         super().start()
         return self
 
-    def end(self) -> int | None:
+    def end(self, *, at_once: bool = False) -> int | None:
         """Ends it and waits until its GPUs are free. Again: the same answer.
 
         Raises:
             DeviceNotIdle: a GPU was not given back, and nothing else is being raised.
         """
-        exit_code = super().end()
+        exit_code = super().end(at_once=at_once)
         kept = [d for d in self._guard.close() if not d.given_back] if self._guard else []
         self._guard = None
         if kept and sys.exc_info()[1] is None:

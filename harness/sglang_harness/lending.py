@@ -18,7 +18,7 @@ from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.readiness import StartReport
 from sglang_harness.restoring import State
-from sglang_harness.runtime import Beside, Runtime
+from sglang_harness.runtime import Beside, Runtime, Started
 from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.server import Server
@@ -38,6 +38,7 @@ class Loan:
     api_key: str | None = field(repr=False)
     model: Path | None
     model_path: str
+    started: Started
     arguments: dict[str, Argument]
     memory: tuple[str, ...]
     report: StartReport
@@ -98,6 +99,7 @@ class Lender:
             api_key=running.api_key,
             model=running.model,
             model_path=running.model_path(),
+            started=running.started,
             arguments=running.arguments,
             memory=tuple(source.name for source in running.memory()),
             report=server.report,
@@ -155,6 +157,7 @@ class BorrowedServer:
         self.device = loan.device
         self.run_id = loan.run_id
         self.model = loan.model
+        self.started = loan.started
         self.arguments = loan.arguments
         self.address = loan.address
         self.api_key = loan.api_key
@@ -203,8 +206,9 @@ class BorrowedServer:
     def host_pids(self) -> list[int]:
         return list(self._ask("host_pids"))
 
-    def end(self) -> int | None:
+    def end(self, *, at_once: bool = False) -> int | None:
         """Gives it back. The keeper ends it."""
+        del at_once
         self.watch.expected = True
         return None
 

@@ -261,13 +261,18 @@ class Server:
         if death := self.running.watch.death:
             raise ServerDied(death)
 
-    def stop(self) -> Stopped:
-        """Ends the server and removes what belongs to it. Again: the same answer."""
+    def stop(self, *, at_once: bool = False) -> Stopped:
+        """Ends the server and removes what belongs to it. Again: the same answer.
+
+        Args:
+            at_once: nobody judges how it ends, so that it need not be waited for. One on a GPU is
+                asked to end all the same: what a killed one holds there may come back late.
+        """
         if self.stopped is None:
             left = self._weights.close() if self._weights is not None else []
             self.client.close()
             started = time.monotonic()
-            exit_code = self.running.end()
+            exit_code = self.running.end(at_once=at_once and self.device == "cpu")
             seconds = time.monotonic() - started
             self.memory.close()
             devices = self._guard.close() if self._guard else []

@@ -216,7 +216,7 @@ class OnGpu:
     def host_pids(self) -> list[int]:
         return [os.getpid()]
 
-    def end(self) -> int:
+    def end(self, *, at_once: bool = False) -> int:
         self.proxy.close()
         self.proxy.unload()
         return 0

@@ -14,7 +14,7 @@ from scripted_server import Answer, Mortal, ScriptedServer, Seen
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.memory import MemoryLedger
 from sglang_harness.readiness import StartReport
-from sglang_harness.runtime.process import SameMachine
+from sglang_harness.runtime.reach import SameMachine
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.weights.expected import Served, expected_checksums
@@ -201,7 +201,7 @@ class _Running:
     def model_path(self) -> str:
         return str(self.model)
 
-    def end(self) -> int:
+    def end(self, *, at_once: bool = False) -> int:
         return 0
 
     def left_behind(self) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
@@ -10,7 +12,21 @@ from sglang_harness.memory import MemorySource
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.spec import Argument, ServerSpec
 
-__all__ = ["Beside", "Death", "DeathWatch", "Reach", "Running", "Runtime"]
+__all__ = ["Beside", "Death", "DeathWatch", "Reach", "Running", "Runtime", "Started"]
+
+
+@dataclass(frozen=True)
+class Started:
+    """How a server came to be.
+
+    Attributes:
+        how: ``cold`` (its image or Python starts it, as anybody would), ``warm`` (forked from a
+            parent that has imported SGLang already) or ``elsewhere`` (not by this run).
+        why: why not warm, in words, where that had been possible or was asked for.
+    """
+
+    how: Literal["cold", "warm", "elsewhere"]
+    why: str = ""
 
 
 class Reach(Protocol):
@@ -49,6 +65,10 @@ class Running(Protocol):
     @property
     def runtime(self) -> str:
         """Name of the runtime, as the verdict states it."""
+
+    @property
+    def started(self) -> Started:
+        """Cold or warm, and why."""
 
     @property
     def device(self) -> Literal["cpu", "gpu"]:
@@ -110,8 +130,16 @@ class Running(Protocol):
     def host_pids(self) -> list[int]:
         """Process ids of the server as this host sees them; empty where it cannot."""
 
-    def end(self) -> int | None:
-        """Asks it to end, then makes it; removes what it left. Returns the exit code."""
+    def end(self, *, at_once: bool = False) -> int | None:
+        """Asks it to end, then makes it; removes what it left. Again: the same.
+
+        Args:
+            at_once: nobody judges how it ends: it is made to, without being asked. SGLang takes
+                five seconds or more to end when it is asked (0.5.23).
+
+        Returns:
+            the exit code; ``None`` where nobody could tell.
+        """
 
     def left_behind(self) -> list[str]:
         """What of it is still there after ``end``; empty when all is well."""
@@ -140,3 +168,7 @@ class Runtime(Protocol):
         Raises:
             SpecError, EngineError, ImageError, ModelError: it cannot be had here.
         """
+
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        """Inside, more than one server is to be expected: what makes the next start faster is
+        made, and kept until the end."""

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.permissions import make_readable
-from sglang_harness.runtime import Beside
+from sglang_harness.runtime import Beside, Started
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.spec import Argument
 
@@ -118,6 +118,7 @@ class AttachedServer:
     """Somebody else's server as a :class:`sglang_harness.runtime.Running`."""
 
     runtime = "attach"
+    started = Started("elsewhere")
 
     def __init__(
         self,
@@ -202,8 +203,9 @@ class AttachedServer:
     def host_pids(self) -> list[int]:
         return []
 
-    def end(self) -> int | None:
+    def end(self, *, at_once: bool = False) -> int | None:
         """Looks away. The server goes on."""
+        del at_once
         self.watch.expected = True
         self._over.set()
         if self._attachment.shared is not None:

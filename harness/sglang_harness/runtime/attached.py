@@ -121,13 +121,14 @@ class AttachedContainer:
         left = []
         container = getattr(self, "container", None)
         if container is not None:
-            with suppress(NotFound):
-                try:
-                    container.remove(force=True, v=True)
-                except APIError as error:
-                    # 'Removal is already in progress': it ended by itself a moment ago.
-                    if getattr(error, "status_code", 0) != 409:
-                        left.append(f"container {self.name}: {error.explanation or error}")
+            try:
+                container.remove(force=True, v=True)
+            except NotFound:
+                pass
+            except APIError as error:
+                # 'Removal is already in progress': it ended by itself a moment ago.
+                if error.status_code != 409:
+                    left.append(f"container {self.name}: {error.explanation or error}")
             if not left and not self._is_gone(within=10.0):
                 left.append(f"container {self.name}: still there after 10 s")
         self._client.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sglang_harness import checkpoint
@@ -54,10 +55,21 @@ class AutoRuntime:
 
     def __init__(self) -> None:
         self._chosen: Runtime | None = None
+        self._kept: ExitStack | None = None
 
     @property
     def name(self) -> str:
         return "auto" if self._chosen is None else self._chosen.name
+
+    @contextmanager
+    def keeping_parents(self) -> Iterator[None]:
+        """See :class:`sglang_harness.runtime.Runtime`."""
+        # Which one it will be is not known yet: the one that it becomes is told then.
+        with ExitStack() as self._kept:
+            if self._chosen is not None:
+                self._kept.enter_context(self._chosen.keeping_parents())
+            yield
+        self._kept = None
 
     def prepare(
         self,
@@ -76,6 +88,8 @@ class AutoRuntime:
             # A slip in the model's name is told before anything is said of engines.
             checkpoint.locate(spec.model, say)
             self._chosen = self._decide(spec, held, say)
+            if self._kept is not None:
+                self._kept.enter_context(self._chosen.keeping_parents())
         return self._chosen.prepare(spec, run_id=run_id, held=held, say=say)
 
     @staticmethod

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from sglang_harness import checkpoint, shipped
 from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import cores, engine, images
+from sglang_harness.runtime import Started, cores, engine, images
 from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.docker import DockerRuntime
@@ -141,6 +141,7 @@ class ComposeServer(RunningContainer):
     """
 
     runtime = "compose"
+    started = Started("cold", "compose starts its services itself")
 
     def __init__(
         self,
@@ -325,6 +326,10 @@ class ComposeRuntime:
         """How a second server with another model is started in the same image."""
         return self if self._file is None else DockerRuntime()
 
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        """Compose starts every server: none is forked."""
+        return nullcontext()
+
     def prepare(
         self,
         spec: ServerSpec,
@@ -338,6 +343,11 @@ class ComposeRuntime:
         Raises:
             MissingExtra: there is no compose here.
         """
+        if spec.start == "warm":
+            raise SpecError(
+                "A warm start was asked for, and cannot be: compose starts its services itself.",
+                advice="Leave --start out, or use --runtime docker.",
+            )
         given = spec.model_fields_set
         refused = SAID_BY_THE_FILE if self._file else NOT_IN_OURS
         if both := [name for name in refused if name in given and getattr(spec, name) is not None]:

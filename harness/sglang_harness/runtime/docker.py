@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,11 +21,14 @@ from sglang_harness import checkpoint, shipped
 from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import cores, engine, images
+from sglang_harness.runtime import Started, cores, engine, images, kept_parents, parent_container
 from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
+from sglang_harness.runtime.parent import Parents
+from sglang_harness.runtime.preloaded import Recipe
 from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
 from sglang_harness.runtime.running_container import PORT, RunningContainer
+from sglang_harness.runtime.warm import WarmServer, alike, why_cold
 from sglang_harness.secrets import new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
@@ -89,18 +93,14 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         }
 
     def _environment(self) -> dict[str, str]:
-        passed = {n: os.environ[n] for n in self.spec.pass_environment if n in os.environ}
-        # A read-only root with a model on disk must not look for a hub.
-        offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
-        cache = {"HF_HOME": "/hub"} if self.spec.hub_cache else {}
         key = {"SGLANG_API_KEY": self.api_key or ""}
         bound = {}
         if self.device == "cpu" and cores.ranks(self.arguments) > 1:
             bound = cores.binding(self.arguments, cores.cores_of(self._engine))
         # torch's shared memory is found by a socket in here: a peer has to see it too.
         shared = {"TMPDIR": str(TEMPORARY)}
-        environment = {**offline, **cache, **bound, **shared, **passed, **self.spec.environment}
-        return {**environment, **key}
+        own = environment_of(self.spec, has_model=self.model is not None)
+        return {**bound, **shared, **own, **key}
 
     def _command_words(self) -> list[str]:
         return [
@@ -282,9 +282,26 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
 
 
 class DockerRuntime:
-    """Servers in containers of their own."""
+    """Servers in containers of their own; warm ones in the container of their parent."""
 
     name = "docker"
+
+    def __init__(self) -> None:
+        self._images: dict[str, str] = {}
+        self._parents = Parents(
+            lambda recipe: kept_parents.find("docker", recipe),
+            lambda recipe, run_id, say: parent_container.make(
+                recipe, self._images[recipe.runs], run_id=run_id, say=say
+            ),
+        )
+
+    def __reduce__(self) -> tuple[type[DockerRuntime], tuple[()]]:
+        # Another process that is handed this one has parents of its own.
+        return DockerRuntime, ()
+
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        """See :class:`sglang_harness.runtime.Runtime`."""
+        return self._parents.keeping()
 
     def prepare(
         self,
@@ -293,16 +310,81 @@ class DockerRuntime:
         run_id: str,
         held: bool,
         say: Callable[[str], None],
-    ) -> SGLangServerContainer:
+    ) -> SGLangServerContainer | WarmServer:
         """See :class:`sglang_harness.runtime.Runtime`."""
         model = checkpoint.locate(spec.model, say)
         if model is not None:
             check_readable(model)
         device, image = prepare(spec, say)
-        say(f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})")
-        return SGLangServerContainer(
-            spec, model=model, image=image, device=device, run_id=run_id, held=held
+
+        def recipe() -> Recipe:
+            made = recipe_of(spec, image)
+            self._images[made.runs] = image
+            return made
+
+        found = self._parents.for_server(
+            spec,
+            why_cold(spec, model=model, device=device, held=held) or _not_ours(image),
+            recipe,
+            run_id=run_id,
+            say=say,
         )
+        what = f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})"
+        if isinstance(found, Started):
+            say(f"{what}{f', cold: {found.why}' if found.why else ''}")
+            container = SGLangServerContainer(
+                spec, model=model, image=image, device=device, run_id=run_id, held=held
+            )
+            container.started = found
+            return container
+        say(f"{what}, warm")
+        assert model is not None, "why_cold has looked"
+        return WarmServer.of(
+            spec, found, runtime=self.name, model=model, device=device, run_id=run_id,
+            give_back=self._parents.give,
+        )  # fmt: skip
+
+
+def recipe_of(spec: ServerSpec, image: str) -> Recipe:
+    """What a parent of servers like this one is made from.
+
+    Raises:
+        EngineError: no engine answers, or it does not see this machine's disk.
+    """
+    client = engine.connect()
+    try:
+        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
+            if engine.is_remote() or not engine.sees_this_disk(client, image, Path(probe)):
+                raise EngineError("The engine does not see this machine's disk.")
+        found = client.images.get(image)
+        return Recipe(
+            runs=str(found.id),
+            environment=alike(environment_of(spec, has_model=True)),
+            version=found.labels.get(images.LABEL_VERSION, ""),
+        )
+    finally:
+        client.close()
+
+
+def _not_ours(image: str) -> str | None:
+    client = engine.connect()
+    try:
+        ours = client.images.get(image).labels.get(images.LABEL_DEVICE) == "cpu"
+    finally:
+        client.close()
+    return None if ours else "its image is not one that this project builds"
+
+
+def environment_of(spec: ServerSpec, *, has_model: bool) -> dict[str, str]:
+    """What a server's container has, beside its key and what depends on its flags.
+
+    Args:
+        has_model: the model is on disk, so that no hub is to be looked for.
+    """
+    passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
+    offline = {"HF_HUB_OFFLINE": "1"} if has_model else {}
+    cache = {"HF_HOME": "/hub"} if spec.hub_cache else {}
+    return {**offline, **cache, **passed, **spec.environment}
 
 
 def _launcher() -> str:

@@ -18,6 +18,8 @@ from sglang_harness.spec import ServerSpec
 
 #: Set by cpu.Dockerfile: an image that needs the CPU flags and takes a read-only root.
 LABEL_DEVICE = "org.sglang-harness.device"
+#: Set by build.sh: the version of SGLang in it.
+LABEL_VERSION = "org.sglang-harness.sglang-version"
 
 Say = Callable[[str], None]
 

@@ -11,14 +11,13 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -28,9 +27,14 @@ from sglang_harness.device import cuda_environment, gpus
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.process import ProcessMemory
-from sglang_harness.runtime import cores, images
+from sglang_harness.runtime import Started, cores, images, kept_parents, parent_process
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
+from sglang_harness.runtime.parent import Parents
+from sglang_harness.runtime.ports import free_port, is_taken
+from sglang_harness.runtime.preloaded import Recipe
+from sglang_harness.runtime.reach import SameMachine
+from sglang_harness.runtime.warm import WarmServer, alike, why_cold
 from sglang_harness.secrets import Redactor, new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
@@ -48,6 +52,7 @@ class SGLangProcess:
     """
 
     runtime = "process"
+    started = Started("cold")
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class SGLangProcess:
         self.arguments = spec.arguments(device)
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-harness-process-"))
         self._log = self._folder / "server.log"
-        self._port = spec.port or _free_port()
+        self._port = spec.port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: DeathWatch | None = None
         self._family: dict[int, psutil.Process] = {}
@@ -86,7 +91,7 @@ class SGLangProcess:
             SpecError: the port is taken.
             EngineError: the Python cannot be run.
         """
-        if self.spec.port is not None and _is_taken(self.spec.port):
+        if self.spec.port is not None and is_taken(self.spec.port):
             self._remove_folder()
             raise SpecError(
                 f"Port {self.spec.port} on 127.0.0.1 is in use.",
@@ -120,25 +125,10 @@ class SGLangProcess:
 
     def _environment(self) -> dict[str, str]:
         """For the server and what stands beside it; without the key."""
-        passed = {n: os.environ[n] for n in self.spec.pass_environment if n in os.environ}
-        cpu: dict[str, str] = {}
-        if self.device == "cpu":
-            bound = cores.binding(self.arguments, cores.cores_here())
-            # As in the CPU image: torch would compile some functions, and a machine need not
-            # have a C++ compiler.
-            cpu = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1", **bound}
-        offline = {"HF_HUB_OFFLINE": "1"} if self.model is not None else {}
-        basics = {
-            n: os.environ[n]
-            for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-            if n in os.environ
-        }
-        devices = cuda_environment(self.spec.gpus) if self.device == "gpu" else {}
-        return {
-            **basics, **devices, **cpu, **offline, **passed, **self.spec.environment,
-            "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
-            "TMPDIR": str(self._folder),
-        }  # fmt: skip
+        own = environment_of(self.spec, device=self.device, has_model=self.model is not None)
+        on_cpu = self.device == "cpu"
+        bound = cores.binding(self.arguments, cores.cores_here()) if on_cpu else {}
+        return {**bound, **own, "TMPDIR": str(self._folder)}
 
     def beside(self, script: str) -> AttachedProcess:
         """A second process of the same Python: see :class:`sglang_harness.runtime.Running`."""
@@ -202,7 +192,7 @@ class SGLangProcess:
     def host_pids(self) -> list[int]:
         return [p.pid for p in self.processes()]
 
-    def end(self) -> int | None:
+    def end(self, *, at_once: bool = False) -> int | None:
         """SIGTERM, ``limits.stop`` seconds, then SIGKILL for whatever of it is left."""
         if self._watch is not None and self._watch.death is None:
             self._watch.expected = True
@@ -213,7 +203,10 @@ class SGLangProcess:
             return None
         family = self.processes()
         if self._process.poll() is None:
-            self._process.terminate()
+            if at_once:
+                self._process.kill()
+            else:
+                self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=self.spec.limits.stop)
         _, alive = psutil.wait_procs(family, timeout=2)
@@ -247,6 +240,18 @@ class ProcessRuntime:
 
     def __init__(self, python: Path | None = None) -> None:
         self._python = python
+        self._parents = Parents(
+            lambda recipe: kept_parents.find("process", recipe),
+            lambda recipe, _, say: parent_process.make(recipe, say=say),
+        )
+
+    def __reduce__(self) -> tuple[type[ProcessRuntime], tuple[Path | None]]:
+        # Another process that is handed this one has parents of its own.
+        return ProcessRuntime, (self._python,)
+
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        """See :class:`sglang_harness.runtime.Runtime`."""
+        return self._parents.keeping()
 
     def prepare(
         self,
@@ -255,7 +260,7 @@ class ProcessRuntime:
         run_id: str,
         held: bool,
         say: Callable[[str], None],
-    ) -> SGLangProcess:
+    ) -> SGLangProcess | WarmServer:
         """See :class:`sglang_harness.runtime.Runtime`.
 
         Raises:
@@ -283,17 +288,59 @@ class ProcessRuntime:
             )
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
-        python = self._python or images.run_script("embedded.sh", spec.sglang_version, say)
+        python = self._python or Path(images.run_script("embedded.sh", spec.sglang_version, say))
         model = checkpoint.locate(spec.model, say)
-        say(f"starting {spec.model} with {python} ({device})")
-        return SGLangProcess(spec, python=Path(python), model=model, device=device, run_id=run_id)
+        found = self._parents.for_server(
+            spec,
+            why_cold(spec, model=model, device=device, held=held),
+            lambda: recipe_of(spec, python),
+            run_id=run_id,
+            say=say,
+        )
+        what = f"starting {spec.model} with {python} ({device})"
+        if isinstance(found, Started):
+            say(f"{what}{f', cold: {found.why}' if found.why else ''}")
+            server = SGLangProcess(spec, python=python, model=model, device=device, run_id=run_id)
+            server.started = found
+            return server
+        say(f"{what}, warm")
+        assert model is not None, "why_cold has looked"
+        return WarmServer.of(
+            spec, found, runtime=self.name, model=model, device=device, run_id=run_id,
+            give_back=self._parents.give,
+        )  # fmt: skip
 
 
-class SameMachine:
-    """A local path is the server's path."""
+def recipe_of(spec: ServerSpec, python: Path) -> Recipe:
+    """What a parent of servers like this one is made from."""
+    environment = environment_of(spec, device="cpu", has_model=True)
+    version = spec.sglang_version or shipped.pins()["SGLANG_VERSION"]
+    return Recipe(runs=str(python), environment=alike(environment), version=version)
 
-    def share(self, path: Path) -> PurePosixPath:
-        return PurePosixPath(path.resolve())
+
+def environment_of(
+    spec: ServerSpec, *, device: Literal["cpu", "gpu"], has_model: bool
+) -> dict[str, str]:
+    """What a server's process has, beside its key, its folder and what depends on its flags.
+
+    Args:
+        has_model: the model is on disk, so that no hub is to be looked for.
+    """
+    passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
+    # As in the CPU image: torch would compile some functions, and a machine need not have a
+    # C++ compiler.
+    cpu = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1"} if device == "cpu" else {}
+    offline = {"HF_HUB_OFFLINE": "1"} if has_model else {}
+    basics = {
+        n: os.environ[n]
+        for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+        if n in os.environ
+    }
+    devices = cuda_environment(spec.gpus) if device == "gpu" else {}
+    return {
+        **basics, **devices, **cpu, **offline, **passed, **spec.environment,
+        "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
 
 
 def _ends_with_parent() -> Callable[[], None]:
@@ -305,22 +352,6 @@ def _ends_with_parent() -> Callable[[], None]:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     return end_with_parent
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
 
 
 def _remove_shared_memory(pids: Iterable[int]) -> None:

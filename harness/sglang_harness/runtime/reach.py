@@ -21,18 +21,42 @@ EXCHANGE = PurePosixPath("/exchange")
 MODELS = PurePosixPath("/models")
 
 
-class FolderReach:
-    """Local folders, bind-mounted read-only: the model and a folder for exchange."""
+class SameMachine:
+    """A local path is the server's path."""
 
-    def __init__(self, model: Path | None) -> None:
+    def share(self, path: Path) -> PurePosixPath:
+        return PurePosixPath(path.resolve())
+
+
+class FolderReach:
+    """Local folders, bind-mounted read-only: the model and a folder for exchange.
+
+    Args:
+        folder: for exchange, where it is there already; ``None``: a new one.
+        inside: where the server sees it.
+        model_inside: where the server sees the model.
+    """
+
+    def __init__(
+        self,
+        model: Path | None,
+        *,
+        folder: Path | None = None,
+        inside: PurePosixPath = EXCHANGE,
+        model_inside: PurePosixPath | None = None,
+    ) -> None:
         self._model = model
-        self.folder = Path(tempfile.mkdtemp(prefix="sglang-harness-exchange-"))
-        self.folder.chmod(0o755)
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="sglang-harness-exchange-"))
+            folder.chmod(0o755)
+        self.folder = folder
+        self._inside = inside
+        self._model_inside = model_inside or MODELS / (model.name if model else "")
 
     def mounts(self) -> list[Mount]:
-        mounts = [Mount(str(EXCHANGE), str(self.folder), type="bind", read_only=True)]
+        mounts = [Mount(str(self._inside), str(self.folder), type="bind", read_only=True)]
         if self._model is not None:
-            inside = str(MODELS / self._model.name)
+            inside = str(self._model_inside)
             mounts.append(Mount(inside, str(self._model), type="bind", read_only=True))
         return mounts
 
@@ -40,16 +64,16 @@ class FolderReach:
         """The path inside; copied into the exchange folder where it lies elsewhere."""
         path = path.resolve()
         if path.is_relative_to(self.folder):
-            return EXCHANGE / path.relative_to(self.folder)
+            return self._inside / path.relative_to(self.folder)
         if self._model is not None and path.is_relative_to(self._model.resolve()):
-            return MODELS / self._model.name / path.relative_to(self._model.resolve())
+            return self._model_inside / path.relative_to(self._model.resolve())
         copy = self.folder / f"{path.name}-{uuid.uuid4().hex[:6]}"
         if path.is_dir():
             shutil.copytree(path, copy)
         else:
             shutil.copy2(path, copy)
         make_readable(copy)
-        return EXCHANGE / copy.name
+        return self._inside / copy.name
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from testcontainers.core.docker_client import DockerClient
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.container import ContainerMemory
-from sglang_harness.runtime import engine, images
+from sglang_harness.runtime import Started, engine, images
 from sglang_harness.runtime.beside import ContainerBeside, make_temporary_volume
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.secrets import Redactor
@@ -43,6 +43,7 @@ class RunningContainer:
     """The server's port inside the container."""
     device: Literal["cpu", "gpu"]
     run_id: str
+    started: Started = Started("cold")
     _temporary: Any = None
     """The volume of :func:`make_temporary_volume`, where the server got one."""
     _beside: list[ContainerBeside]
@@ -194,8 +195,9 @@ class RunningContainer:
         self.__dict__.setdefault("_beside", []).append(made)
         return made
 
-    def end(self) -> int | None:
-        """Ends the server within ``limits.stop`` seconds and removes what belongs to it.
+    def end(self, *, at_once: bool = False) -> int | None:
+        """Ends the server within ``limits.stop`` seconds, or at once, and removes what belongs
+        to it.
 
         Returns its exit code; ``None`` where the engine could not tell. Again: the same.
         """
@@ -206,7 +208,7 @@ class RunningContainer:
         if self._container is not None:
             container = self._container
             try:
-                container.stop(timeout=int(self.spec.limits.stop))
+                container.stop(timeout=0 if at_once else int(self.spec.limits.stop))
                 self._logs_at_end = container.logs().decode(errors="replace")
                 container.reload()
                 self._exit_code = container.attrs["State"]["ExitCode"]
