@@ -119,6 +119,9 @@ class Served:
         self.seen: set[int] = {pid}
         """Every process of it that was ever seen."""
 
+    def processes(self) -> set[int]:
+        return family(self.pid, ended=self.ended)
+
 
 class Become(Exception):  # not an error: it carries a forked child out of the loop
     """Raised in the child: it leaves the loop and becomes a server."""
@@ -269,7 +272,7 @@ class Parent:
     def do_end(self, _: Channel, request: dict[str, object]) -> dict[str, object]:
         served = self.servers[str(request["name"])]
         within = float(request["within"])  # type: ignore[arg-type]
-        served.seen |= family(served)
+        served.seen |= served.processes()
         served.kill_at = time.monotonic() + within
         if within > 0 and not served.ended:
             # To the main process alone: where its children go first, SGLang takes that for a
@@ -279,7 +282,7 @@ class Parent:
 
     def do_processes(self, _: Channel, request: dict[str, object]) -> dict[str, object]:
         served = self.servers[str(request["name"])]
-        members = family(served)
+        members = served.processes()
         return {
             "pids": [
                 *([served.pid] if served.pid in members else []),
@@ -288,7 +291,7 @@ class Parent:
         }
 
     def do_memory(self, _: Channel, request: dict[str, object]) -> dict[str, object]:
-        return memory(family(self.servers[str(request["name"])]))
+        return memory(self.servers[str(request["name"])].processes())
 
     def do_ports(self, *_: object) -> dict[str, object]:
         return {"free": len(set(self.ports) - {s.port for s in self.servers.values()})}
@@ -360,13 +363,13 @@ class Parent:
                     del self.servers[served.name]
                     served.channel.say(event="cleared", name=served.name, left=left)
             elif served.kill_at is not None and now >= served.kill_at:
-                served.seen |= family(served)
+                served.seen |= served.processes()
                 # The main process first: it would report the others' end as a crash.
                 kill([served.pid])
 
     def clear(self, served: Served) -> list[str]:
         """Ends what is left of a server whose main process has ended; what there still is."""
-        members = family(served)
+        members = served.processes()
         served.seen |= members
         kill(members)
         if members:
@@ -413,8 +416,12 @@ def kill(pids: object) -> None:
             continue
 
 
-def family(served: Served) -> set[int]:
-    """Processes of a server that live: of its session, or descended from one of it."""
+def family(main: int, *, ended: bool = True) -> set[int]:
+    """Processes of a server that live: of its session, or descended from one of it.
+
+    ``main`` is its main process, and the number of its session; ``ended`` tells whether that
+    process has ended, and its number may be another's.
+    """
     parents: dict[int, int] = {}
     members: set[int] = set()
     for entry in os.listdir("/proc"):
@@ -430,7 +437,7 @@ def family(served: Served) -> set[int]:
             continue
         parents[int(entry)] = int(parent)
         # It is in its session from its first steps on, and not before.
-        if int(session) == served.pid or (int(entry) == served.pid and not served.ended):
+        if int(session) == main or (int(entry) == main and not ended):
             members.add(int(entry))
     grown = True
     while grown:

@@ -78,6 +78,13 @@ ServerArg = Annotated[
         help="A flag of SGLang's: name=value, or name. Repeat it for more flags, or more values.",
     ),
 ]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, cold (each server as its image starts it) or warm (forked from a parent that "
+        "has imported SGLang)."
+    ),
+]
 StartLimit = Annotated[
     float | None, typer.Option("--start-timeout", help="Seconds until the first generation.")
 ]
@@ -118,6 +125,7 @@ def qualify(
     strict_known: Annotated[
         bool, typer.Option("--strict-known", help="A listed defect that does not show is red.")
     ] = False,
+    start: Start = None,
     start_timeout: StartLimit = None,
     check_timeout: CheckLimit = None,
     run_timeout: RunLimit = None,
@@ -139,6 +147,7 @@ def qualify(
         gpus=gpus,
         pull=pull,
         port=port,
+        start=start,
     )
     attachment = held.attachment(
         url,
@@ -147,7 +156,7 @@ def qualify(
         contradicting={
             "--image": image, "--sglang-version": sglang_version, "--device": device,
             "--gpus": gpus, "--pull": pull, "--port": port, "--server-arg": server_arg or None,
-            "--spec": spec, "--python": python,
+            "--spec": spec, "--python": python, "--start": start,
             "--compose-file": compose_file,
             "--compose-service": compose_service,
             "--keep-on-failure": keep_on_failure or None,
@@ -226,18 +235,56 @@ def up(
 
 
 @app.command()
+def warm(
+    sglang_version: SglangVersion = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="auto, docker or process.")] = "auto",
+    python: Python = None,
+) -> None:
+    """Keep a parent that has imported SGLang: servers forked from it answer in seconds.
+
+    'pytest', and what 'qualify' starts after its first server, find it by themselves. It ends by
+    itself after an hour without use, or by 'down'.
+    """
+    from sglang_harness.runtime.warming import keep_warm
+
+    view = terminal.Terminal(console)
+    wanted = from_options(None, {}, None, sglang_version=sglang_version)
+    try:
+        with interruptions():
+            kept, seconds = keep_warm(wanted, runtime, python, view.say)
+    finally:
+        view.close()
+    how = "is there already" if seconds is None else f"is ready after {seconds:.1f} s"
+    console.print(
+        f"A parent of SGLang {kept.version} {how}: [bold]{kept.name}[/bold] ({kept.runtime})\n"
+        f"  stop: {_own_command()} down {kept.name}  (it ends by itself after an hour without use)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def down(
     name: Annotated[str | None, typer.Argument(help="Which one; without it all of yours.")] = None,
 ) -> None:
-    """Stop servers that 'up' or --keep-on-failure left running."""
-    found = [s for s in held.held_servers() if name is None or s.name == name]
-    if name is not None and not found:
-        raise SpecError(f"No held server is named {name}.", advice="'docker ps' shows what runs.")
-    for server in found:
+    """Stop servers that 'up' or --keep-on-failure left running, and parents kept by 'warm'."""
+    from sglang_harness.runtime import kept_parents
+
+    servers = [s for s in held.held_servers() if name is None or s.name == name]
+    parents = [p for p in kept_parents.on_record() if name is None or p.name == name]
+    if name is not None and not servers and not parents:
+        raise SpecError(
+            f"Nothing that is held is named {name}.", advice="'docker ps' shows what runs."
+        )
+    for server in servers:
         if failed := held.release(server):
             raise HarnessError("; ".join(failed))
         console.print(f"stopped {server.name}", highlight=False)
-    if not found:
+    for parent in parents:
+        if failed := kept_parents.end(parent):
+            raise HarnessError("; ".join(failed))
+        console.print(f"stopped {parent.name}", highlight=False)
+    if not servers and not parents:
         console.print("nothing is held")
 
 

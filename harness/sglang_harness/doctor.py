@@ -17,7 +17,7 @@ from testcontainers.core.config import testcontainers_config
 
 from sglang_harness import __version__, device, held, places, shipped
 from sglang_harness.errors import HarnessError
-from sglang_harness.runtime import engine, images
+from sglang_harness.runtime import engine, images, kept_parents
 from sglang_harness.runtime.docker import SGLangServerContainer
 from sglang_harness.spec import ServerSpec
 
@@ -38,7 +38,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at everything a run needs; changes nothing but makes and removes a container."""
-    findings = [_versions(), *_packages(), _disk(), _gpus()]
+    findings = [_versions(), *_packages(), _disk(), _gpus(), *_parents()]
     try:
         client = engine.connect(timeout=10)
     except HarnessError as error:
@@ -208,6 +208,17 @@ def _gpu_container(client: docker.DockerClient) -> list[Finding]:
             f"ulimits {[u['Name'] for u in made['ulimits']]}",
         )
     ]
+
+
+def _parents() -> list[Finding]:
+    """Kept parents that warm servers are forked from; none is nothing to tell."""
+    kept = kept_parents.on_record()
+    gone = [parent.name for parent in kept if not parent.answers()]
+    told = ", ".join(f"{p.name} (SGLang {p.version}, {p.runtime})" for p in kept)
+    if gone:
+        told += f"; ended: {', '.join(gone)}"
+    advice = "sglang-harness sweep" if gone else ""
+    return [Finding("kept parents", "note" if gone else "ok", told, advice)] if kept else []
 
 
 def _port() -> Finding:

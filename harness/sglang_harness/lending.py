@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -59,6 +60,7 @@ class Lender:
         self._asked_for: tuple[ServerSpec, str] | None = None
         self._lock = threading.Lock()
         self._starter = ThreadPoolExecutor(1, "sglang-lender")
+        self._parents = ExitStack()
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -67,6 +69,7 @@ class Lender:
         if self._keeper is not None:
             self._starter.submit(self._keeper.close).result()
         self._starter.shutdown()
+        self._parents.close()
 
     def configure(self, spec: ServerSpec, runtime: Runtime | Attachment) -> None:
         """What to start; the first one says it, and the others have to mean the same.
@@ -76,6 +79,8 @@ class Lender:
         """
         with self._lock:
             if self._keeper is None:
+                if not isinstance(runtime, Attachment):
+                    self._parents.enter_context(runtime.keeping_parents())
                 self._keeper = LocalKeeper(spec, runtime)
                 self.tally = self._keeper.tally
                 self._asked_for = spec, runtime.name

@@ -1,8 +1,8 @@
 """Servers of their own for checks that may kill theirs, or need one that runs otherwise.
 
 The last one is kept, put back to how it was at first, for the next check that asks for the same:
-a start takes half a minute, putting back a fraction of a second. One that cannot be put back, and
-one that died, is never handed on.
+a cold start takes half a minute, a warm one two seconds, putting back a fraction of one. One that
+cannot be put back, and one that died, is never handed on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class OwnServers:
 
     Args:
         wanted: the spec of the first server.
-        image: what that one turned out to run from.
+        image: what that one turned out to run from; ``None``: what ``wanted`` means.
+        started: told of each server, with its title.
 
     Attributes:
         logs: of every server that was started, with a title.
@@ -45,7 +46,9 @@ class OwnServers:
         image: str | None,
         run_id: str,
         say: Callable[[str], None],
+        started: Callable[[Server, str], None],
     ) -> None:
+        self._started = started
         self.logs: list[str] = []
         self.stopped: list[Server] = []
         self._wanted = wanted
@@ -109,6 +112,7 @@ class OwnServers:
             raise DidNotComeUp(f"The check's own server did not come up. {error}") from error
         except MissingExtra as error:
             raise NotProvided(str(error)) from None
+        self._started(server, title(spec))
         try:
             return server, State.of(server)
         except BaseException:
@@ -125,7 +129,7 @@ class OwnServers:
 
     def _stop(self, spec: ServerSpec, server: Server) -> None:
         self.logs.append(f"--- a server of its own: {title(spec)} ---\n{server.logs()}")
-        server.stop()
+        server.stop(at_once=True)
         self.stopped.append(server)
 
 
@@ -147,13 +151,14 @@ def beside(
     """The spec of another server beside the one that ``wanted`` describes.
 
     Args:
-        image: what the first one turned out to run from.
+        image: what the first one turned out to run from; ``None``: what ``wanted`` says.
         server_args: ``None``: those of ``wanted``.
         environment: added to that of ``wanted``.
     """
     given = wanted.model_dump(exclude_unset=True)
-    given |= {"model": model, "port": None, "image": image, "sglang_version": None}
-    given["pull"] = "missing"
+    given |= {"model": model, "port": None, "pull": "missing"}
+    if image is not None:
+        given |= {"image": image, "sglang_version": None}
     if server_args is not None:
         given["server_args"] = dict(server_args)
     if environment:

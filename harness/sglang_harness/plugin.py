@@ -192,11 +192,23 @@ def sglang_runtime(pytestconfig: pytest.Config) -> Runtime | Attachment:
 
 
 @pytest.fixture(scope="session")
+def _parents_stay(sglang_runtime: Runtime | Attachment, _in_order: None) -> Iterator[None]:
+    """A session may start more than one server: what makes the next start faster is kept."""
+    from sglang_harness.runtime.attach import Attachment
+
+    if isinstance(sglang_runtime, Attachment):
+        yield
+        return
+    with sglang_runtime.keeping_parents():
+        yield
+
+
+@pytest.fixture(scope="session")
 def _sglang_session(
     pytestconfig: pytest.Config,
     sglang_spec: ServerSpec,
     sglang_runtime: Runtime | Attachment,
-    _in_order: None,
+    _parents_stay: None,
 ) -> Iterator[SessionServer]:
     """The session's server: this process's own, or one that xdist's workers share."""
     from sglang_harness.session_server import LocalKeeper, SessionServer
@@ -301,7 +313,7 @@ def fresh_sglang_server(
     request: pytest.FixtureRequest,
     sglang_spec: ServerSpec,
     sglang_runtime: Runtime | Attachment,
-    _in_order: None,
+    _parents_stay: None,
 ) -> Iterator[Server]:
     """A server of this test's own, for tests that break theirs. It costs a start."""
     from sglang_harness.session_server import LocalKeeper
@@ -318,7 +330,7 @@ def fresh_sglang_server(
 
 
 @pytest.fixture(scope="session")
-def _named_servers(_in_order: None) -> Iterator[dict[str, LocalKeeper]]:
+def _named_servers(_parents_stay: None) -> Iterator[dict[str, LocalKeeper]]:
     servers: dict[str, LocalKeeper] = {}
     try:
         yield servers
@@ -452,8 +464,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not starts and not put_back:
         return
     plural = "" if len(starts) == 1 else "s"
+    warm = sum(tally.warm for tally in tallies)
+    told = f", {warm} of them warm" if warm else ""
     terminalreporter.write_line(
-        f"sglang: {len(starts)} server start{plural} ({sum(starts):.1f} s), put back after "
+        f"sglang: {len(starts)} server start{plural} ({sum(starts):.1f} s{told}), put back after "
         f"{len(put_back)} tests ({sum(put_back):.1f} s)"
     )
     for why in replaced:

@@ -62,6 +62,7 @@ OPTIONS = (
     Option("compose-service", "runtime compose: which service of your file"),
     Option("spec", "YAML file with the fields of a server spec; other options win over it"),
     Option("server-arg", "a flag of SGLang's, name=value or name; repeatable", kind="list"),
+    Option("start", "auto, cold, or warm: forked from a parent that has imported SGLang"),
     Option("start-timeout", "seconds until the first generation"),
     _other("model", "a folder, a hub name, 'smollm2' or 'tiny[:SEED]' (default: tiny)"),
     _other("url", "use a server that runs already; its key comes from SGLANG_API_KEY"),
@@ -190,6 +191,7 @@ def settle(given: Mapping[str, Given]) -> Wanted:
         "model": values.get("model") or (None if attachment or "spec" in values else "tiny"),
         "device": values.get("device"),
         "gpus": values.get("gpus"),
+        "start": values.get("start"),
     }
     spec = from_options(
         path("spec"), {"start": seconds("start-timeout")}, values.get("server-arg"), **fields

@@ -6,7 +6,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from sglang_harness import __version__, environment, held, suite
 from sglang_harness.errors import (
     DeviceNotIdle,
+    DidNotComeUp,
     HarnessError,
     Interrupted,
     ServerDied,
@@ -45,6 +47,7 @@ from sglang_harness.verdict import (
     Outside,
     PhaseTime,
     ProfileName,
+    ServerStart,
     Verdict,
     overall,
 )
@@ -58,6 +61,11 @@ CPU_CAVEAT = (
 
 PROCESS_CAVEAT = (
     "No container: the server ran as a process of this machine, with the rights of the harness."
+)
+
+WARM_CAVEAT = (
+    "{warm} of {all} servers were started warm, from a parent that had imported SGLang already: "
+    "how these start was not judged (--start cold starts each as its image does)."
 )
 
 ATTACHED_CAVEAT = (
@@ -127,6 +135,9 @@ class Qualification:
         self._figures: list[Figure] = []
         self._caveats: list[str] = []
         self._servers: list[Server] = []
+        self._starts: list[ServerStart] = []
+        self._stands_in: Server | None = None
+        """One of the checks' own, where no other server was needed."""
         self._logs: list[str] = []
         self._version: str | None = None
         self._scratch = Path()
@@ -147,38 +158,43 @@ class Qualification:
             self._viewer.say(f"with {len(added.checks)} checks of {added.package} {added.version}")
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
         with interruptions() as signals:
-            try:
-                self._ask_everything()
-            except Interrupted as error:
-                self._viewer.say(f"{error}; stopping what runs")
-            finally:
-                signals.calm()
-                self._put_away(interrupted=signals.seen is not None)
+            with ExitStack() as parents:
+                try:
+                    parents.enter_context(self._parents())
+                    self._ask_everything()
+                except Interrupted as error:
+                    self._viewer.say(f"{error}; stopping what runs")
+                finally:
+                    signals.calm()
+                    self._put_away(interrupted=signals.seen is not None)
             verdict = self._verdict(interrupted=signals.seen is not None)
             self._write(verdict)
         if signals.seen is not None:
             raise signals.seen
         return verdict
 
+    def _parents(self) -> AbstractContextManager[None]:
+        runtime = self._request.runtime
+        return nullcontext() if isinstance(runtime, Attachment) else runtime.keeping_parents()
+
     # --- the way there ----------------------------------------------------------------------
 
     def _ask_everything(self) -> None:
         try:
-            server = self._start()
-        except (ServerDied, StartTimeout) as error:
+            server, lacking = self._first_server()
+        except (ServerDied, StartTimeout, DidNotComeUp) as error:
             self._never_came_up(f"expected a server that comes up; {error}", Outcome.FAIL)
             return
         except NO_GREEN_LIGHT as error:
             self._never_came_up(str(error), Outcome.ERROR)
             return
-        self._version = str(server.client.server_info().get("version") or "") or None
         context = Context(server, self._request.seed, self._own_server, self._scratch)
         asked = [c for c in self._checks if not c.after_stop]
         for number, check in enumerate(asked, start=1):
-            if reason := self._lacking(check, context.server):
+            if reason := lacking(check, context.server):
                 self._outside.append(Outside(id=check.id, reason=reason))
                 continue
-            if reason := self._cannot_ask(context.server):
+            if reason := self._cannot_ask():
                 self._record(
                     CheckResult(id=check.id, outcome=Outcome.NOT_RUN, seconds=0, message=reason),
                     [],
@@ -190,10 +206,29 @@ class Qualification:
             context.server.client.deadline = None
             self._replace_if_dead(context, check)
 
-    def _start(self) -> Server:
+    def _first_server(self) -> tuple[Server, Callable[[Check[Any], Server], str | None]]:
+        """The server that checks are asked of, and how to tell what it lacks for one.
+
+        Where every check has a server of its own, nobody would ask this one anything, so it is
+        one of theirs, which the next check takes over.
+        """
+        if all(check.own_server for check in self._checks):
+            with self._own_server() as server:
+                self._stands_in = server
+                self._version = _version(server)
+                known = {check.id: self._lacking(check, server) for check in self._checks}
+            return server, lambda check, _: known[check.id]
+        # Its start is judged, so it is started as anybody would.
+        spec = self._request.spec
+        attached = isinstance(self._request.runtime, Attachment)
+        server = self._start(spec if attached else spec.model_copy(update={"start": "cold"}))
+        self._version = _version(server)
+        return server, self._lacking
+
+    def _start(self, spec: ServerSpec) -> Server:
         try:
             server = Server.start(
-                self._request.spec,
+                spec,
                 runtime=self._request.runtime,
                 say=self._viewer.say,
                 run_id=self._run_id,
@@ -203,8 +238,15 @@ class Qualification:
             self._logs.append(getattr(error, "server_log", ""))
             raise
         self._servers.append(server)
+        self._has_started(server, "the server")
         server.about()
         return server
+
+    def _has_started(self, server: Server, name: str) -> None:
+        started = server.running.started
+        self._starts.append(
+            ServerStart(name=name, how=started.how, why=started.why, seconds=server.report.seconds)
+        )
 
     def _never_came_up(self, message: str, outcome: Outcome) -> None:
         launched = suite.registered()["launch/phases"]
@@ -227,9 +269,10 @@ class Qualification:
             self._own_servers = OwnServers(
                 self._request.spec,
                 runtime,
-                image=self._servers[0].about().get("image"),
+                image=self._servers[0].about().get("image") if self._servers else None,
                 run_id=self._run_id,
                 say=self._viewer.say,
+                started=self._has_started,
             )
         return self._own_servers.lent(**wanted)
 
@@ -248,15 +291,16 @@ class Qualification:
                 return None
         return None
 
-    def _cannot_ask(self, server: Server) -> str | None:
+    def _cannot_ask(self) -> str | None:
         if time.monotonic() - self._began > self._request.spec.limits.run:
             return f"the run's limit of {self._request.spec.limits.run:g} s was over"
-        if server.running.watch.death is not None:
+        if self._servers and self._servers[-1].running.watch.death is not None:
             return "the server had died, and was not replaced again"
         return None
 
     def _record(self, result: CheckResult, figures: list[Figure]) -> None:
-        device = self._servers[0].device if self._servers else "cpu"
+        server = self._shown()
+        device = server.device if server else "cpu"
         result = known_defects.apply(
             result, self._defects, version=self._version, device=device, today=date.today()
         )
@@ -264,8 +308,12 @@ class Qualification:
         self._figures += figures
         self._viewer.end(result)
 
+    def _shown(self) -> Server | None:
+        """The server that the verdict names."""
+        return self._servers[0] if self._servers else self._stands_in
+
     def _replace_if_dead(self, context: Context, check: Check[Any]) -> None:
-        death = context.server.running.watch.death
+        death = self._servers[-1].running.watch.death if self._servers else None
         if death is None or self._replaced >= REPLACEMENTS:
             return
         if isinstance(self._request.runtime, Attachment):
@@ -276,7 +324,7 @@ class Qualification:
         self._viewer.say(f"{death.sentence()} Starting another for the remaining checks")
         self._stop(context.server)
         try:
-            context.server = self._start()
+            context.server = self._start(self._request.spec)
         except (ServerDied, StartTimeout):
             self._replaced = REPLACEMENTS
             return
@@ -302,7 +350,8 @@ class Qualification:
             for server in running:
                 attached = server.running.runtime == "attach"
                 self._viewer.say("looking away" if attached else "stopping the server")
-                self._stop(server)
+                judged = not interrupted and any(check.after_stop for check in self._checks)
+                self._stop(server, at_once=not judged)
             if not interrupted and self._servers:
                 self._ask_after_stop(self._servers[-1])
         finally:
@@ -317,9 +366,9 @@ class Qualification:
             if c.after_stop
         ]
 
-    def _stop(self, server: Server) -> None:
+    def _stop(self, server: Server, *, at_once: bool = True) -> None:
         log = server.logs()
-        server.stop()
+        server.stop(at_once=at_once)
         self._logs.append(server.logs() or log)
 
     def _ask_after_stop(self, server: Server) -> None:
@@ -353,7 +402,7 @@ class Qualification:
             self._record(*run_check(check, context))
 
     def _verdict(self, *, interrupted: bool) -> Verdict:
-        request, server = self._request, self._servers[0] if self._servers else None
+        request, server = self._request, self._shown()
         state, reason = overall(
             self._results,
             interrupted=interrupted,
@@ -365,12 +414,13 @@ class Qualification:
             *([CPU_CAVEAT] if device == "cpu" else []),
             *([PROCESS_CAVEAT] if request.runtime.name == "process" else []),
             *self._attached_caveat(),
+            *self._warm_caveat(),
             *self._caveats,
             *(c for s in self._servers for c in _gaps(s)),
         ]
         phases = (
             [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
-            if server
+            if self._servers and server
             else []
         )
         return Verdict(
@@ -400,6 +450,7 @@ class Qualification:
                 *self._figures,
             ],
             phases=phases,
+            servers=self._starts,
             memory=[r for s in self._servers for r in s.memory.readings],
             environment={
                 **environment.describe(),
@@ -416,11 +467,19 @@ class Qualification:
         changed = "changed and put back" if how.allow_changes else "only looked at"
         return [ATTACHED_CAVEAT.format(how=changed)]
 
+    def _warm_caveat(self) -> list[str]:
+        warm = sum(start.how == "warm" for start in self._starts)
+        return [WARM_CAVEAT.format(warm=warm, all=len(self._starts))] if warm else []
+
     def _write(self, verdict: Verdict) -> None:
         out = self._request.out
         verdict.write(out / "verdict.json")
         junit.write(verdict, out / "junit.xml")
         (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8", errors="replace")
+
+
+def _version(server: Server) -> str | None:
+    return str(server.client.server_info().get("version") or "") or None
 
 
 def _prepare(out: Path) -> None:

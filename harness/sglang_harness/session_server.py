@@ -26,11 +26,13 @@ class Tally:
 
     Attributes:
         starts: seconds of each start.
+        warm: how many of these were warm.
         put_back: seconds of each look at the server after a test, putting back included.
         replaced: why each server but the last had to go.
     """
 
     starts: list[float] = field(default_factory=list)
+    warm: int = 0
     put_back: list[float] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
 
@@ -96,6 +98,7 @@ class LocalKeeper:
                 self.close()
                 raise
             self.tally.starts.append(time.monotonic() - began)
+            self.tally.warm += self.current.running.started.how == "warm"
         return self.current, self._first
 
     def replace(self, server: Server, why: str) -> None:
@@ -114,12 +117,12 @@ class LocalKeeper:
             raise self._failed
         self.tally.replaced.append(why)
         self.current, self._first = None, None
-        server.stop()
+        server.stop(at_once=True)
 
     def close(self) -> None:
         """Ends the server, where there is one."""
         if self.current is not None:
-            self.current.stop()
+            self.current.stop(at_once=True)
             self.current = None
 
 

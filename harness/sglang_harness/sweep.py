@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 from sglang_harness import held
-from sglang_harness.runtime import engine
+from sglang_harness.runtime import engine, kept_parents
+from sglang_harness.runtime.engine import Owner
+from sglang_harness.runtime.parent import OWNER
 
 #: A temporary folder younger than this may belong to a run that is just beginning.
 YOUNG = 3600.0
@@ -36,10 +38,20 @@ def sweep(*, everything: bool = False) -> tuple[list[str], list[str]]:
             record.file.unlink(missing_ok=True)
             if record.folder:
                 shutil.rmtree(record.folder, ignore_errors=True)
+    removed += [f"parent {name}" for name in kept_parents.sweep(everything=everything)]
     in_use = {h.folder for h in held.held_servers()}
+    in_use |= {kept.folder for kept in kept_parents.on_record()}
     for folder in Path(tempfile.gettempdir()).glob("sglang-harness-*-*"):
-        old = time.time() - folder.stat().st_mtime > YOUNG
-        if folder.is_dir() and str(folder) not in in_use and (old or everything):
+        if folder.is_dir() and str(folder) not in in_use and (everything or _is_abandoned(folder)):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(str(folder))
     return removed, failed
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """By the process that it belongs to, where it says so; else by its age."""
+    try:
+        owner = Owner.parse((folder / OWNER).read_text(encoding="utf-8"))
+    except OSError:
+        return time.time() - folder.stat().st_mtime > YOUNG
+    return owner is None or owner.is_gone()

@@ -85,6 +85,20 @@ class PhaseTime(_Data):
     seconds: float
 
 
+class ServerStart(_Data):
+    """One server of a run, and how it was started."""
+
+    name: str
+    """Its model and flags, and what it was for."""
+    how: Literal["cold", "warm", "elsewhere"]
+    """``cold``: as its image starts it. ``warm``: forked from a parent that had imported SGLang.
+    ``elsewhere``: it ran already."""
+    why: str = ""
+    """Why it was not started warm, where it might have been."""
+    seconds: float
+    """From its creation to its first token; of a warm one without its parent's imports."""
+
+
 class Verdict(_Data):
     """The whole of a run. Written as ``out/verdict.json``."""
 
@@ -112,6 +126,9 @@ class Verdict(_Data):
     outside_profile: list[Outside] = Field(default_factory=list)
     figures: list[Figure] = Field(default_factory=list)
     phases: list[PhaseTime] = Field(default_factory=list)
+    """Of the first server, where this run started it."""
+    servers: list[ServerStart] = Field(default_factory=list)
+    """In the order of their starts."""
     memory: list[Reading] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)
     caveats: list[str] = Field(default_factory=list)

@@ -109,7 +109,8 @@ class Lives:
     def logs(self) -> str:
         return f"what {self.name} wrote"
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool = False) -> None:
+        assert at_once, "nobody judges how it ends"
         self.ended += 1
 
 
@@ -131,7 +132,14 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Lives]:
 @pytest.fixture
 def servers() -> OwnServers:
     wanted = ServerSpec.make(model="/models/large", server_args={"quantization": "fp8"})
-    return OwnServers(wanted, SimpleNamespace(), image="an/image", run_id="r", say=lambda _: None)  # type: ignore[arg-type]
+    return OwnServers(
+        wanted,
+        SimpleNamespace(),  # type: ignore[arg-type]
+        image="an/image",
+        run_id="r",
+        say=lambda _: None,
+        started=lambda _, __: None,
+    )
 
 
 def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(

@@ -115,6 +115,18 @@ def show(verdict: Verdict, console: Console) -> None:
             f"checks {sum(c.seconds for c in verdict.checks):.1f} s, "
             f"all {verdict.seconds:.1f} s"
         ),
+        *([escape(starts)] if (starts := _starts(verdict)) else []),
         *(f"[dim]{escape(caveat)}[/dim]" for caveat in verdict.caveats),
     ]
     console.print(Panel("\n".join(lines), border_style=style, expand=False))
+
+
+def _starts(verdict: Verdict) -> str:
+    """How many servers were started, and how; empty for one that was started as usual."""
+    how = [start.how for start in verdict.servers]
+    if len(how) < 2 and "warm" not in how:
+        return ""
+    told = [f"{how.count(each)} {each}" for each in ("cold", "warm") if each in how]
+    plural = "server" if len(how) == 1 else "servers"
+    seconds = sum(start.seconds for start in verdict.servers)
+    return f"{len(how)} {plural} started ({', '.join(told)}) in {seconds:.1f} s"

@@ -224,6 +224,10 @@ class AttachedProcess:
             for each in [main, *main.children(recursive=True)]:
                 self._family[each.pid] = each
 
+    def kill(self) -> None:
+        """Does not wait for the end of its input to be noticed."""
+        self._process.kill()
+
     def end(self) -> list[str]:
         self._look()
         assert self._process.stdin is not None

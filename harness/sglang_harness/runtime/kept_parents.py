@@ -100,8 +100,9 @@ def keep(runtime: Literal["docker", "process"], recipe: Recipe, image: str, say:
             continue
         if kept.recipe == recipe.digest() and kept.answers():
             return kept
-        say(f"{kept.name} was made of something else, or has ended: it is removed")
+        say(f"{kept.name} was made of something else, or has ended: removing it")
         end(kept)
+    say(f"a parent imports SGLang {recipe.version}".rstrip())
     run_id = uuid.uuid4().hex[:12]
     if runtime == "docker":
         made = parent_container.make_kept(recipe, image, run_id=run_id, idle=IDLE)
@@ -124,6 +125,7 @@ def _record(
     )
     kept.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     beside = kept.file.with_suffix(f".{os.getpid()}")
+    beside.touch(mode=0o600)
     beside.write_text(kept.model_dump_json(), encoding="utf-8")
     beside.replace(kept.file)
     return kept
@@ -165,9 +167,10 @@ def _until_gone(pid: int) -> list[str]:
     return []
 
 
-def sweep() -> list[str]:
-    """Removes the records and folders of kept parents that have ended; returns their names."""
-    gone = [kept for kept in on_record() if not kept.answers()]
+def sweep(*, everything: bool = False) -> list[str]:
+    """Removes the records and folders of kept parents that have ended, or ends all; returns their
+    names."""
+    gone = [kept for kept in on_record() if everything or not kept.answers()]
     for kept in gone:
         end(kept)
     return [kept.name for kept in gone]

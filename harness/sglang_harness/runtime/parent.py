@@ -21,10 +21,14 @@ from typing import Any
 
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Beside, Reach, Started
+from sglang_harness.runtime.engine import Owner
 from sglang_harness.runtime.preloaded import IMPORTS_WITHIN, Preloaded, Recipe, SocketLink
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
+
+#: A file in a folder that names the process it belongs to.
+OWNER = "owner"
 
 #: How many parents one run has at most. One holds some 700 MB before it has a server.
 MOST = 2
@@ -75,8 +79,11 @@ class Folders:
 
 
 def new_root() -> Path:
-    """A folder that only this user may enter; what lies in it is for the server's user too."""
-    return Path(tempfile.mkdtemp(prefix="sglang-harness-parent-"))
+    """A folder that only this user may enter; what lies in it is for the server's user too. Says
+    whose it is, for ``sweep``."""
+    root = Path(tempfile.mkdtemp(prefix="sglang-harness-parent-"))
+    (root / OWNER).write_text(str(Owner.this_process()), encoding="utf-8")
+    return root
 
 
 def new_name() -> str:
@@ -224,7 +231,7 @@ class Parents:
         """
         with self._lock:
             self._bury()
-            parent = next((p for p in self._have if p.recipe == recipe), None)
+            parent = next((p for p in self._have if p.recipe == recipe and p.alive), None)
             if parent is None:
                 parent = self._find(recipe)
                 if parent is None and not make and not self._keeping:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from sglang_harness import shipped
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cores
 from sglang_harness.runtime.attached import AttachedProcess
@@ -37,6 +39,7 @@ class ProcessParent(Parent):
     ) -> None:
         super().__init__(name, preloaded, folders, recipe, kept=kept)
         self._place = place
+        self._since = time.time()
         self._peers: dict[str, list[AttachedProcess]] = {}
 
     def address_words(self) -> tuple[list[str], int | None]:
@@ -85,7 +88,30 @@ class ProcessParent(Parent):
         return {"name": self.name, "image": None, "python": self.recipe.runs}
 
     def end_place(self) -> list[str]:
-        return self._place.end() if self._place is not None else []
+        left = self._place.end() if self._place is not None else []
+        if lost := self.preloaded.lost():
+            _clear_after(lost, since=self._since)
+        return left
+
+
+def _clear_after(lost: list[int], *, since: float) -> None:
+    """Ends what is left of servers whose parent was killed, as it would have done itself."""
+    spec = importlib.util.spec_from_file_location("preload", shipped.root() / "docker/preload.py")
+    assert spec is not None
+    assert spec.loader is not None
+    preload: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(preload)
+    for pid in lost:
+        members = preload.family(pid)
+        preload.kill(members)
+        psutil.wait_procs([psutil.Process(p) for p in members if psutil.pid_exists(p)], timeout=5)
+    young = {
+        name
+        for name, made in preload.segments().items()
+        if made >= since and name.startswith(preload.SEGMENTS)
+    }
+    for name in young - preload.segments_in_use():
+        Path("/dev/shm", name).unlink(missing_ok=True)  # noqa: S108
 
 
 def make(recipe: Recipe, *, say: Say) -> ProcessParent:
@@ -113,6 +139,7 @@ def make(recipe: Recipe, *, say: Say) -> ProcessParent:
         preloaded.wait_until_ready()
     except BaseException:
         if process is not None:
+            process.kill()  # it imports, and does not listen
             process.end()
         shutil.rmtree(folders.root, ignore_errors=True)
         raise

@@ -136,6 +136,7 @@ class Ended:
 
 class _Server:
     def __init__(self) -> None:
+        self.pid = 0
         self.ended: Ended | None = None
         self.left: list[str] | None = None
 
@@ -181,6 +182,11 @@ class Preloaded:
         """It has ended."""
         return self._gone
 
+    def lost(self) -> list[int]:
+        """Main processes of servers that nobody has cleared away, because it ended first."""
+        with self._changed:
+            return [s.pid for s in self._servers.values() if s.ended and s.ended.parent_gone]
+
     def last_words(self) -> str:
         lines = [line.strip() for line in self._link.words().splitlines() if line.strip()]
         return lines[-1][:300].rstrip(".") if lines else "it said nothing"
@@ -209,6 +215,8 @@ class Preloaded:
             with self._changed:
                 del self._servers[name]
             raise
+        with self._changed:
+            self._servers[name].pid = int(told["pid"])
         return Forked(int(told["pid"]), told["port"])
 
     def wait_for_end(self, name: str) -> Ended:

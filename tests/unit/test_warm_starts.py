@@ -1,0 +1,391 @@
+"""Where a server starts warm, from which parent, and what becomes of the parents."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import imitated_sglang
+import pytest
+
+from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.runtime import Started, kept_parents, parent_process
+from sglang_harness.runtime.docker import DockerRuntime
+from sglang_harness.runtime.parent import MOST, Folders, Parent, Parents, place
+from sglang_harness.runtime.preloaded import Recipe
+from sglang_harness.runtime.process import ProcessRuntime
+from sglang_harness.runtime.warm import why_cold
+from sglang_harness.spec import ServerSpec
+
+
+def quiet(_: str) -> None:
+    return None
+
+
+class Silent:
+    """A connection to a parent that only lives or not."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    def close(self) -> list[str]:
+        self.gone = True
+        return []
+
+
+class Nowhere(Parent):
+    """A parent without a place."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *, kept: bool = False) -> None:
+        root = Path(tempfile.mkdtemp(dir=folder))
+        silent: Any = Silent()
+        super().__init__(root.name, silent, Folders.same(root), recipe, kept=kept)
+
+    def end_place(self) -> list[str]:
+        return []
+
+    def _unused(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("no server is started here")
+
+    address_words = address = temporary = binding = share_model = reach = _unused
+    host_pids = beside = peers_left = about = _unused
+
+
+class Made:
+    """Makes parents, and remembers them; or fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: list[Nowhere] = []
+        self.kept: dict[Recipe, Nowhere] = {}
+        self.fails = ""
+        self.parents = Parents(self.kept.get, self.make)
+
+    def make(self, recipe: Recipe, run_id: str, say: Any) -> Nowhere:
+        del run_id, say
+        if self.fails:
+            raise EngineError(self.fails)
+        self.made.append(Nowhere(recipe, self.folder))
+        return self.made[-1]
+
+    def take(self, runs: str, *, make: bool = False, **environment: str) -> Parent | None:
+        recipe = Recipe(runs, tuple(sorted(environment.items())))
+        return self.parents.take(recipe, make=make, run_id="run", say=quiet)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(tmp_path)
+
+
+# --- the parents of a run -----------------------------------------------------------------------
+
+
+def test_one_server_alone_makes_no_parent_unless_asked(made: Made) -> None:
+    assert made.take("a") is None
+    assert made.made == []
+    parent = made.take("a", make=True)
+    assert parent is made.made[0]
+    assert made.parents.give(parent) == []
+    assert not parent.alive, "nobody else is to come"
+    assert not parent.folders.root.exists()
+
+
+def test_where_more_are_to_come_a_parent_stays_and_is_shared(made: Made) -> None:
+    with made.parents.keeping():
+        first, second = made.take("a"), made.take("a")
+        assert first is second is made.made[0]
+        made.parents.give(first)
+        made.parents.give(second)
+        assert first.alive
+        assert made.take("a") is first
+        made.parents.give(first)
+    assert not first.alive
+    assert not first.folders.root.exists()
+
+
+def test_one_that_a_server_still_uses_ends_with_that_server(made: Made) -> None:
+    with made.parents.keeping():
+        parent = made.take("a")
+    assert parent is not None
+    assert parent.alive
+    made.parents.give(parent)
+    assert not parent.alive
+
+
+def test_another_image_or_environment_has_a_parent_of_its_own(made: Made) -> None:
+    with made.parents.keeping():
+        assert made.take("a") is not made.take("a", NAME="value")
+        assert len(made.made) == 2
+
+
+def test_there_are_only_so_many_and_an_idle_one_makes_room(made: Made) -> None:
+    with made.parents.keeping():
+        used = [made.take(str(n)) for n in range(MOST)]
+        with pytest.raises(EngineError, match=f"{MOST} preloaded parents .* are in use"):
+            made.take("another")
+        idle = used[0]
+        assert idle is not None
+        made.parents.give(idle)
+        assert made.take("another") is made.made[-1]
+        assert not idle.alive
+        assert all(p is not None and p.alive for p in used[1:])
+
+
+def test_one_that_died_is_replaced_and_its_folder_goes(made: Made) -> None:
+    with made.parents.keeping():
+        dead = made.take("a")
+        assert dead is not None
+        made.parents.give(dead)
+        dead.preloaded.close()
+        assert made.take("a") is made.made[1]
+        assert not dead.folders.root.exists()
+
+
+def test_one_that_died_under_its_server_is_not_used_for_another(made: Made) -> None:
+    with made.parents.keeping():
+        dead = made.take("a")
+        assert dead is not None
+        dead.preloaded.close()
+        assert made.take("a") is not dead
+        made.parents.give(dead)
+        assert not dead.folders.root.exists()
+
+
+def test_what_failed_once_is_not_waited_for_again(made: Made) -> None:
+    made.fails = "it hangs"
+    with made.parents.keeping():
+        for _ in range(2):
+            with pytest.raises(EngineError, match="it hangs"):
+                made.take("a")
+            made.fails = ""
+    assert made.made == []
+
+
+def test_a_kept_parent_is_used_and_left(made: Made, tmp_path: Path) -> None:
+    recipe = Recipe("a", ())
+    kept = made.kept[recipe] = Nowhere(recipe, tmp_path, kept=True)
+    assert made.take("a") is kept, "it is there: nothing has to be made"
+    made.parents.give(kept)
+    assert not kept.alive, "the connection is closed"
+    assert kept.folders.root.exists(), "the parent is somebody's"
+    assert made.made == []
+
+
+@pytest.mark.parametrize("runtime", [DockerRuntime(), ProcessRuntime(Path("/a/python"))])
+def test_a_runtime_that_goes_to_another_process_has_its_own_parents(runtime: Any) -> None:
+    with runtime.keeping_parents():
+        other = pickle.loads(pickle.dumps(runtime))
+    assert type(other) is type(runtime)
+    assert other._parents is not runtime._parents
+    assert getattr(other, "_python", None) == getattr(runtime, "_python", None)
+
+
+# --- cold or warm -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "why"),
+    [
+        ({}, {}, None),
+        ({"server_args": {"tp-size": 2}}, {}, None),
+        ({"start": "cold"}, {}, "asked for"),
+        ({}, {"held": True}, "outlive"),
+        ({}, {"device": "gpu"}, "CUDA does not survive a fork"),
+        ({}, {"model": None}, "hub"),
+        ({"port": 30000}, {}, "port"),
+        ({"publish_on": "0.0.0.0"}, {}, "publish_on"),
+        ({"shm_size": "2g"}, {}, "shm_size"),
+        ({"memory": "8g"}, {}, "memory"),
+        ({"hub_cache": Path("/hub")}, {}, "hub_cache"),
+        ({"model_mount": "volume"}, {}, "model_mount"),
+        ({"memory": None, "port": None}, {}, None),
+    ],
+)
+def test_what_cannot_be_forked_starts_cold_for_a_reason(
+    tmp_path: Path, fields: dict[str, Any], options: dict[str, Any], why: str | None
+) -> None:
+    told = why_cold(
+        ServerSpec(**fields), **{"model": tmp_path, "device": "cpu", "held": False, **options}
+    )
+    assert (told is None) if why is None else (told is not None and why in told)
+
+
+def test_a_large_model_on_another_disk_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_harness.runtime.warm._copied", lambda _: 16 << 30)
+    told = why_cold(ServerSpec(), model=tmp_path, device="cpu", held=False)
+    assert told is not None
+    assert "16 GiB" in told
+
+
+def _for(made: Made, start: str, why: str | None = None) -> Parent | Started:
+    return made.parents.for_server(
+        ServerSpec(start=start), why, lambda: Recipe("a", ()), run_id="run", say=quiet
+    )
+
+
+def test_cold_for_a_reason_is_told_and_warm_by_name_is_refused(made: Made) -> None:
+    with made.parents.keeping():
+        assert _for(made, "auto", "its image is not ours") == Started(
+            "cold", "its image is not ours"
+        )
+        with pytest.raises(SpecError, match="cannot be: its image is not ours") as refused:
+            _for(made, "warm", "its image is not ours")
+        assert "--start cold" in str(refused.value)
+        parent = _for(made, "auto")
+        assert isinstance(parent, Parent)
+        made.parents.give(parent)
+    assert _for(made, "auto") == Started("cold", ""), "one server alone"
+    assert isinstance(_for(made, "warm"), Parent)
+
+
+def test_a_parent_that_cannot_be_had_is_a_cold_start_with_its_words(made: Made) -> None:
+    made.fails = "The preloaded parent ended while it imported SGLang: no such module."
+    with made.parents.keeping():
+        started = _for(made, "auto")
+        assert started == Started("cold", made.fails.rstrip("."))
+    made.fails = "It was killed."
+    fresh = Made(made.folder)
+    fresh.fails = made.fails
+    with pytest.raises(SpecError, match="It was killed"):
+        _for(fresh, "warm")
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "here" / "model"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "inner" / "weights").write_bytes(b"w" * 1000)
+    (folder / "config.json").chmod(0o644)
+    (folder / "inner" / "weights").chmod(0o600)
+    return folder
+
+
+def test_a_model_is_placed_once_readable_and_without_a_copy(model: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    assert place(model, models) == "model"
+    placed = models / "model"
+    assert (placed / "config.json").stat().st_ino == (model / "config.json").stat().st_ino
+    weights = placed / "inner" / "weights"
+    assert weights.stat().st_mode & 0o777 == 0o644, "a copy: the original keeps its mode"
+    assert (model / "inner" / "weights").stat().st_mode & 0o777 == 0o600
+    assert placed.stat().st_mode & 0o777 == 0o755
+    assert place(model, models) == "model"
+    assert [p.name for p in models.iterdir()] == ["model"]
+
+
+def test_links_of_a_hub_cache_are_followed(model: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    (model / "config.json").rename(tmp_path / "blob")
+    (model / "config.json").symlink_to(tmp_path / "blob")
+    place(model, models)
+    assert not (models / "model" / "config.json").is_symlink()
+    assert (models / "model" / "config.json").read_text() == "{}"
+
+
+def test_another_model_of_that_name_has_a_name_of_its_own(model: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    other = tmp_path / "there" / "model"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text('{"other": 1}')
+    assert place(model, models) == "model"
+    assert place(other, models) == "model-1"
+    (other / "config.json").unlink()
+    (other / "config.json").write_text('{"a third": 1}')
+    assert place(other, models) == "model-2", "it was written anew since"
+    assert place(model, models) == "model"
+
+
+# --- kept for a person --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield tmp_path / "state"
+    for kept in kept_parents.on_record():
+        assert kept_parents.end(kept) == []
+
+
+def test_a_kept_parent_is_found_by_its_recipe_kept_once_and_ended(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = imitated_sglang.recipe(imitated_sglang.made(tmp_path))
+    kept = kept_parents.keep("process", recipe, "", quiet)
+    assert kept.file.stat().st_mode & 0o077 == 0
+    assert kept.version == "9.9.9"
+    assert kept_parents.keep("process", recipe, "", quiet) == kept, "asked for twice"
+    found = kept_parents.find("process", recipe)
+    assert found is not None
+    assert found.kept
+    found.end()
+    other = Recipe(recipe.runs, (*recipe.environment, ("ANOTHER", "value")), "9.9.9")
+    assert kept_parents.find("process", other) is None
+    assert kept_parents.find("docker", recipe) is None
+
+    # What the parent is made of has changed since: it is not used, and the next one replaces it.
+    monkeypatch.setattr("sglang_harness.runtime.preloaded.script", lambda: "# another\n")
+    assert kept_parents.find("process", recipe) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    said: list[str] = []
+    replaced = kept_parents.keep("process", other, "", said.append)
+    assert replaced.name != kept.name
+    assert any(f"{kept.name} was made of something else" in line for line in said)
+    assert not Path(kept.folder).exists()
+    assert [k.name for k in kept_parents.on_record()] == [replaced.name]
+    assert kept_parents.end(replaced) == []
+    assert kept_parents.on_record() == []
+    assert not Path(replaced.folder).exists()
+
+
+def test_what_is_left_of_a_kept_parent_that_has_ended_is_swept(state: Path, tmp_path: Path) -> None:
+    recipe = imitated_sglang.recipe(imitated_sglang.made(tmp_path))
+    kept = kept_parents.keep("process", recipe, "", quiet)
+    found = kept_parents.find("process", recipe)
+    assert found is not None
+    assert kept_parents.sweep() == [], "it lives"
+    found.preloaded.ask("quit")
+    found.end()
+    assert kept_parents.find("process", recipe) is None
+    assert kept_parents.sweep() == [kept.name]
+    assert not Path(kept.folder).exists()
+    assert not kept.file.exists()
+
+
+def test_a_record_that_cannot_be_read_is_passed_over(state: Path) -> None:
+    folder = state / "sglang-harness" / "parents"
+    folder.mkdir(parents=True)
+    (folder / "broken.json").write_text("{")
+    (folder / "older.json").write_text('{"name": "x"}')
+    assert kept_parents.on_record() == []
+
+
+def test_a_warm_server_of_a_kept_parent_is_left_with_it(state: Path, tmp_path: Path) -> None:
+    """The whole way of the runtime: found, forked, ended; the parent stays."""
+    site = imitated_sglang.made(tmp_path)
+    recipe = imitated_sglang.recipe(site)
+    kept_parents.keep("process", recipe, "", quiet)
+    parents = Parents(
+        lambda wanted: kept_parents.find("process", wanted),
+        lambda wanted, _, say: parent_process.make(wanted, say=say),
+    )
+    parent = parents.take(recipe, make=False, run_id="run", say=quiet)
+    assert parent is not None
+    assert parent.kept
+    assert parents.give(parent) == []
+    again = kept_parents.find("process", recipe)
+    assert again is not None
+    again.end()
