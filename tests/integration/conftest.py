@@ -1,4 +1,5 @@
-"""Real SGLang in real containers. One server is shared; whoever changes it puts it back."""
+"""Real SGLang in real containers. One server is lent to each test that gives it back; what needs
+another is forked from one parent."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from secret_watch import SecretWatch
 
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
+from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.engine import Owner
 from sglang_harness.server import Server
+from sglang_harness.session_server import LocalKeeper, SessionServer
 from sglang_harness.spec import ServerSpec
 
 
@@ -54,13 +57,31 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared_server() -> Iterator[Server]:
-    """One real server with the tiny model, for tests that leave it as it was."""
-    server = Server.start(ServerSpec(model="tiny"))
-    try:
+def _leased() -> Iterator[SessionServer]:
+    """A server with the tiny model in a container of its own, started as its image starts it."""
+    keeper = LocalKeeper(ServerSpec(model="tiny", start="cold"), DockerRuntime())
+    yield SessionServer(keeper)
+    server = keeper.current
+    keeper.close()
+    assert keeper.tally.replaced == [], "a test left it as nobody could put it back"
+    if server is not None:
+        assert server.stop().left_behind == []
+
+
+@pytest.fixture
+def shared_server(request: pytest.FixtureRequest, _leased: SessionServer) -> Iterator[Server]:
+    """The one real server that every test shares, as it was at first; afterwards the package
+    itself puts back what the test changed."""
+    with _leased.lent(request.node.nodeid) as server:
         yield server
-    finally:
-        server.stop()
+
+
+@pytest.fixture(scope="session")
+def warm_runtime() -> Iterator[DockerRuntime]:
+    """Its parents stay for all tests: each further server costs some two seconds."""
+    runtime = DockerRuntime()
+    with runtime.keeping_parents():
+        yield runtime
 
 
 @pytest.fixture

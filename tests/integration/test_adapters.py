@@ -11,19 +11,22 @@ import pytest
 from sglang_harness.checkpoint import adapter
 from sglang_harness.checkpoint.perturb import perturbed
 from sglang_harness.errors import ModelError, SpecError
+from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.lora import lora_arguments
 from sglang_harness.weights import AdapterFailed
+
+pytestmark = pytest.mark.engine
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(warm_runtime: DockerRuntime) -> Iterator[Server]:
     spec = ServerSpec(model="tiny", server_args=lora_arguments("cpu"))
-    with Server.start(spec) as started:
+    with Server.start(spec, runtime=warm_runtime) as started:
         yield started
 
 

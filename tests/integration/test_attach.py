@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from sglang_harness import Server, ServerSpec
+from sglang_harness import Server
 from sglang_harness.runtime.reach import EXCHANGE, FolderReach
 from sglang_harness.verdict import Verdict
 
@@ -40,10 +40,9 @@ class Theirs:
         return len(self.server.running.logs().splitlines())
 
 
-@pytest.fixture(scope="module")
-def theirs() -> Iterator[Theirs]:
-    with Server.start(ServerSpec(model="tiny")) as server:
-        yield Theirs(server)
+@pytest.fixture
+def theirs(shared_server: Server) -> Theirs:
+    return Theirs(shared_server)
 
 
 def test_without_leave_it_is_only_read(tmp_path: Path, command: Run, theirs: Theirs) -> None:

@@ -33,15 +33,19 @@ pytestmark = pytest.mark.skipif(bool(nvml_mock.why_not()), reason=nvml_mock.why_
 
 
 @pytest.fixture(scope="module")
-def real_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def process_server() -> Iterator[Server]:
+    with Server.start(ServerSpec(model="tiny"), runtime=ProcessRuntime()) as server:
+        yield server
+
+
+@pytest.fixture
+def real_server(request: pytest.FixtureRequest) -> Server:
     """The shared one in its container; without an engine one as a process."""
     try:
         engine.connect().close()
     except EngineError:
-        with Server.start(ServerSpec(model="tiny"), runtime=ProcessRuntime()) as server:
-            yield server
-        return
-    yield request.getfixturevalue("shared_server")
+        return request.getfixturevalue("process_server")
+    return request.getfixturevalue("shared_server")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ breaks on the way."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from sglang_harness.checkpoint import tiny
 from sglang_harness.errors import NoAnswerInTime, Refused
 from sglang_harness.peer import Peer
 from sglang_harness.runtime import engine
+from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.weights import PushFailed, PushReport
@@ -66,9 +66,10 @@ class NeverJoins(Distributed):
 
 
 def test_a_peer_that_never_joins_is_bounded_and_leaves_an_unfit_server(
-    folders: tuple[Path, Path],
+    folders: tuple[Path, Path], warm_runtime: DockerRuntime
 ) -> None:
-    with Server.start(ServerSpec(model="tiny", limits={"stop": 5})) as server:
+    spec = ServerSpec(model="tiny", limits={"stop": 5})
+    with Server.start(spec, runtime=warm_runtime) as server:
         started = time.monotonic()
         with pytest.raises(PushFailed) as raised:
             server.weights.push(folders[1], route=NeverJoins(joins_within=8.0))
@@ -84,15 +85,12 @@ def test_a_peer_that_never_joins_is_bounded_and_leaves_an_unfit_server(
         assert server.stop().left_behind == []
 
 
-# --- 0.5.23, one server for the rest -----------------------------------------------------------
+# --- 0.5.23, the shared server for the rest -----------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One of its own: others look at labels and names that a push changes."""
-    with Server.start(ServerSpec(model="tiny")) as server:
-        yield server
-        assert server.stop().left_behind == []
+@pytest.fixture
+def server(shared_server: Server) -> Server:
+    return shared_server
 
 
 def shm(server: Server) -> set[str]:

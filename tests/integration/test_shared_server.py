@@ -20,7 +20,7 @@ from sglang_harness.verdict import Outcome
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def context(shared_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Context:
     def none() -> None:
         raise AssertionError("no check here needs a server of its own")
