@@ -204,3 +204,48 @@ def test_whatever_a_trainer_keeps_passes_the_walk(protocol: int):
         del expected["text"][3], found["text"][3]
     assert found == expected
     assert file.tell() == 6 + len(pickled)
+
+
+# --- zip archives --------------------------------------------------------------------------------
+
+
+def repacked(file: Path, more: dict[str, bytes], compression: int) -> None:
+    with zipfile.ZipFile(file) as archive:
+        entries = {
+            name: archive.read(name)
+            for name in archive.namelist()
+            if not any(name.endswith(end) for end in more)
+        }
+    root = next(name for name in entries if name.endswith("data.pkl")).removesuffix("data.pkl")
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        for name, content in more.items():
+            archive.writestr(root + name, content, compression)
+
+
+@pytest.mark.parametrize(
+    ("compression", "why"),
+    [
+        (zipfile.ZIP_DEFLATED, "with compression"),
+        (zipfile.ZIP_BZIP2, "with compression"),
+        (zipfile.ZIP_STORED, "big-endian"),
+    ],
+)
+def test_the_order_of_bytes_is_no_place_for_a_bomb(tmp_path: Path, compression: int, why: str):
+    file = write_torch(tmp_path / "a.pt", {"a.b": torch.ones(2)})
+    repacked(file, {"byteorder": bytes(200 << 20)}, compression)
+    assert_refused(file, why, "ModelError")
+
+
+@pytest.mark.parametrize("entry", ["data.pkl", "data/0", "byteorder"])
+def test_an_entry_that_says_it_is_longer_than_the_file_is_refused(tmp_path: Path, entry: str):
+    file = write_torch(tmp_path / "a.pt", {"a.b": torch.ones(2)})
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        at = archive.start_dir
+    while not content[at + 46 :].startswith(b"a/" + entry.encode()):
+        at = content.index(b"PK\x01\x02", at + 4)
+    content[at + 20 : at + 28] = number(0x7FFFFFF0, 4) * 2  # compressed and not
+    file.write_bytes(content)
+    assert_refused(file, "bytes of a/" + entry + " are not there")
