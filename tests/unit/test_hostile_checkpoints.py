@@ -13,13 +13,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sglang_harness.checkpoint import pickles
 from sglang_harness.checkpoint.pickles import read_pickle
-from sglang_harness.checkpoint.writing import write_torch
+from sglang_harness.checkpoint.reading import open_checkpoint
+from sglang_harness.checkpoint.writing import write_distributed, write_torch
 from sglang_harness.errors import BrokenCheckpoint
 
 OPENING = """
@@ -249,3 +251,111 @@ def test_an_entry_that_says_it_is_longer_than_the_file_is_refused(tmp_path: Path
     content[at + 20 : at + 28] = number(0x7FFFFFF0, 4) * 2  # compressed and not
     file.write_bytes(content)
     assert_refused(file, "bytes of a/" + entry + " are not there")
+
+
+# --- the other formats ---------------------------------------------------------------------------
+
+
+def distributed(tmp_path: Path, change: Any) -> Path:
+    folder = write_distributed(tmp_path / "dcp", {"a.b": torch.ones(4)})
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def in_parts(metadata: Any, count: int, length: int) -> None:
+    """As if the tensor lay in so many parts, all of them where it is now."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    told = metadata.state_dict_metadata["a.b"]
+    ((_, info),) = metadata.storage_data.items()
+    told.size = torch.Size([count * length])
+    starts = [torch.Size([part * length]) for part in range(count)]
+    told.chunks = [ChunkStorageMetadata(start, torch.Size([length])) for start in starts]
+    metadata.storage_data = {MetadataIndex("a.b", start): info for start in starts}
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "why"),
+    [(2, 1 << 40, "fewer bytes than its shape needs"), (1000, 4, "shorter than the parts")],
+)
+def test_parts_that_are_larger_than_their_files_are_refused(
+    tmp_path: Path, count: int, length: int, why: str
+):
+    folder = distributed(tmp_path, lambda metadata: in_parts(metadata, count, length))
+    assert_refused(folder, why)
+
+
+def laughs(times: int = 60) -> Any:
+    made: Any = ()
+    for _ in range(times):
+        made = (made, made)
+    return made
+
+
+def test_what_stands_in_for_a_name_is_not_written_out(tmp_path: Path):
+    folder = distributed(
+        tmp_path, lambda metadata: metadata.planner_data.update({"a.b": (laughs(), "b")})
+    )
+    assert_refused(folder, "expected names of text")
+
+
+def test_what_stands_in_for_a_transformation_is_not_written_out(tmp_path: Path):
+    def change(metadata: Any) -> None:
+        ((_, info),) = metadata.storage_data.items()
+        info.transform_descriptors = laughs()
+
+    assert_refused(distributed(tmp_path, change), "transformations", "ModelError")
+
+
+@pytest.mark.parametrize("field", ["offset", "length"])
+@pytest.mark.parametrize("value", [-1, 1 << 70, "1"])
+def test_a_place_that_is_none_is_refused(tmp_path: Path, field: str, value: Any):
+    def change(metadata: Any) -> None:
+        ((_, info),) = metadata.storage_data.items()
+        setattr(info, field, value)
+
+    with pytest.raises(BrokenCheckpoint, match="expected a number of bytes"):
+        open_checkpoint(distributed(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"shape": [1] * 3_000_000, "data_offsets": [0, 4]},
+        {"shape": [10**4000] * 3_000, "data_offsets": [0, 4]},
+        {"shape": [10**4299], "data_offsets": [0, 4 * 10**4299]},
+    ],
+    ids=["dimensions", "lengths", "offsets"],
+)
+def test_a_header_of_numbers_that_no_tensor_has_is_refused(tmp_path: Path, told: Any):
+    header = json.dumps({"a": {"dtype": "F32", **told}}).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(number(len(header), 8) + header + bytes(8))
+    assert_refused(file, "describes a wrongly", limit=256)
+
+
+@pytest.mark.parametrize("length", [1 << 60, (1 << 64) - 1, 99_000_000])
+def test_a_header_that_says_it_is_longer_than_the_file_is_refused(tmp_path: Path, length: int):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(number(length, 8) + b"{}" + bytes(8))
+    assert_refused(file, "is no safetensors file")
+
+
+@pytest.mark.parametrize("count", [10**8, 10**200])
+def test_a_name_that_says_there_are_very_many_shards_is_no_reason_to_count_them(
+    tmp_path: Path, count: int
+):
+    write_torch(tmp_path / "x.bin", {"a.b": torch.ones(2)})
+    (tmp_path / "x.bin").rename(tmp_path / f"x-1-of-{count}.bin")
+    assert_refused(tmp_path, "number 2 is not", "ModelError")
+
+
+def test_an_index_that_is_very_long_or_deep_is_refused(tmp_path: Path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("[" * 200_000)
+    assert_refused(tmp_path, "cannot be read as an index")
+    with index.open("wb") as file:
+        file.truncate(300 << 20)
+    assert_refused(tmp_path, "cannot be read as an index")
