@@ -10,13 +10,21 @@ torch 2.13.
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from sglang_harness.checkpoint.names import weights_in
-from sglang_harness.checkpoint.pickles import Box, DType, StoredTensor, read_pickle
-from sglang_harness.checkpoint.spans import Files, Span
+from sglang_harness.checkpoint.pickles import (
+    Box,
+    DType,
+    StoredTensor,
+    is_size,
+    numbers,
+    read_pickle,
+)
+from sglang_harness.checkpoint.spans import SIZES, Files, Span
 from sglang_harness.checkpoint.torch_files import read_zip
 from sglang_harness.errors import BrokenCheckpoint, ModelError
 
@@ -128,7 +136,13 @@ def read_distributed(folder: Path) -> tuple[dict[str, Found], list[str]]:
             name: _found(folder, name, leaf.key, tensors[leaf.key], where)
             for name, leaf in weights.items()
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         raise BrokenCheckpoint(
             f"{path} is not what torch.distributed.checkpoint writes ({error!r}).",
             advice="Save it again with torch.distributed.checkpoint.",
@@ -157,6 +171,9 @@ def _tree(tensors: dict[str, Any], paths: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key in tensors:
         *above, last = paths[key] if isinstance(paths, dict) and key in paths else (key,)
+        # What else a pickle can hold here may be much longer as text than in the pickle.
+        if not all(isinstance(part, (str, int)) for part in (key, *above, last)):
+            raise TypeError("expected names of text")
         inside = tree
         for part in above:
             inside = inside.setdefault(str(part), {})
@@ -169,8 +186,22 @@ def _storage(told: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...]], dict[str
     places = {}
     for index, info in told.items():
         which = _fields(index, "MetadataIndex")
-        places[which["fqn"], tuple(which.get("offset") or ())] = _fields(info, "_StorageInfo")
+        places[_text(which["fqn"]), numbers(which.get("offset") or ())] = _fields(
+            info, "_StorageInfo"
+        )
     return places
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError("expected text")
+    return given
+
+
+def _size(given: Any) -> int:
+    if not is_size(given):
+        raise TypeError("expected a number of bytes")
+    return int(given)
 
 
 def _found(
@@ -182,12 +213,12 @@ def _found(
 ) -> Found:
     told = _fields(record, "TensorStorageMetadata")
     dtype = _dtype(told["properties"])
-    shape = tuple(told["size"])
+    shape = numbers(told["size"])
     parts = []
     covered = 0
     for chunk in told["chunks"]:
         fields = _fields(chunk, "ChunkStorageMetadata")
-        start, sizes = tuple(fields["offsets"]), tuple(fields["sizes"])
+        start, sizes = numbers(fields["offsets"]), numbers(fields["sizes"])
         if len(start) != len(shape) or any(
             a + b > whole for a, b, whole in zip(start, sizes, shape, strict=True)
         ):
@@ -198,19 +229,25 @@ def _found(
         info = where[key, start]
         if info.get("transform_descriptors"):
             raise ModelError(
-                f"{folder} was saved with transformations ({info['transform_descriptors']}), "
-                "which are not undone here.",
+                f"{folder} was saved with transformations, which are not undone here.",
                 advice="Save it without extensions.",
             )
-        file = folder / info["relative_path"]
+        file = folder / _text(info["relative_path"])
+        offset, length = _size(info["offset"]), _size(info["length"])
+        # Memory for the whole tensor is taken before the first part of it is looked at.
+        if math.prod(sizes) * SIZES[dtype] > length:
+            raise BrokenCheckpoint(
+                f"{folder}: a part of {name} has fewer bytes than its shape needs.",
+                advice="Save it again.",
+            )
         if not file.resolve().is_relative_to(folder.resolve()):
             raise BrokenCheckpoint(f"{folder}: {name} is said to lie outside, in {file}.")
         parts.append(
             Saved(
                 name,
                 file,
-                int(info["offset"]),
-                int(info["length"]),
+                offset,
+                length,
                 dtype,
                 sizes,
                 None if sizes == shape else start,
@@ -252,6 +289,7 @@ def _dtype(properties: Any) -> str:
 def _check_files(path: Path, found: dict[str, Found]) -> None:
     sizes: dict[Path, int] = {}
     for name, it in found.items():
+        lengths: dict[Path, int] = {}
         for place in it.places:
             file = place.file
             if file not in sizes:
@@ -267,3 +305,10 @@ def _check_files(path: Path, found: dict[str, Found]) -> None:
                     f"{place.offset + place.length}, and the file ends at {sizes[file]}.",
                     advice="Copy or write it again.",
                 )
+            if isinstance(place, Saved):
+                lengths[file] = lengths.get(file, 0) + place.length
+                if lengths[file] > sizes[file]:
+                    raise BrokenCheckpoint(
+                        f"{file} is shorter than the parts of {name} that are said to be in it.",
+                        advice="Save it again.",
+                    )

@@ -187,8 +187,10 @@ def _one_set(path: Path, files: list[Path]) -> list[Path]:
     if len(shards) == 1 and sum(map(len, shards.values())) == len(files):
         (((stem, count), numbered),) = shards.items()
         # Counted from one nearly always, from zero by some.
-        if missing := set(range(1, count)) - set(numbered) or len(numbered) < count:
-            which = f"number {min(missing)}" if isinstance(missing, set) else "one"
+        # Not all that should be there are counted up: a name can say that there are 10^100.
+        missing = next((number for number in range(1, count) if number not in numbered), None)
+        if missing is not None or len(numbered) < count:
+            which = "one" if missing is None else f"number {missing}"
             raise ModelError(
                 f"{path} lacks shards of {stem}: {len(numbered)} of {count} are there, {which} "
                 "is not.",
@@ -207,11 +209,17 @@ def _one_set(path: Path, files: list[Path]) -> list[Path]:
     )
 
 
+#: Bytes of an index of shards; that of 100 000 tensors has some 10 MB.
+_LARGEST_INDEX = 100_000_000
+
+
 def _open_indexed(path: Path, index: Path) -> Checkpoint:
     try:
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise ValueError("too long")
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         wanted = {str(name): path / str(file) for name, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError):
         raise BrokenCheckpoint(f"{index} cannot be read as an index of shards.") from None
     files = sorted(set(wanted.values()))
     for file in files:

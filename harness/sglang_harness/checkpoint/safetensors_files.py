@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sglang_harness.checkpoint.pickles import is_shape, is_size
 from sglang_harness.checkpoint.spans import SIZES, Span
 from sglang_harness.errors import BrokenCheckpoint
 
@@ -54,7 +55,7 @@ def read_safetensors(path: Path) -> dict[str, Span]:
             )
         try:
             header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, MemoryError):
             header = None
     if not isinstance(header, dict):
         raise BrokenCheckpoint(f"The header of {path} is damaged.", advice="Write it again.")
@@ -66,7 +67,7 @@ def read_safetensors(path: Path) -> dict[str, Span]:
 def _span(path: Path, name: str, told: Any, first: int, size: int) -> Span:
     match told:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            0 <= begin <= end and all(type(length) is int and length >= 0 for length in shape)
+            is_size(begin) and is_size(end) and begin <= end and is_shape(shape)
         ):
             pass
         case _:

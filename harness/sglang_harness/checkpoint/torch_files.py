@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sglang_harness.checkpoint.pickles import StoredTensor, read_pickle
+from sglang_harness.checkpoint.pickles import LONGEST, StoredTensor, read_pickle
 from sglang_harness.checkpoint.spans import SIZES, Span, row_major
 from sglang_harness.errors import BrokenCheckpoint, ModelError
 
@@ -38,6 +38,11 @@ _DAMAGE = (
     ValueError,  # names that are no text among it
     struct.error,
 )
+
+
+#: Bytes that an archive's directory may take: of 1.5 million tensors, with names of 40 letters.
+#: zipfile makes some 700 bytes of each entry, which may have 46.
+_LARGEST_DIRECTORY = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,12 @@ def read_torch_file(path: Path) -> TorchFile:
 
 def read_zip(file: BinaryIO, path: Path, first: int = 0, length: int | None = None) -> TorchFile:
     """The archive that is the file, or the ``length`` bytes of it from ``first`` on."""
-    view = file if length is None else io.BufferedReader(_Slice(file, first, length))
+    if length is None:
+        length = file.seek(0, io.SEEK_END) - first
+    view = _View(_Slice(file, first, length))
     try:
         with zipfile.ZipFile(view) as archive:
+            view.most = LONGEST
             return _read_archive(archive, view, path, first)
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -123,7 +131,7 @@ def read_zip(file: BinaryIO, path: Path, first: int = 0, length: int | None = No
         ) from None
 
 
-def _read_archive(archive: zipfile.ZipFile, view: BinaryIO, path: Path, first: int) -> TorchFile:
+def _read_archive(archive: zipfile.ZipFile, view: _View, path: Path, first: int) -> TorchFile:
     entries = {entry.filename: entry for entry in archive.infolist()}
     pickles = [name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
@@ -136,24 +144,35 @@ def _read_archive(archive: zipfile.ZipFile, view: BinaryIO, path: Path, first: i
             f"{path} is a TorchScript program, not a checkpoint.",
             advice="Save the tensors alone: torch.save(model.state_dict(), path).",
         )
-    if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
-        raise ModelError(f"{path} was written on a big-endian machine; it is not read here.")
-    needed = [e for name, e in entries.items() if name.startswith((f"{root}data/", pickles[0]))]
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in needed):
+    order = f"{root}byteorder"
+    parts = (f"{root}data/", pickles[0], order)
+    needed = {name: entry for name, entry in entries.items() if name.startswith(parts)}
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in needed.values()):
         raise ModelError(
             f"{path} was packed again with compression, which torch does not do.",
             advice="Write it with torch.save.",
         )
+    # What is stored as it is takes what it says, which an entry may lie about.
+    end = view.seek(0, io.SEEK_END)
+    places = {name: (_data_offset(view, it), it.file_size) for name, it in needed.items()}
+    for name, (at, size) in places.items():
+        if at + size > end or size != needed[name].compress_size:
+            raise zipfile.BadZipFile(f"{size} bytes of {name} are not there")
+    # Not read where it is long: any other text is none of torch's.
+    if order in needed and (
+        needed[order].file_size != len(b"little") or archive.read(order) != b"little"
+    ):
+        raise ModelError(f"{path} was written on a big-endian machine; it is not read here.")
     content = read_pickle(io.BytesIO(archive.read(pickles[0])), path)
-    storages = {}
-    for entry in needed:
-        if entry.filename != pickles[0]:
-            key = entry.filename.removeprefix(f"{root}data/")
-            storages[key] = (first + _data_offset(view, entry), entry.file_size)
+    storages = {
+        name.removeprefix(f"{root}data/"): (first + at, size)
+        for name, (at, size) in places.items()
+        if name.startswith(f"{root}data/")
+    }
     return TorchFile(path, "torch zip", content, storages)
 
 
-def _data_offset(view: BinaryIO, entry: zipfile.ZipInfo) -> int:
+def _data_offset(view: _View, entry: zipfile.ZipInfo) -> int:
     # torch aligns the bytes by padding the local header alone, so the directory does not tell.
     view.seek(entry.header_offset)
     header = view.read(_LOCAL_HEADER)
@@ -225,3 +244,18 @@ class _Slice(io.RawIOBase):
         buffer[: len(got)] = got
         self._at += len(got)
         return len(got)
+
+
+class _View(io.BufferedReader):
+    """A file of which no one reads very much at a time, whatever is said to be in it.
+
+    Attributes:
+        most: bytes that one read may ask for.
+    """
+
+    most = _LARGEST_DIRECTORY
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most:
+            raise zipfile.BadZipFile(f"{size} bytes beside the tensors, {self.most} at most")
+        return super().read(size)
