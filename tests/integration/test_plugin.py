@@ -71,7 +71,9 @@ def test_twenty_pushes_cost_one_start_and_a_failing_test_shows_its_server(
     done = run(pytester)
     done.assert_outcomes(passed=24, failed=1)
     text = done.stdout.str()
-    (summary,) = re.findall(r"sglang: 1 server start \((.+) s\), put back after 25 tests", text)
+    (summary,) = re.findall(
+        r"sglang: 1 server start \((.+) s, 1 of them warm\), put back after 25 tests", text
+    )
     assert float(summary) > 1
     assert "replaced" not in text
     assert "- start of the session's server -" in text

@@ -562,3 +562,11 @@ def test_a_cut_answer_and_a_changed_text_are_unequal(answer, tolerance, data):
     text = data.draw(st.text(max_size=5))
     assume(text != answer.text)
     assert list(unequal("w", answer, answer.model_copy(update={"text": text}), tolerance))
+
+
+def test_what_may_end_its_server_is_asked_when_all_others_have_been():
+    asked = suite.select("full", [])
+    ends = [check.ends_its_server for check in asked]
+    assert ends == sorted(ends)
+    assert any(ends)
+    assert all(check.own_server for check in asked if check.ends_its_server)

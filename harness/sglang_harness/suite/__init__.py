@@ -68,11 +68,12 @@ def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
 
 
 def _together(checks: list[Check[Any]]) -> list[Check[Any]]:
-    """Those that can share a server of their own come after one another, where the first is."""
+    """Those that can share a server of their own come after one another, where the first is; what
+    may end its server comes last."""
     first: dict[str, int] = {}
     for place, check in enumerate(checks):
         first.setdefault(check.alike or check.id, place)
-    return sorted(checks, key=lambda check: first[check.alike or check.id])
+    return sorted(checks, key=lambda c: (c.ends_its_server, first[c.alike or c.id]))
 
 
 def as_markdown() -> str:

@@ -182,6 +182,8 @@ class Check(ABC, Generic[O]):
         own_server: may kill its server, or needs one that runs otherwise: it starts its own.
         alike: checks of the same word ask for the same server of their own, so they are asked one
             after another; empty where none is alike.
+        ends_its_server: was seen to end or hang its server with some version: it is asked after
+            those whose server can be handed on.
         after_stop: asked when the server has been stopped.
         changes: leaves the server other than it was until it has put it back, so it is not
             asked of somebody else's server unless that is allowed.
@@ -194,6 +196,7 @@ class Check(ABC, Generic[O]):
     profile: ClassVar[Literal["quick", "full"]] = "quick"
     own_server: ClassVar[bool] = False
     alike: ClassVar[str] = ""
+    ends_its_server: ClassVar[bool] = False
     after_stop: ClassVar[bool] = False
     changes: ClassVar[bool] = False
 

@@ -120,6 +120,7 @@ def refused(status: int | None) -> bool:
 @register
 class OutOfVocabulary(Survives):
     id = "hostile/out-of-vocabulary-ids"
+    ends_its_server = True
     sentence = "A token id beyond the vocabulary is refused, and the server goes on as before."
 
     def attack(self, server: Server, prepared: Any) -> None:

@@ -41,6 +41,7 @@ class ReleaseTwice(_Misuse):
 @register
 class ResumeWithoutRelease(_Misuse):
     id = "memory/resume-without-release"
+    ends_its_server = True
     sentence = "A resume of what was not released is refused or does nothing."
 
     def attack(self, server: Server, prepared: Any) -> None:
@@ -51,6 +52,7 @@ class ResumeWithoutRelease(_Misuse):
 @register
 class ReleaseUnderLoad(_Misuse):
     id = "memory/release-under-load"
+    ends_its_server = True
     sentence = "A release while a request runs is refused or waits, and the server goes on."
 
     def prepare(self, server: Server) -> BackgroundStream:

@@ -227,6 +227,7 @@ class UnknownNames(_RefusedWeights):
 @register
 class WrongShape(_RefusedWeights):
     id = "hostile/weights-wrong-shape"
+    ends_its_server = True
     sentence = "A tensor of another shape is refused, and the server goes on as before."
     needs = (TENSOR_UPDATE,)
 
@@ -263,6 +264,7 @@ class WrongDtype(_RefusedWeights):
 @register
 class Garbage(_RefusedWeights):
     id = "hostile/weights-garbage"
+    ends_its_server = True
     sentence = "A payload that is no pickle is refused, and the server goes on as before."
     needs = (TENSOR_UPDATE,)
 
@@ -274,6 +276,7 @@ class Garbage(_RefusedWeights):
 @register
 class UnknownLoadFormat(_RefusedWeights):
     id = "hostile/weights-unknown-load-format"
+    ends_its_server = True
     sentence = "A load format that there is not is refused, and the server goes on as before."
     needs = (TENSOR_UPDATE,)
 
@@ -285,6 +288,7 @@ class UnknownLoadFormat(_RefusedWeights):
 @register
 class Truncated(_RefusedWeights):
     id = "hostile/weights-truncated-file"
+    ends_its_server = True
     sentence = (
         "A checkpoint on disk that is cut short is refused, and the server goes on as before."
     )
@@ -308,6 +312,7 @@ class Truncated(_RefusedWeights):
 @register
 class WrongWorldSize(_RefusedWeights):
     id = "hostile/weights-group-never-joined"
+    ends_its_server = True
     sentence = (
         "A process group that nobody else joins is given up in time, and the server goes on as "
         "before."
