@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import imitated_sglang
@@ -15,9 +16,10 @@ from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Started, kept_parents, parent_process
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.parent import MOST, Folders, Parent, Parents, place
-from sglang_harness.runtime.preloaded import Recipe
+from sglang_harness.runtime.preloaded import Ended, Forked, Recipe
 from sglang_harness.runtime.process import ProcessRuntime
-from sglang_harness.runtime.warm import why_cold
+from sglang_harness.runtime.reach import FolderReach
+from sglang_harness.runtime.warm import WarmServer, why_cold
 from sglang_harness.spec import ServerSpec
 
 
@@ -62,7 +64,7 @@ class Made:
         self.made: list[Nowhere] = []
         self.kept: dict[Recipe, Nowhere] = {}
         self.fails = ""
-        self.parents = Parents(self.kept.get, self.make)
+        self.parents = Parents(self.kept.get, self.make, lambda: bool(self.kept))
 
     def make(self, recipe: Recipe, run_id: str, say: Any) -> Nowhere:
         del run_id, say
@@ -192,7 +194,6 @@ def test_a_runtime_that_goes_to_another_process_has_its_own_parents(runtime: Any
     [
         ({}, {}, None),
         ({"server_args": {"tp-size": 2}}, {}, None),
-        ({"start": "cold"}, {}, "asked for"),
         ({}, {"held": True}, "outlive"),
         ({}, {"device": "gpu"}, "CUDA does not survive a fork"),
         ({}, {"model": None}, "hub"),
@@ -240,8 +241,17 @@ def test_cold_for_a_reason_is_told_and_warm_by_name_is_refused(made: Made) -> No
         parent = _for(made, "auto")
         assert isinstance(parent, Parent)
         made.parents.give(parent)
-    assert _for(made, "auto") == Started("cold", ""), "one server alone"
+    assert _for(made, "auto", "it is held") == Started("cold", ""), "nobody expects one to be warm"
     assert isinstance(_for(made, "warm"), Parent)
+    with made.parents.keeping():
+        assert _for(made, "cold") == Started("cold", "")
+
+
+def test_one_server_alone_is_warm_where_a_parent_is_kept(made: Made, tmp_path: Path) -> None:
+    recipe = Recipe("a", ())
+    made.kept[recipe] = Nowhere(recipe, tmp_path, kept=True)
+    assert _for(made, "auto") is made.kept[recipe]
+    assert _for(made, "auto", "it is held") == Started("cold", "it is held")
 
 
 def test_a_parent_that_cannot_be_had_is_a_cold_start_with_its_words(made: Made) -> None:
@@ -254,6 +264,153 @@ def test_a_parent_that_cannot_be_had_is_a_cold_start_with_its_words(made: Made) 
     fresh.fails = made.fails
     with pytest.raises(SpecError, match="It was killed"):
         _for(fresh, "warm")
+
+
+# --- a server of its parent -----------------------------------------------------------------------
+
+
+class Forks(Silent):
+    """A parent that forks what never was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[tuple[str, float]] = []
+        self.asked: dict[str, Any] = {}
+
+    def start(self, name: str, **asked: Any) -> Forked:
+        self.asked = asked
+        return Forked(42, 20500)
+
+    def end(self, name: str, *, within: float) -> tuple[Ended, list[str]]:
+        self.ended.append((name, within))
+        return Ended(0, False, 0.0), ["/dev/shm/left"]
+
+    def wait_for_end(self, name: str) -> Ended:
+        threading.Event().wait()
+        raise AssertionError("nobody waits for ever")
+
+
+class Place(Nowhere):
+    """Where such a parent is."""
+
+    published = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Recipe("a", ()), folder)
+        self.folders.make()
+        self.preloaded: Any = Forks()
+
+    def address_words(self) -> tuple[list[str], int | None]:
+        return ["--host", "0.0.0.0", "--port", "{port}"], None
+
+    def address(self, port: int) -> str:
+        if not self.published:
+            raise EngineError("not published")
+        return f"http://127.0.0.1:{port}"
+
+    def temporary(self, name: str) -> PurePosixPath:
+        return PurePosixPath("/tmp") / name
+
+    def binding(self, arguments: Any) -> dict[str, str]:
+        return {"BOUND": "0|1"}
+
+    def share_model(self, model: Path) -> PurePosixPath:
+        return self.folders.models / place(model, self.folders.root / "models")
+
+    def reach(self, name: str, model: Path, inside: PurePosixPath) -> FolderReach:
+        folder = self.folders.root / "exchange" / name
+        folder.mkdir()
+        return FolderReach(model, folder=folder, inside=folder, model_inside=inside)
+
+    def peers_left(self, name: str) -> list[str]:
+        return []
+
+
+@pytest.fixture
+def warm(model: Path, tmp_path: Path) -> tuple[WarmServer, Place, list[Parent]]:
+    at, given = Place(tmp_path), []
+
+    def give(parent: Parent) -> list[str]:
+        given.append(parent)
+        return []
+
+    server = WarmServer(
+        ServerSpec(model="x", server_args={"tp-size": 2}, limits={"stop": 7}),
+        at, runtime="docker", model=model, device="cpu", run_id="run", give_back=give,
+    )  # fmt: skip
+    return server, at, given
+
+
+def test_it_is_forked_with_its_own_key_log_folder_and_cores(
+    warm: tuple[WarmServer, Place, list[Parent]],
+) -> None:
+    server, at, _ = warm
+    server.start()
+    asked = at.preloaded.asked
+    assert asked["argv"][:6] == [
+        "--model-path",
+        server.model_path(),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "{port}",
+    ]
+    assert "--tp-size" in asked["argv"]
+    assert server.api_key not in asked["argv"]
+    assert asked["environment"] == {"BOUND": "0|1", "SGLANG_API_KEY": server.api_key}
+    assert asked["folder"] == f"/tmp/{server.name}"
+    assert server.address == "http://127.0.0.1:20500"
+    Path(asked["log"]).write_text("one\ntwo\n")
+    assert server.logs(tail=1) == "two"
+
+
+@pytest.mark.parametrize(("at_once", "within"), [(False, 7.0), (True, 0.0)])
+def test_its_end_is_asked_for_once_tells_what_is_left_and_gives_the_parent_back(
+    warm: tuple[WarmServer, Place, list[Parent]], at_once: bool, within: float
+) -> None:
+    server, at, given = warm
+    server.start()
+    Path(at.preloaded.asked["log"]).write_text("its last words")
+    for _ in range(2):
+        assert server.end(at_once=at_once) == 0
+    assert at.preloaded.ended == [(server.name, within)]
+    assert given == [at]
+    assert server.left_behind() == ["/dev/shm/left"]
+    assert server.logs() == "its last words"
+    assert not Path(at.preloaded.asked["log"]).exists()
+    assert list((at.folders.root / "exchange").iterdir()) == []
+
+
+def test_one_that_was_never_forked_gives_its_parent_back(
+    warm: tuple[WarmServer, Place, list[Parent]],
+) -> None:
+    server, at, given = warm
+    assert server.end() is None
+    assert at.preloaded.ended == []
+    assert given == [at]
+    assert server.left_behind() == []
+
+
+def test_one_whose_address_cannot_be_told_is_ended_all_the_same(
+    warm: tuple[WarmServer, Place, list[Parent]],
+) -> None:
+    server, at, given = warm
+    at.published = False
+    with pytest.raises(EngineError, match="not published"):
+        server.start()
+    server.end()
+    assert [name for name, _ in at.preloaded.ended] == [server.name]
+    assert given == [at]
+
+
+def test_a_server_that_cannot_be_set_up_gives_its_parent_back(tmp_path: Path) -> None:
+    at, given = Place(tmp_path), []
+    with pytest.raises(OSError, match="missing"):
+        WarmServer.of(
+            ServerSpec(), at, runtime="docker", model=tmp_path / "missing", device="cpu",
+            run_id="run", give_back=lambda parent: given.append(parent) or [],
+        )  # fmt: skip
+    assert given == [at]
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -381,6 +538,7 @@ def test_a_warm_server_of_a_kept_parent_is_left_with_it(state: Path, tmp_path: P
     parents = Parents(
         lambda wanted: kept_parents.find("process", wanted),
         lambda wanted, _, say: parent_process.make(wanted, say=say),
+        lambda: bool(kept_parents.on_record()),
     )
     parent = parents.take(recipe, make=False, run_id="run", say=quiet)
     assert parent is not None

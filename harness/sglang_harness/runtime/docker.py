@@ -293,6 +293,7 @@ class DockerRuntime:
             lambda recipe, run_id, say: parent_container.make(
                 recipe, self._images[recipe.runs], run_id=run_id, say=say
             ),
+            lambda: bool(kept_parents.on_record()),
         )
 
     def __reduce__(self) -> tuple[type[DockerRuntime], tuple[()]]:

@@ -193,14 +193,16 @@ class Parents:
     Args:
         find: a kept one of this recipe, or ``None``.
         make: a new one.
+        any_kept: whether it is worth looking for a kept one.
     """
 
     def __init__(
         self,
         find: Callable[[Recipe], Parent | None],
         make: Callable[[Recipe, str, Say], Parent],
+        any_kept: Callable[[], bool],
     ) -> None:
-        self._find, self._make = find, make
+        self._find, self._make, self._any_kept = find, make, any_kept
         self._lock = threading.RLock()
         self._have: list[Parent] = []
         self._keeping = 0
@@ -260,6 +262,9 @@ class Parents:
         Raises:
             SpecError: a warm start was asked for, and cannot be.
         """
+        if spec.start == "cold" or not (spec.start == "warm" or self._keeping or self._any_kept()):
+            # Asked for, or one server alone, which nobody expects to be warm.
+            return Started("cold")
         why = why_cold
         if why is None:
             try:
@@ -274,7 +279,6 @@ class Parents:
                 f"A warm start was asked for, and cannot be: {why}.",
                 advice="Leave it out, or use --start cold.",
             )
-        # One that nobody expected to be warm needs no excuse.
         return Started("cold", why or "")
 
     def _new(self, recipe: Recipe, run_id: str, say: Say) -> Parent:

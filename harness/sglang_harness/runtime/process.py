@@ -243,6 +243,7 @@ class ProcessRuntime:
         self._parents = Parents(
             lambda recipe: kept_parents.find("process", recipe),
             lambda recipe, _, say: parent_process.make(recipe, say=say),
+            lambda: bool(kept_parents.on_record()),
         )
 
     def __reduce__(self) -> tuple[type[ProcessRuntime], tuple[Path | None]]:

@@ -74,6 +74,7 @@ class WarmServer:
         self._exit_code: int | None = None
         self._left: list[str] = []
         self._ended = False
+        self._forked = False
         self._beside: list[Beside] = []
 
     @classmethod
@@ -116,6 +117,7 @@ class WarmServer:
             log=str(self._parent.folders.logs / self._log.name),
             folder=str(self._parent.temporary(self.name)),
         )
+        self._forked = True
         chosen = forked.port or port
         assert chosen is not None, "the parent gives one, or its place does"
         self._command = [str(chosen) if word == "{port}" else word for word in self._command]
@@ -191,7 +193,7 @@ class WarmServer:
             self._watch.expected = True
         for peer in self._beside:
             self._left += peer.end()
-        if self._watch is not None:
+        if self._forked:
             within = 0.0 if at_once else self.spec.limits.stop
             ended, left = self._parent.preloaded.end(self.name, within=within)
             self._exit_code = ended.exit_code if ended else None
@@ -221,8 +223,6 @@ def why_cold(
 ) -> str | None:
     """Why a server of this spec cannot be forked from a parent; ``None``: it can, as far as the
     spec tells."""
-    if spec.start == "cold":
-        return "asked for"
     if held:
         return "it is to outlive this process"
     if device == "gpu":
