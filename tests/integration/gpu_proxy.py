@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import requests
 
 from nvml_mock import GIB, MIB, Scenario
+from sglang_harness.runtime import Started
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 
@@ -185,6 +187,7 @@ class OnGpu:
 
     runtime = "proxy"
     device = "gpu"
+    started = Started("cold")
 
     def __init__(self, real: Server, proxy: GpuProxy, run_id: str, *, host_memory: bool) -> None:
         self.proxy = proxy
@@ -235,6 +238,9 @@ class ProxyRuntime:
     ) -> None:
         self._real, self._scenario, self._conduct = real, scenario, conduct
         self._host_memory = host_memory
+
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def prepare(
         self, spec: ServerSpec, *, run_id: str, held: bool, say: Callable[[str], None]
