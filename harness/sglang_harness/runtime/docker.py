@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -354,15 +355,28 @@ def recipe_of(spec: ServerSpec, image: str) -> Recipe:
     """
     client = engine.connect()
     try:
-        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
-            if engine.is_remote() or not engine.sees_this_disk(client, image, Path(probe)):
-                raise EngineError("The engine does not see this machine's disk.")
+        if not _sees_this_disk(os.environ.get("DOCKER_HOST"), image):
+            raise EngineError("The engine does not see this machine's disk.")
         found = client.images.get(image)
         return Recipe(
             runs=str(found.id),
             environment=alike(environment_of(spec, has_model=True)),
             version=found.labels.get(images.LABEL_VERSION, ""),
         )
+    finally:
+        client.close()
+
+
+@lru_cache(maxsize=8)
+def _sees_this_disk(docker_host: str | None, image: str) -> bool:
+    """Asked once an engine and image: it takes a container to find out."""
+    del docker_host
+    if engine.is_remote():
+        return False
+    client = engine.connect()
+    try:
+        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
+            return engine.sees_this_disk(client, image, Path(probe))
     finally:
         client.close()
 
