@@ -19,10 +19,12 @@ cache=${SGLANG_HARNESS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/sglang-harness}
 started=$(date +%s)
 say() { printf 'image: [%4ds] %s\n' "$(($(date +%s) - started))" "$*"; }
 
+# Every file of the stand-ins with its name, in an order that no locale changes.
+stand_ins() { find stand_ins -name '*.py' -o -name '*.pth' -o -name '*.toml' | LC_ALL=C sort | while read -r file; do echo "$file" && cat "$file"; done; }
+
 # The tag carries what the image is made of, so that a changed file is a new image.
-recipe=$(cd "$here" && { echo "$BASE_IMAGE $PYTHON_VERSION $DEBIAN_SUITE" && cat cpu.Dockerfile requirements-cpu.txt \
-    stand_ins/pyproject.toml stand_ins/sgl_kernel/__init__.py stand_ins/torchvision_operators.py \
-    stand_ins/torchvision_operators.pth stand_ins/unpinned_memory.py stand_ins/unpinned_memory.pth; } | sha256sum | cut -c1-12)
+recipe=$(cd "$here" && { echo "$BASE_IMAGE $PYTHON_VERSION $DEBIAN_SUITE" && cat cpu.Dockerfile requirements-cpu.txt &&
+    stand_ins; } | sha256sum | cut -c1-12)
 tag=sglang-harness/sglang-cpu:$version-$recipe
 if docker image inspect "$tag" >/dev/null 2>&1; then
     docker tag "$tag" "sglang-harness/sglang-cpu:$version"

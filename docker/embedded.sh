@@ -20,9 +20,9 @@ if [ "$have" != "$PYTHON_VERSION" ]; then
     echo "embedded: $python is Python $have, and the packages of the CPU stack are pinned for $PYTHON_VERSION. Set PYTHON to such a one, or 'python' in the spec to one that has SGLang." >&2
     exit 3
 fi
-recipe=$(cat "$here/requirements-cpu.txt" "$here/stand_ins/pyproject.toml" "$here/stand_ins/sgl_kernel/__init__.py" \
-    "$here/stand_ins/torchvision_operators.py" "$here/stand_ins/torchvision_operators.pth" \
-    "$here/stand_ins/unpinned_memory.py" "$here/stand_ins/unpinned_memory.pth" | sha256sum | cut -c1-12)
+# Every file of the stand-ins with its name, in an order that no locale changes.
+stand_ins() { find stand_ins -name '*.py' -o -name '*.pth' -o -name '*.toml' | LC_ALL=C sort | while read -r file; do echo "$file" && cat "$file"; done; }
+recipe=$(cd "$here" && { cat requirements-cpu.txt && stand_ins; } | sha256sum | cut -c1-12)
 environment=$cache/embedded-$version-$recipe
 if [ -e "$environment/complete" ]; then
     echo "$environment/bin/python"

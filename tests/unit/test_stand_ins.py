@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,13 +131,139 @@ print(sum(type(finder).__module__ == "unpinned_memory" for finder in sys.meta_pa
     assert printed(code) == ["1"]
 
 
-def test_every_stand_in_is_in_the_wheel_and_in_both_recipes():
+def in_a_server(tmp_path: Path, code: str, **environment: str) -> list[str]:
+    """What ``code`` prints in a Python with a package ``sglang`` and the environment of a server.
+
+    ``python()`` leaves ``SGLANG_USE_CPU_ENGINE`` out, as a Python that is no server has it.
+    """
+    package = tmp_path / "sglang"
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").write_text(
+        "import gc\nduring = gc.isenabled()\nfrom . import inner\nafter_inner = gc.isenabled()\n"
+    )
+    (package / "inner.py").write_text("import gc\nduring = gc.isenabled()\n")
+    (package / "large.py").write_text("kept = [[] for _ in range(60_000)]\n")
+    (package / "broken.py").write_text("raise ValueError('as it says')\n")
+    (package / "launch_server.py").write_text("print(__name__, __spec__.name)\n")
+    environment = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1"} | environment
+    code = f"import os, sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"
+    lines = "".join(f"os.environ[{name!r}] = {value!r}; " for name, value in environment.items())
+    again = "import quick_start; quick_start.install()\n"
+    return printed(f"import os; {lines}\n{again}{code}")
+
+
+def test_the_collector_rests_while_sglang_is_imported_and_no_longer(tmp_path: Path):
+    code = """
+import gc, sglang
+print(sglang.during, sglang.inner.during, sglang.after_inner, gc.isenabled())
+print(type(sglang.__loader__).__name__, sglang.__spec__.loader is sglang.__loader__)
+import json.tool
+print(gc.get_freeze_count() == 0, gc.isenabled())
+import sglang.large
+print(gc.get_freeze_count() >= 60_000, gc.isenabled())
+try:
+    import sglang.broken
+except ValueError as error:
+    print(error, gc.isenabled())
+gc.disable()
+del sys.modules["sglang.inner"]
+import sglang.inner
+print(gc.isenabled())
+"""
+    assert in_a_server(tmp_path, code) == [
+        "False False False True",
+        "SourceFileLoader True",
+        "True True",
+        "True True",
+        "as it says True",
+        "False",
+    ]
+
+
+def test_a_module_of_sglang_still_runs_as_a_program(tmp_path: Path):
+    code = "import runpy; runpy.run_module('sglang.launch_server', None, '__main__', True)"
+    assert in_a_server(tmp_path, code) == ["__main__ sglang.launch_server"]
+
+
+TOLD = """
+print(os.environ.get("TORCHDYNAMO_DISABLE"), os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE"))
+print(sum(type(finder).__module__ == "quick_start" for finder in sys.meta_path))
+"""
+
+
+def test_what_shortens_a_start_is_set_for_servers_on_a_cpu_only(tmp_path: Path):
+    assert in_a_server(tmp_path, TOLD) == ["1 sglang_first_models", "1"]
+    assert in_a_server(tmp_path, TOLD, TORCH_COMPILE_DISABLE="0") == [
+        "None sglang_first_models",
+        "1",
+    ]
+    assert in_a_server(tmp_path, TOLD, SGLANG_USE_CPU_ENGINE="0") == ["None None", "0"]
+
+
+def test_what_a_user_sets_stays(tmp_path: Path):
+    mine = {"TORCHDYNAMO_DISABLE": "0", "SGLANG_EXTERNAL_MODEL_PACKAGE": "mine"}
+    assert in_a_server(tmp_path, TOLD, **mine)[0] == "0 mine"
+
+
+def test_torch_gives_back_the_function_itself_where_it_compiles_nothing(tmp_path: Path):
+    code = """
+import torch
+f = lambda x: x
+print(torch.compile(f) is f, "torch._inductor.compile_fx" in sys.modules)
+"""
+    assert in_a_server(tmp_path, code) == ["True False"]
+
+
+def test_transformers_is_asked_for_a_folder_under_one_name(tmp_path: Path):
+    utils = tmp_path / "transformers" / "utils"
+    utils.mkdir(parents=True)
+    (tmp_path / "transformers" / "__init__.py").touch()
+    (utils / "__init__.py").touch()
+    (utils / "import_utils.py").write_text(
+        "from functools import lru_cache\n\n\n@lru_cache\n"
+        "def create_import_structure_from_path(module_path):\n"
+        "    print('read', module_path)\n    return {'one': module_path}\n"
+    )
+    code = f"""
+from pathlib import Path
+from transformers.utils import import_utils
+folder = {str(utils)!r}
+ask = import_utils.create_import_structure_from_path
+print(ask(Path(folder)) is ask(folder + "/__init__.py") is ask(folder))
+"""
+    assert in_a_server(tmp_path, code) == [f"read {utils}", "True"]
+
+
+def test_the_models_that_are_imported_first_are_sglangs_own():
+    for file in (STAND_INS / "sglang_first_models").glob("[!_]*.py"):
+        assert file.read_text() == (
+            f"from sglang.srt.models.{file.stem} import EntryClass as EntryClass\n"
+        )
+
+
+def test_every_stand_in_is_in_the_wheel():
     files = [p for p in STAND_INS.rglob("*") if p.suffix in (".py", ".pth")]
-    assert len(files) == 5
+    assert len(files) == 13
     wheel = (STAND_INS / "pyproject.toml").read_text()
     for file in files:
         name = str(file.relative_to(STAND_INS))
         assert f'"{name.split("/")[0]}"' in wheel, name
-        for script in ("build.sh", "embedded.sh"):
-            # A file that is not in the recipe can change without a new image.
-            assert re.search(rf"stand_ins/{re.escape(name)}\b", (DOCKER / script).read_text()), name
+
+
+@pytest.mark.parametrize("script", ["build.sh", "embedded.sh"])
+def test_a_changed_stand_in_is_a_new_recipe(tmp_path: Path, script: str):
+    # A file that is not in the recipe could change without a new image.
+    (line,) = re.findall(r"^stand_ins\(\) .*$", (DOCKER / script).read_text(), re.MULTILINE)
+    copy = tmp_path / "stand_ins"
+    shutil.copytree(STAND_INS, copy)
+
+    def recipe() -> str:
+        told = ["sh", "-c", f"{line}\nstand_ins"]
+        return subprocess.run(told, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    before = recipe()
+    for file in STAND_INS.rglob("*"):
+        if file.suffix in (".py", ".pth", ".toml"):
+            assert f"{file.relative_to(STAND_INS.parent)}\n{file.read_text()}" in before
+    (copy / "quick_start.pth").rename(copy / "slow_start.pth")
+    assert recipe() != before

@@ -1,0 +1,1 @@
+from sglang.srt.models.mixtral import EntryClass as EntryClass
