@@ -49,8 +49,8 @@ import stat
 import sys
 import time
 
-#: What a server's processes import (SGLang 0.5.15 to 0.5.23). The registry imports every model
-#: file; what a version does not have is skipped, and told.
+#: What a server's processes import (SGLang 0.5.20 to 0.5.23). The registry imports model files,
+#: all of them or those that the image names first; what a version does not have is told.
 MODULES = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
