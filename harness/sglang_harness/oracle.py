@@ -3,12 +3,15 @@ Face transformers, which shares no code with SGLang's model classes."""
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_harness.checkpoint.spans import stamp
 from sglang_harness.errors import MissingExtra, ModelError
 
 if TYPE_CHECKING:
@@ -176,7 +179,56 @@ def _adapted(model: Any, adapter: Path) -> Any:
         raise ModelError(f"PEFT cannot load {adapter}: {reason}.") from None
 
 
-@lru_cache(maxsize=3)
+#: Oracles that are kept: the served model's, that of other weights, and one more.
+KEPT = 3
+
+#: Files that are told apart by their stamp: too large to be read for that.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+_kept: OrderedDict[frozenset[tuple[object, ...]], Oracle] = OrderedDict()
+_lock = threading.Lock()
+
+
 def for_folder(folder: Path) -> Oracle:
-    """An oracle that is loaded once and shared by the checks of a run."""
-    return Oracle(folder)
+    """An oracle that is loaded once for the same files and shared by the checks of a run.
+
+    A push makes a folder of its own of the served model's configuration and of links to the
+    weights that it pushes. What counts is what lies in a folder, not where it is: loading it
+    anew would give the same oracle, seconds later. A folder whose files have changed since is
+    loaded again.
+    """
+    with _lock:
+        try:
+            content = _content(folder)
+        except OSError:
+            return Oracle(folder)  # which says what is wrong with it
+        if content in _kept:
+            _kept.move_to_end(content)
+            return _kept[content]
+        while len(_kept) >= KEPT:
+            _kept.popitem(last=False)
+        oracle = Oracle(folder)
+        # Files that were written to meanwhile may be half in it.
+        if _content(folder) == content:
+            _kept[content] = oracle
+        return oracle
+
+
+def forget() -> None:
+    """Lets go of all oracles that are kept."""
+    with _lock:
+        _kept.clear()
+
+
+def _content(folder: Path) -> frozenset[tuple[object, ...]]:
+    """What tells a model folder from every other: the bytes of its small files, and of the
+    weights which file they are, wherever links lead, and when it was written to."""
+    found: set[tuple[object, ...]] = set()
+    for file in folder.iterdir():
+        if not file.is_file():
+            continue
+        if file.name.endswith(_WEIGHTS):
+            found.add((file.name, file.stat().st_dev, *stamp(file)))
+        else:
+            found.add((file.name, hashlib.sha256(file.read_bytes()).digest()))
+    return frozenset(found)
