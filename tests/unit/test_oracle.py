@@ -224,6 +224,25 @@ def test_a_folder_that_is_not_there_is_a_model_error_here_too(tmp_path: Path):
         oracles.for_folder(tmp_path / "none")
 
 
+@pytest.mark.parametrize(("a_thread", "expected"), [(1 << 40, 1), (1, 3)])
+def test_a_model_computes_on_the_threads_that_it_is_worth(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch, a_thread: int, expected: int
+):
+    monkeypatch.setattr(oracles, "_A_THREAD", a_thread)
+    seen = []
+    handle = oracle._model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        oracle.score(PROMPT, [1, 2])
+        oracle.score_over(oracle, PROMPT, [1, 2], 1)
+        assert torch.get_num_threads() == 3
+    finally:
+        handle.remove()
+        torch.set_num_threads(before)
+    assert seen == [expected] * 3
+
+
 def test_a_folder_that_transformers_cannot_load_is_a_model_error(tmp_path: Path):
     with pytest.raises(ModelError, match="cannot load"):
         Oracle(tmp_path)
