@@ -22,10 +22,6 @@ from sglang_harness.weights import route as routes
 
 #: Bytes of a bucket: small enough that every model takes several.
 BUCKET = 64 << 20
-#: The same in the body of a request. A server holds such a bucket some ten times over, as text
-#: and as bytes, and takes a third longer over large ones, whose memory is fresh each time: 4.9 s
-#: of its processor for 538 MB in pieces of 64 MiB, 3.2 s of 8 MiB (SGLang 0.5.23, CPU).
-BODY_BUCKET = 8 << 20
 
 
 def leads_here(route: str) -> Need:
@@ -52,7 +48,6 @@ class RouteServesAndRestores(Check[ThereAndBack]):
     """One route; each subclass names one."""
 
     route: ClassVar[str]
-    bucket_bytes: ClassVar[int] = BUCKET
     observation = ThereAndBack
     changes = True
 
@@ -74,7 +69,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
                 "route": self.route,
                 "version": None,
                 "logprobs": True,
-                "bucket_bytes": self.bucket_bytes,
+                "bucket_bytes": BUCKET,
             }
             there = pushed(server, new.folder, **way)
             by_route = client.checksums()
@@ -130,7 +125,6 @@ class TensorsInTheBody(RouteServesAndRestores):
         "back restores every checksum and answer."
     )
     route = "tensor"
-    bucket_bytes = BODY_BUCKET
     needs = (*PUSHED, CHECKSUMS, leads_here("tensor"))
 
 
@@ -142,7 +136,6 @@ class BucketsInTheBody(RouteServesAndRestores):
         "the way back restores every checksum and answer."
     )
     route = "tensor-bucket"
-    bucket_bytes = BODY_BUCKET
     needs = (*PUSHED, CHECKSUMS, leads_here("tensor-bucket"))
 
 
