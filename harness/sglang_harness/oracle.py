@@ -3,12 +3,16 @@ Face transformers, which shares no code with SGLang's model classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_harness.checkpoint.spans import stamp
 from sglang_harness.errors import MissingExtra, ModelError
 
 if TYPE_CHECKING:
@@ -24,6 +28,13 @@ TOLERANCE = {"float32": 5e-4, "bfloat16": 0.12, "float16": 0.02}
 def tolerance(dtype: str) -> float:
     """The bound for a dtype as SGLang names it; bfloat16's for one that is not known."""
     return TOLERANCE.get(dtype.removeprefix("torch."), TOLERANCE["bfloat16"])
+
+
+#: Bytes of weights, in float32, that make another thread worth its waiting.
+_A_THREAD = 512 << 20
+
+#: The number of threads is torch's, not a model's.
+_computing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -129,7 +140,7 @@ class Oracle:
             raise ValueError("the weights are exchanged after the first token and before the last")
         ids = [*prompt, *output]
         seen = len(prompt) + switched - 1
-        with torch.inference_mode():
+        with torch.inference_mode(), self._threads():
             first = old._model(torch.tensor([ids[:seen]]), use_cache=True)
             rest = self._model(
                 torch.tensor([ids[seen:-1]]), past_key_values=first.past_key_values, use_cache=True
@@ -146,12 +157,30 @@ class Oracle:
         logprobs = self._logprobs(list(prompt))[:-1]
         return list(logprobs[range(len(prompt) - 1), list(prompt[1:])].tolist())
 
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """As many threads as the model is worth, at most as many as torch has.
+
+        They wait for each other some thousand times in one pass. Where a core is taken by
+        something else, and be it by the server, that turns 0.12 s for 135 M parameters on two
+        threads into 1 to 3 s; one thread takes 0.15 s to 0.3 s either way.
+        """
+        import torch
+
+        with _computing:
+            before = torch.get_num_threads()
+            torch.set_num_threads(min(before, max(1, self.parameters_bytes // _A_THREAD)))
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
+
     def _logprobs(self, ids: list[int]) -> torch.Tensor:
         import torch
 
         if not ids:
             raise ValueError("the oracle needs a prompt of at least one token")
-        with torch.inference_mode():
+        with torch.inference_mode(), self._threads():
             logits = self._model(torch.tensor([ids])).logits[0].float()
             return torch.log_softmax(logits, dim=-1)
 
@@ -176,7 +205,56 @@ def _adapted(model: Any, adapter: Path) -> Any:
         raise ModelError(f"PEFT cannot load {adapter}: {reason}.") from None
 
 
-@lru_cache(maxsize=3)
+#: Oracles that are kept: the served model's, that of other weights, and one more.
+KEPT = 3
+
+#: Files that are told apart by their stamp: too large to be read for that.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+_kept: OrderedDict[frozenset[tuple[object, ...]], Oracle] = OrderedDict()
+_lock = threading.Lock()
+
+
 def for_folder(folder: Path) -> Oracle:
-    """An oracle that is loaded once and shared by the checks of a run."""
-    return Oracle(folder)
+    """An oracle that is loaded once for the same files and shared by the checks of a run.
+
+    A push makes a folder of its own of the served model's configuration and of links to the
+    weights that it pushes. What counts is what lies in a folder, not where it is: loading it
+    anew would give the same oracle, seconds later. A folder whose files have changed since is
+    loaded again.
+    """
+    with _lock:
+        try:
+            content = _content(folder)
+        except OSError:
+            return Oracle(folder)  # which says what is wrong with it
+        if content in _kept:
+            _kept.move_to_end(content)
+            return _kept[content]
+        while len(_kept) >= KEPT:
+            _kept.popitem(last=False)
+        oracle = Oracle(folder)
+        # Files that were written to meanwhile may be half in it.
+        if _content(folder) == content:
+            _kept[content] = oracle
+        return oracle
+
+
+def forget() -> None:
+    """Lets go of all oracles that are kept."""
+    with _lock:
+        _kept.clear()
+
+
+def _content(folder: Path) -> frozenset[tuple[object, ...]]:
+    """What tells a model folder from every other: the bytes of its small files, and of the
+    weights which file they are, wherever links lead, and when it was written to."""
+    found: set[tuple[object, ...]] = set()
+    for file in folder.iterdir():
+        if not file.is_file():
+            continue
+        if file.name.endswith(_WEIGHTS):
+            found.add((file.name, file.stat().st_dev, *stamp(file)))
+        else:
+            found.add((file.name, hashlib.sha256(file.read_bytes()).digest()))
+    return frozenset(found)

@@ -46,6 +46,11 @@ def assert_holds(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> N
         assert raw(tensor) == raw(wanted), name
         assert info.nbytes == len(raw(wanted))
     assert checkpoint.nbytes == sum(len(raw(t)) for t in expected.values())
+    # Into memory that is there already, and full of something else.
+    rooms = {name: torch.ones(wanted.shape).to(wanted.dtype) for name, wanted in expected.items()}
+    checkpoint.read_into(rooms.items())
+    for name, wanted in expected.items():
+        assert raw(rooms[name]) == raw(wanted), name
 
 
 def contiguous() -> dict[str, torch.Tensor]:

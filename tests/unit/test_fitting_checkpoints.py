@@ -78,6 +78,9 @@ def test_names_and_dtypes_are_brought_to_what_the_model_expects(
     for name, tensor in got.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, weights[name].bfloat16().float()), name
+    rooms = {name: torch.ones_like(tensor) for name, tensor in got.items()}
+    fitted.read_into(rooms.items())
+    assert all(torch.equal(rooms[name], tensor) for name, tensor in got.items())
     assert any("from bfloat16 to float32" in note for note in fitted.notes)
     assert any("names changed" in note for note in fitted.notes) == bool(fitted.renamed)
 

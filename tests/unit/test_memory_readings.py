@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,76 @@ def test_an_ended_container_is_an_error_and_never_a_zero(stats: dict[str, Any]):
     with pytest.raises(HarnessError, match="no memory counters") as caught:
         ContainerMemory(lambda: stats).read()
     assert "ended" in caught.value.advice
+
+
+ID = "0123456789abcdef" * 4
+
+#: ``memory.stat`` of the same container as ``V1`` and ``V2`` have it, a gigabyte later.
+FILE_V1 = f"rss 1\ntotal_rss {3 * GIB}\ntotal_cache {3 * GIB}\ntotal_shmem {GIB}\n"
+FILE_V2 = f"anon {3 * GIB}\nfile {3 * GIB}\nshmem {GIB}\n"
+
+
+class Engine:
+    """Counts how often it was asked."""
+
+    def __init__(self, stats: dict[str, Any]) -> None:
+        self.stats = stats
+        self.asked = 0
+
+    def __call__(self) -> dict[str, Any]:
+        self.asked += 1
+        return self.stats
+
+
+@pytest.mark.parametrize(
+    ("stats", "folder", "text"),
+    [
+        (V1, f"memory/docker/{ID}", FILE_V1),
+        (V1, f"memory/system.slice/docker-{ID}.scope", FILE_V1),
+        (V2, f"docker/{ID}", FILE_V2),
+        (V2, f"system.slice/docker-{ID}.scope", FILE_V2),
+    ],
+)
+def test_a_container_of_this_kernel_is_read_without_waiting_for_the_engine(
+    stats: dict[str, Any], folder: str, text: str, tmp_path: Path
+):
+    engine, file = Engine({**stats, "id": ID}), tmp_path / folder / "memory.stat"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    memory = ContainerMemory(engine, cgroups=tmp_path)
+    assert memory.read()[0] == 3 * GIB
+    assert memory.read() == (
+        4 * GIB,
+        {"anonymous": 3 * GIB, "shared": 1 * GIB, "page_cache": 2 * GIB},
+    )
+    assert engine.asked == 1
+
+
+@pytest.mark.parametrize("left", [None, "", "total_rss 0\ntotal_cache 5\n", "total_rss x\n"])
+def test_a_container_that_has_ended_is_not_read_from_what_is_left_of_it(
+    left: str | None, tmp_path: Path
+):
+    engine, file = Engine({**V1, "id": ID}), tmp_path / "memory/docker" / ID / "memory.stat"
+    file.parent.mkdir(parents=True)
+    file.write_text(FILE_V1)
+    memory = ContainerMemory(engine, cgroups=tmp_path)
+    memory.read()
+    file.unlink()
+    if left is not None:
+        file.write_text(left)
+    engine.stats = {}
+    with pytest.raises(HarnessError, match="no memory counters"):
+        memory.read()
+
+
+@pytest.mark.parametrize("told", [None, "", "abc", "../" * 21 + "x", ID.upper()])
+def test_where_the_kernel_knows_no_such_container_the_engine_is_asked_each_time(
+    told: str | None, tmp_path: Path
+):
+    engine = Engine({**V2, "id": told})
+    memory = ContainerMemory(engine, cgroups=tmp_path)
+    assert [memory.read()[0] for _ in range(3)] == [3 * GIB] * 3
+    assert engine.asked == 3
 
 
 class Steps:

@@ -13,10 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sglang_harness import oracle as oracles
-from sglang_harness.checkpoint import locate
+from sglang_harness.checkpoint import locate, tiny
 from sglang_harness.checkpoint.perturb import perturbed
+from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.errors import ModelError
 from sglang_harness.oracle import TOLERANCE, Oracle, tolerance
+from sglang_harness.weights.model_folder import model_folder
 
 PROMPT = [45, 74, 81, 81, 84]
 
@@ -161,9 +163,84 @@ def test_the_size_of_the_weights_is_that_of_the_file(oracle: Oracle, folder: Pat
     assert on_disk * 0.95 < oracle.parameters_bytes <= on_disk
 
 
+@pytest.fixture
+def none_kept() -> Iterator[None]:
+    oracles.forget()
+    yield
+    oracles.forget()
+
+
+@pytest.mark.usefixtures("none_kept")
 def test_an_oracle_is_loaded_once_for_all_checks(folder: Path):
-    oracles.for_folder.cache_clear()
     assert oracles.for_folder(folder) is oracles.for_folder(folder)
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_push_of_weights_that_are_known_loads_no_oracle_of_its_own(folder: Path, tmp_path: Path):
+    known = oracles.for_folder(folder)
+    made = model_folder(open_checkpoint(folder), folder, tmp_path / "made")
+    assert oracles.for_folder(made) is known
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_other_bytes_under_the_same_names_are_another_oracle(folder: Path, tmp_path: Path):
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    before = oracles.for_folder(kept)
+    other = tmp_path / "other"
+    tiny.write(other, 9)
+    # In place, as a trainer writes its next step: same file, same size, other bytes.
+    (kept / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    after = oracles.for_folder(kept)
+    assert after is not before
+    prompt, output = [3, 4, 5], [6, 7]
+    assert after.score(prompt, output) == Oracle(other).score(prompt, output)
+    assert after.score(prompt, output) != Oracle(folder).score(prompt, output)
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_another_configuration_is_another_oracle(folder: Path, tmp_path: Path):
+    known = oracles.for_folder(folder)
+    made = model_folder(open_checkpoint(folder), folder, tmp_path / "made")
+    config = made / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 77.0}))
+    assert oracles.for_folder(made) is not known
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_few_oracles_are_kept_and_those_used_last(folder: Path, tmp_path: Path):
+    first = oracles.for_folder(folder)
+    for number in range(oracles.KEPT):
+        other = tmp_path / str(number)
+        shutil.copytree(folder, other)
+        oracles.for_folder(other)
+    assert oracles.for_folder(other) is oracles.for_folder(other)
+    assert oracles.for_folder(folder) is not first
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_folder_that_is_not_there_is_a_model_error_here_too(tmp_path: Path):
+    with pytest.raises(ModelError, match="cannot load"):
+        oracles.for_folder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("a_thread", "expected"), [(1 << 40, 1), (1, 3)])
+def test_a_model_computes_on_the_threads_that_it_is_worth(
+    oracle: Oracle, monkeypatch: pytest.MonkeyPatch, a_thread: int, expected: int
+):
+    monkeypatch.setattr(oracles, "_A_THREAD", a_thread)
+    seen = []
+    handle = oracle._model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        oracle.score(PROMPT, [1, 2])
+        oracle.score_over(oracle, PROMPT, [1, 2], 1)
+        assert torch.get_num_threads() == 3
+    finally:
+        handle.remove()
+        torch.set_num_threads(before)
+    assert seen == [expected] * 3
 
 
 def test_a_folder_that_transformers_cannot_load_is_a_model_error(tmp_path: Path):

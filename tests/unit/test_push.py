@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from scripted_server import Answer
 from weight_server import WeightServer, refused
 
 from sglang_harness.checkpoint import tiny
+from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.errors import CheckpointMismatch, ReadOnly, SpecError
-from sglang_harness.weights import PushFailed, PushReport, route
+from sglang_harness.weights import PushFailed, PushReport, expected, route
 from sglang_harness.weights import session as sessions
+from sglang_harness.weights.expected import Served, expected_checksums
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -303,6 +307,52 @@ def test_a_checkpoint_of_another_model_is_never_sent(old: Path, tmp_path: Path):
         with pytest.raises(CheckpointMismatch):
             push(double, file)
         assert double.log == []
+
+
+def test_there_and_back_computes_each_checkpoint_once(
+    old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+):
+    computed: list[Path] = []
+
+    def compute(source: Any, served: Any) -> Any:
+        computed.append(source.path)
+        return expected_checksums(source, served)
+
+    monkeypatch.setattr(expected, "expected_checksums", compute)
+    with WeightServer(old) as double:
+        for path in (new, old, new, old):
+            assert push(double, path).checksums.says == "agrees"
+        assert computed == [new, old]
+        stated = [seen.path for seen in double.http.seen].count("/weights_checker")
+        assert stated == 8, "what the server holds is asked of it before and after each push"
+
+
+def test_a_checkpoint_that_was_written_to_is_computed_anew(old: Path, new: Path, tmp_path: Path):
+    written = tmp_path / "written"
+    shutil.copytree(new, written)
+    with WeightServer(old) as double:
+        assert push(double, written).checksums.says == "agrees"
+        before = double.state["model.norm.weight"].clone()
+        weights = load_file(written / "model.safetensors")
+        weights["model.norm.weight"] += 1
+        save_file(weights, written / "model.safetensors")
+        assert push(double, written).checksums.says == "agrees"
+        assert torch.equal(double.state["model.norm.weight"], before + 1)
+        # And nothing that was kept excuses a server that did not take it.
+        double.spoil = lambda number, tensors: tensors.clear()
+        assert failed(double, old).checksums.says == "differs"
+
+
+def test_few_checkpoints_are_kept(old: Path, new: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(expected.Computed, "KEPT", 1)
+    served = Served.of(old, {"dtype": "float32"}, "cpu")
+    kept = expected.Computed()
+    first = kept.expected(open_checkpoint(old), served)
+    assert kept.expected(open_checkpoint(old), served) is first
+    halves = Served.of(old, {"dtype": "float16"}, "cpu")
+    other = kept.expected(open_checkpoint(old), halves)
+    assert other.ranks != first.ranks, "the same files, held otherwise"
+    assert kept.expected(open_checkpoint(old), served) is not first
 
 
 def test_what_does_not_lead_there_is_said_before_anything_is_sent(old: Path, new: Path):

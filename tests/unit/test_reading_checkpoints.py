@@ -281,9 +281,32 @@ def test_a_file_that_is_written_anew_meanwhile_is_noticed(tmp_path: Path):
     write_torch(file, state())
     with pytest.raises(BrokenCheckpoint, match="written to after"):
         list(opened.read())
+    with pytest.raises(BrokenCheckpoint, match="written to after"):
+        opened.read_into([("model.ids", torch.zeros(7, dtype=torch.int64))])
     file.unlink()
     with pytest.raises(BrokenCheckpoint, match="cannot be read any more"):
         list(opened.read())
+
+
+def test_a_room_of_another_shape_is_refused_and_one_of_another_dtype_is_filled(tmp_path: Path):
+    opened = open_checkpoint(write_torch(tmp_path / "a.pt", state()))
+    with pytest.raises(ValueError, match="its room"):
+        opened.read_into([("model.half.weight", torch.zeros(8, 16))])
+    with pytest.raises(KeyError, match="holds no other"):
+        opened.read_into([("other", torch.zeros(1))])
+    room = torch.zeros(16, 8)
+    opened.read_into([("model.half.weight", room)])
+    assert torch.equal(room, state()["model.half.weight"].float())
+
+
+def test_content_is_equal_until_a_file_is_written_to(tmp_path: Path):
+    file = write_torch(tmp_path / "a.pt", state())
+    before = open_checkpoint(file).content
+    assert open_checkpoint(file).content == before
+    assert hash(before) == hash(open_checkpoint(file).content)
+    write_torch(file, state())
+    assert open_checkpoint(file).content != before
+    assert open_checkpoint(write_torch(tmp_path / "b.pt", state())).content != before
 
 
 MEMORY = """

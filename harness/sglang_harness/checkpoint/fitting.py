@@ -4,7 +4,7 @@ then read under the model's names and in its dtypes."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -191,6 +191,16 @@ class Fit:
         )
         # Bound to no name: what was handed out is its receiver's alone.
         return zip(wanted, (tensor for _, tensor in stream), strict=True)
+
+    def read_into(self, rooms: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """As :meth:`Checkpoint.read_into`, by the model's names."""
+        self.checkpoint.read_into((self.sources[name], room) for name, room in rooms)
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for the same files under the same names and in the same dtypes."""
+        named = frozenset((name, own, self._dtypes[name]) for name, own in self.sources.items())
+        return (self.checkpoint.content, named)
 
 
 def fit(checkpoint: Checkpoint, model_folder: Path | str, *, dtype: str | None = None) -> Fit:

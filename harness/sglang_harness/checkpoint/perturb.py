@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang_harness.checkpoint.reading import Checkpoint, open_checkpoint
+from sglang_harness.checkpoint.spans import empty
 from sglang_harness.checkpoint.writing import write_model
 from sglang_harness.errors import MissingExtra, ModelError
 
@@ -82,7 +83,8 @@ def _noisy(tensor: torch.Tensor, name: str, seed: int, strength: float) -> torch
     # Of the name, so that neither the order of files nor the other tensors matter.
     drawn = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(drawn[:7], "big"))
-    noise = torch.empty(tensor.shape).normal_(generator=generator)
+    noise = empty(tensor.shape, "float32").normal_(generator=generator)
     # A constant tensor (a fresh norm weight) has no spread of its own.
     spread = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
-    return (tensor.float() + strength * (spread or 1.0) * noise).to(tensor.dtype)
+    # In place: fresh memory costs more than the sum.
+    return noise.mul_(strength * (spread or 1.0)).add_(tensor.float()).to(tensor.dtype)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -102,6 +102,36 @@ class Checkpoint:
         if unknown := [name for name in wanted if name not in self.tensors]:
             raise KeyError(f"{self.path} holds no {unknown[0]}")
         return self._read(wanted, dtypes or {})
+
+    def read_into(self, rooms: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Tensors into memory that is there already, straight from the files.
+
+        Fresh memory costs more than reading does (see ``spans.py``), and a bucket is filled
+        again and again.
+
+        Args:
+            rooms: names, and where each goes: contiguous, on the CPU; brought to its dtype.
+
+        Raises:
+            BrokenCheckpoint, KeyError: as of :meth:`read`.
+            ValueError: a room of another shape than its tensor's.
+        """
+        with Files(self._stamps) as files:
+            for name, room in rooms:
+                if name not in self.tensors:
+                    raise KeyError(f"{self.path} holds no {name}")
+                if tuple(room.shape) != self.tensors[name].shape:
+                    raise ValueError(
+                        f"{name} is {self.tensors[name].shape}, its room {tuple(room.shape)}"
+                    )
+                for place in self._places[name]:
+                    read_into(room, place if isinstance(place, Span) else place.span(files), files)
+
+    @property
+    def content(self) -> Hashable:
+        """Equal for two openings of the same files, and other once one was written to."""
+        files = frozenset((str(file), *found) for file, found in self._stamps.items())
+        return (files, frozenset(self.saved_as.items()))
 
     def _read(
         self, names: list[str], dtypes: Mapping[str, str]

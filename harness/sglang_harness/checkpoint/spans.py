@@ -224,7 +224,8 @@ def read_span(span: Span, files: Files, dtype: str | None = None) -> torch.Tenso
 def read_into(whole: torch.Tensor, span: Span, files: Files) -> None:
     """Fills the span's part of ``whole``; without a copy where that part is in one piece."""
     part = whole
-    for dimension, (start, length) in enumerate(zip(span.start or (), span.shape, strict=True)):
+    starts = (0,) * len(span.shape) if span.start is None else span.start
+    for dimension, (start, length) in enumerate(zip(starts, span.shape, strict=True)):
         part = part.narrow(dimension, start, length)
     if span.stride is None and part.is_contiguous():
         _fill(part.reshape(-1), span, files)

@@ -64,10 +64,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             ]
 
         sums, before = client.checksums(), ask()
-        with first_weights_afterwards(context) as path:
-            update_from_disk(context, new.inside, "harness-disk")
-            by_disk = client.checksums()
-            update_from_disk(context, path, "harness-old")
+        with first_weights_afterwards(context):
             way: dict[str, Any] = {
                 "route": self.route,
                 "version": None,
@@ -77,14 +74,18 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             there = pushed(server, new.folder, **way)
             by_route = client.checksums()
             back = pushed(server, old, **way) if there.outcome != "failed" else None
+            restored, after = client.checksums(), ask()
+            # Last, as the first weights are put back from disk after it in any case.
+            update_from_disk(context, new.inside, "harness-disk")
+            by_disk = client.checksums()
             return ThereAndBack(
                 there=there,
                 back=back,
                 changed=len(by_route.changed_since(sums)),
                 unlike_disk=by_route.changed_since(by_disk),
-                unlike_before=client.checksums().changed_since(sums),
+                unlike_before=restored.changed_since(sums),
                 before=before,
-                after=ask(),
+                after=after,
                 tolerance=oracles.tolerance(context.dtype),
             )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,12 @@ class Served:
         own = own.removeprefix("torch.")
         return "float16" if own == "float32" else own
 
+    @property
+    def holding(self) -> Hashable:
+        """Equal where the same tensors become the same parameters."""
+        config = json.dumps(self.config, sort_keys=True)
+        return (config, self.ranks, self.dtype, self.device)
+
     def layout(self, source: Source) -> Layout:
         return layout(self.config, source.tensors, self.ranks)
 
@@ -100,3 +107,28 @@ def expected_checksums(source: Source, served: Served) -> Expected:
             sums[parameter] = checksum(recipe.make(parts, rank), served.device)
         del parts
     return Expected(ranks, frozenset(partly))
+
+
+class Computed:
+    """What :func:`expected_checksums` computed, kept for the same files and the same server: a
+    push there and back, again and again, reads and hashes each checkpoint once.
+
+    Only what is computed here is kept, from files that were not written to since; what the server
+    states is asked of it each time.
+    """
+
+    #: The weights a server was started with, those that are pushed, and those before.
+    KEPT = 3
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Expected] = OrderedDict()
+
+    def expected(self, source: Source, served: Served) -> Expected:
+        """Raises what reading the checkpoint raises."""
+        what = (source.content, served.holding)
+        if what not in self._kept:
+            self._kept[what] = expected_checksums(source, served)
+        self._kept.move_to_end(what)
+        while len(self._kept) > self.KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[what]

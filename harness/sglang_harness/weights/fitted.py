@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ class Fitted:
 
     def read(self, names: Any = None) -> Iterator[tuple[str, Any]]:
         return self._fit.read(names)
+
+    def read_into(self, rooms: Iterable[tuple[str, Any]]) -> None:
+        self._fit.read_into(rooms)
+
+    @property
+    def content(self) -> Hashable:
+        return self._fit.content
 
 
 def open_for(model: Path | None, path: Path, allow: tuple[str, ...]) -> Source:

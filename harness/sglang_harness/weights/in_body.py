@@ -34,10 +34,8 @@ class InBody:
     def send(self, bucket: Bucket) -> Sent:
         job = self._job
         started = time.monotonic()
-        places = {slot.name: slot for slot in bucket.slots}
-        for name, tensor in job.source.read(bucket.names):
-            packing.fill(self._room, places[name], tensor)
-            del tensor  # two at a time would be one too many
+        rooms = ((slot.name, packing.place(self._room, slot)) for slot in bucket.slots)
+        job.source.read_into(rooms)
         read = time.monotonic()
         body = packing.TensorBody(
             packing.pieces(self._room, bucket, flattened=self.flattened),

@@ -1,7 +1,8 @@
 """A bucket as SGLang takes it in the body of a request: a pickle, in base64, in JSON.
 
-Nothing is copied on the way but into the request itself. The pickle is made around the place
-where the tensors' bytes belong, and those are read out of one buffer while the body is sent.
+Nothing is copied on the way but into the request itself. The tensors are read from their files
+into one buffer, the pickle is made around the places where their bytes belong, and those are read
+out of the buffer while the body is sent.
 torch itself would copy each byte five times for the same text.
 
 What SGLang accepts is from ``srt/utils/common.py`` (``SafeUnpickler``) of 0.5.20 and 0.5.23:
@@ -45,20 +46,11 @@ def buffer(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def fill(room: torch.Tensor, slot: Slot, tensor: torch.Tensor) -> None:
-    """Copies a tensor to its place: the one copy between reading and sending.
-
-    Raises:
-        ValueError: the tensor is not what the plan says.
-    """
+def place(room: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """Where a tensor lies in the buffer of its bucket, as a view."""
     import torch
 
-    if str(tensor.dtype) != f"torch.{slot.dtype}" or tuple(tensor.shape) != slot.shape:
-        raise ValueError(
-            f"{slot.name} is {tensor.dtype} {tuple(tensor.shape)}, planned as {slot.dtype} "
-            f"{slot.shape}"
-        )
-    room[slot.start : slot.end].copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
+    return room[slot.start : slot.end].view(getattr(torch, slot.dtype)).view(slot.shape)
 
 
 class _Storage:

@@ -30,7 +30,7 @@ from sglang_harness.weights import conclusion
 from sglang_harness.weights import route as routes
 from sglang_harness.weights.buckets import Bucket, plan
 from sglang_harness.weights.conclusion import Gathered
-from sglang_harness.weights.expected import Served, expected_checksums
+from sglang_harness.weights.expected import Computed, Served
 from sglang_harness.weights.fitted import open_for
 from sglang_harness.weights.fused_layout import COMPUTED
 from sglang_harness.weights.model_folder import model_folder
@@ -66,6 +66,7 @@ class WeightPusher:
         self._first: tuple[str, str] | None = None
         self._first_checksums: Checksums | None = None
         self._last_checksums: Checksums | None = None
+        self._computed = Computed()
         self._served_folder: Path | None = server.model
         self._own = 0
         self.unfit: str | None = None
@@ -147,7 +148,7 @@ class WeightPusher:
         )
         push = Gathered(chosen, job, served, strict, session, time.monotonic())
         if not served.unknown:
-            push.expected = expected_checksums(source, served)
+            push.expected = self._computed.expected(source, served)
         push.before, push.why_no_checksums = before, why_none
         if strict and push.before is not None and push.expected is not None:
             brought = push.expected.ranks[0].keys()
@@ -348,7 +349,7 @@ class WeightPusher:
         model = self._server.model
         if stated is None or model is None or served.unknown:
             return None
-        computed = expected_checksums(open_checkpoint(model), served)
+        computed = self._computed.expected(open_checkpoint(model), served)
         if len(computed.ranks) != len(stated.ranks):
             return set()
         return {

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,7 +49,14 @@ class Source(Protocol):
     @property
     def tensors(self) -> Mapping[str, Described]: ...
 
+    @property
+    def content(self) -> Hashable:
+        """Equal for the same tensors out of the same files; other once one was written to."""
+
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def read_into(self, rooms: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Tensors by name into memory that is there already."""
 
 
 def as_it_lies(source: Source) -> Path | None:
