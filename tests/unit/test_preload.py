@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import imitated_sglang
 import psutil
@@ -251,8 +252,8 @@ def test_it_ends_when_its_owner_does_with_all_it_has(site: Path) -> None:
     fork = Forks(parent)
     pid, segment, folder = fork.serving("a"), fork.segment("a"), fork.folder("a")
     # As when the process that holds the other end is killed: nobody closes anything.
-    assert parent._place is not None
-    stdin = parent._place._process.stdin
+    program: Any = parent.program
+    stdin = program._process.stdin
     assert stdin is not None
     stdin.close()
     wait_until(lambda: parent.preloaded.gone, "the parent to end")

@@ -17,12 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Beside, Reach, Started
 from sglang_harness.runtime.engine import Owner
-from sglang_harness.runtime.preloaded import IMPORTS_WITHIN, Preloaded, Recipe, SocketLink
+from sglang_harness.runtime.preloaded import (
+    IMPORTS_WITHIN,
+    Link,
+    Preloaded,
+    Recipe,
+    SocketLink,
+)
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
@@ -115,19 +121,47 @@ def until_it_listens(
         time.sleep(0.1)
 
 
+P = TypeVar("P", bound="Parent")
+
+
 class Parent(ABC):
     """A parent at its place. The last one who uses it ends it, unless it is kept.
 
-    Attributes:
+    Args:
         kept: it outlives this process, and is only left.
+        program: what runs it, where that was started here.
     """
 
     def __init__(
-        self, name: str, preloaded: Preloaded, folders: Folders, recipe: Recipe, *, kept: bool
+        self,
+        name: str,
+        preloaded: Preloaded,
+        folders: Folders,
+        recipe: Recipe,
+        *,
+        kept: bool,
+        program: Link | None = None,
     ) -> None:
         self.name, self.preloaded, self.folders, self.recipe = name, preloaded, folders, recipe
         self.kept = kept
+        self.program = program
+        self.since = time.time()
         self.users = 0
+
+    @classmethod
+    def found(cls: type[P], name: str, folders: Folders, recipe: Recipe) -> P:
+        """A kept one, by the socket that it listens at.
+
+        Raises:
+            EngineError: it has gone.
+        """
+        preloaded = Preloaded(SocketLink(folders.socket))
+        try:
+            preloaded.wait_until_ready(10.0)
+        except EngineError:
+            preloaded.close()
+            raise
+        return cls(name, preloaded, folders, recipe, kept=True)
 
     @abstractmethod
     def address_words(self) -> tuple[list[str], int | None]:

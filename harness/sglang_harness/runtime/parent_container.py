@@ -28,7 +28,7 @@ from sglang_harness.runtime.parent import (
     place,
     until_it_listens,
 )
-from sglang_harness.runtime.preloaded import Preloaded, Recipe, SocketLink, script
+from sglang_harness.runtime.preloaded import Preloaded, Recipe, script
 from sglang_harness.runtime.reach import EXCHANGE, MODELS, FolderReach
 from sglang_harness.spec import Argument
 
@@ -42,19 +42,6 @@ SHM_SIZE = "8g"
 
 class ContainerParent(Parent):
     """One that was started here, or a kept one that was found."""
-
-    def __init__(
-        self,
-        name: str,
-        preloaded: Preloaded,
-        folders: Folders,
-        recipe: Recipe,
-        *,
-        kept: bool,
-        place: AttachedContainer | None = None,
-    ) -> None:
-        super().__init__(name, preloaded, folders, recipe, kept=kept)
-        self._place = place
 
     @cached_property
     def _engine(self) -> docker.DockerClient:
@@ -150,7 +137,7 @@ class ContainerParent(Parent):
         return left
 
     def end_place(self) -> list[str]:
-        return self._place.end() if self._place is not None else remove(self.name)
+        return self.program.end() if self.program is not None else remove(self.name)
 
 
 def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParent:
@@ -180,7 +167,7 @@ def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParen
         shutil.rmtree(folders.root, ignore_errors=True)
         raise
     say(f"the parent is ready after {time.monotonic() - began:.1f} s")
-    return ContainerParent(name, preloaded, folders, recipe, kept=False, place=container)
+    return ContainerParent(name, preloaded, folders, recipe, kept=False, program=container)
 
 
 def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[str, Folders]:
@@ -216,19 +203,8 @@ def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[
 
 
 def find(name: str, root: Path, recipe: Recipe) -> ContainerParent:
-    """A kept one.
-
-    Raises:
-        EngineError: it has gone.
-    """
-    folders = _folders(root)
-    preloaded = Preloaded(SocketLink(folders.socket))
-    try:
-        preloaded.wait_until_ready(10.0)
-    except EngineError:
-        preloaded.close()
-        raise
-    return ContainerParent(name, preloaded, folders, recipe, kept=True)
+    """A kept one. Raises :class:`EngineError`: it has gone."""
+    return ContainerParent.found(name, _folders(root), recipe)
 
 
 def remove(name: str) -> list[str]:

@@ -19,7 +19,7 @@ from sglang_harness.runtime import cores
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.parent import Folders, Parent, Say, new_name, new_root, until_it_listens
 from sglang_harness.runtime.ports import free_port
-from sglang_harness.runtime.preloaded import Preloaded, Recipe, SocketLink, script
+from sglang_harness.runtime.preloaded import Preloaded, Recipe, script
 from sglang_harness.runtime.reach import SameMachine
 from sglang_harness.spec import Argument
 
@@ -27,19 +27,8 @@ from sglang_harness.spec import Argument
 class ProcessParent(Parent):
     """One that was started here, or a kept one that was found."""
 
-    def __init__(
-        self,
-        name: str,
-        preloaded: Preloaded,
-        folders: Folders,
-        recipe: Recipe,
-        *,
-        kept: bool,
-        place: AttachedProcess | None = None,
-    ) -> None:
-        super().__init__(name, preloaded, folders, recipe, kept=kept)
-        self._place = place
-        self._since = time.time()
+    def __init__(self, *about: Any, **more: Any) -> None:
+        super().__init__(*about, **more)
         self._peers: dict[str, list[AttachedProcess]] = {}
 
     def address_words(self) -> tuple[list[str], int | None]:
@@ -82,15 +71,16 @@ class ProcessParent(Parent):
         return peer
 
     def peers_left(self, name: str) -> list[str]:
-        return [f"process {p.pid}" for p in self._peers.get(name, ()) if psutil.pid_exists(p.pid)]
+        peers = self._peers.get(name, ())
+        return [f"process {p.pid}" for p in peers if psutil.pid_exists(p.pid)]
 
     def about(self) -> dict[str, Any]:
         return {"name": self.name, "image": None, "python": self.recipe.runs}
 
     def end_place(self) -> list[str]:
-        left = self._place.end() if self._place is not None else []
+        left = self.program.end() if self.program is not None else []
         if lost := self.preloaded.lost():
-            _clear_after(lost, since=self._since)
+            _clear_after(lost, since=self.since)
         return left
 
 
@@ -144,7 +134,7 @@ def make(recipe: Recipe, *, say: Say) -> ProcessParent:
         shutil.rmtree(folders.root, ignore_errors=True)
         raise
     say(f"the parent is ready after {time.monotonic() - began:.1f} s")
-    return ProcessParent(name, preloaded, folders, recipe, kept=False, place=process)
+    return ProcessParent(name, preloaded, folders, recipe, kept=False, program=process)
 
 
 def make_kept(recipe: Recipe, *, idle: float) -> tuple[str, Folders]:
@@ -183,16 +173,5 @@ def make_kept(recipe: Recipe, *, idle: float) -> tuple[str, Folders]:
 
 
 def find(name: str, root: Path, recipe: Recipe) -> ProcessParent:
-    """A kept one.
-
-    Raises:
-        EngineError: it has gone.
-    """
-    folders = Folders.same(root)
-    preloaded = Preloaded(SocketLink(folders.socket))
-    try:
-        preloaded.wait_until_ready(10.0)
-    except EngineError:
-        preloaded.close()
-        raise
-    return ProcessParent(name, preloaded, folders, recipe, kept=True)
+    """A kept one. Raises :class:`EngineError`: it has gone."""
+    return ProcessParent.found(name, Folders.same(root), recipe)

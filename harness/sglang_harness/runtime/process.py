@@ -27,7 +27,14 @@ from sglang_harness.device import cuda_environment, gpus
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.process import ProcessMemory
-from sglang_harness.runtime import Started, cores, images, kept_parents, parent_process
+from sglang_harness.runtime import (
+    Started,
+    cores,
+    images,
+    kept_parents,
+    log_file,
+    parent_process,
+)
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.parent import Parents
@@ -163,13 +170,7 @@ class SGLangProcess:
         return self._watch
 
     def logs(self, *, tail: int | None = None) -> str:
-        text = self._logs_at_end
-        if text is None:
-            try:
-                text = self._log.read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                text = ""
-        return text if tail is None else "\n".join(text.splitlines()[-tail:])
+        return log_file.read(self._log, kept=self._logs_at_end, tail=tail)
 
     def memory(self) -> list[MemorySource]:
         return [ProcessMemory(self.host_pids)]

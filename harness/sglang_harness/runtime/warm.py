@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.proportional import ProportionalMemory
-from sglang_harness.runtime import Beside, Reach, Started
+from sglang_harness.runtime import Beside, Reach, Started, log_file
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.parent import Parent
 from sglang_harness.secrets import Redactor, new_api_key
@@ -154,13 +154,7 @@ class WarmServer:
         return str(self._model_inside)
 
     def logs(self, *, tail: int | None = None) -> str:
-        text = self._logs_at_end
-        if text is None:
-            try:
-                text = self._log.read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                text = ""
-        return text if tail is None else "\n".join(text.splitlines()[-tail:])
+        return log_file.read(self._log, kept=self._logs_at_end, tail=tail)
 
     def inspect(self) -> dict[str, Any]:
         return {**self._parent.about(), "server": self.name, "command": self._command}
