@@ -32,6 +32,8 @@ FROM ${BASE_IMAGE}
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin sglang
 COPY --from=dependencies /opt/sglang /opt/sglang
 # sglang wants its own home for caches; with a read-only root it gets a tmpfs on /tmp.
+# Threads of one operation wait for each other asleep: two that spin, while something else has
+# their cores, take five times as long for a token (and no less on a machine that is quiet).
 # What SGLang would have torch compile (the choice of experts) needs a C++ compiler, which is
 # not here: it computes with plain torch.
 ENV PATH=/opt/sglang/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
@@ -39,6 +41,7 @@ ENV PATH=/opt/sglang/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
     PYTHONUNBUFFERED=1 \
     SGLANG_USE_CPU_ENGINE=1 \
     TORCH_COMPILE_DISABLE=1 \
+    OMP_WAIT_POLICY=passive \
     TOKENIZERS_PARALLELISM=false
 USER sglang
 WORKDIR /tmp

@@ -329,9 +329,14 @@ def environment_of(
         has_model: the model is on disk, so that no hub is to be looked for.
     """
     passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
-    # As in the CPU image: torch would compile some functions, and a machine need not have a
-    # C++ compiler.
-    cpu = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1"} if device == "cpu" else {}
+    # As in the CPU image: torch would compile some functions, and a machine need not have a C++
+    # compiler; and threads that spin while they wait take the cores of what they wait for.
+    cpu = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    cpu = cpu if device == "cpu" else {}
     offline = {"HF_HUB_OFFLINE": "1"} if has_model else {}
     basics = {
         n: os.environ[n]
