@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -355,6 +356,21 @@ def kept(command: Run) -> Iterator[kept_parents.KeptParent]:
         assert not Path(found.folder).exists()
 
 
+def pytest_on(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", name],
+        capture_output=True, text=True, timeout=COMMAND_LIMIT, cwd=folder,
+        env={**os.environ, "SGLANG_HARNESS_CACHE": str(places.cache())},
+    )  # fmt: skip
+
+
+def wait_until(what: Callable[[], object], why: str) -> None:
+    until = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < until, f"waited 20 s for {why}"
+        time.sleep(0.05)
+
+
 TESTS = """
 def test_it_answers(generate, sglang_server):
     assert generate("Hello", max_new_tokens=4).completion_tokens == 4
@@ -365,6 +381,7 @@ KILLED = """
 import os, signal
 
 def test_the_run_is_killed(sglang_server):
+    print("container", sglang_server.about()["container"])
     print("pids", *sglang_server.running.host_pids(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -376,42 +393,47 @@ def test_runs_find_a_kept_parent_share_it_and_a_killed_one_leaves_it_clean(
     (tmp_path / "test_mine.py").write_text(TESTS)
     (tmp_path / "test_killed.py").write_text(KILLED)
 
-    def pytest_on(name: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", name],
-            capture_output=True, text=True, timeout=COMMAND_LIMIT, cwd=tmp_path,
-            env={**os.environ, "SGLANG_HARNESS_CACHE": str(places.cache())},
-        )  # fmt: skip
-
     again = command("warm", "--runtime", "docker")
     assert "is there already" in again.stdout
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(pytest_on, ["test_mine.py"] * 2))
+        both = list(pool.map(pytest_on, [tmp_path] * 2, ["test_mine.py"] * 2))
     for done in both:
         assert done.returncode == 0, done.stdout
         assert f"container {kept.name}" in done.stdout, "its server is in the kept parent's"
         assert "1 of them warm" in done.stdout
-    killed = pytest_on("test_killed.py")
+    killed = pytest_on(tmp_path, "test_killed.py")
     assert killed.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in re.findall(r"pids (.+)", killed.stdout)[0].split()]
-    until = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in pids):
-        assert time.monotonic() < until, "the server of the run that was killed still lives"
-        time.sleep(0.05)
+    wait_until(
+        lambda: not any(psutil.pid_exists(pid) for pid in pids),
+        "the server of the run that was killed to end",
+    )
     assert kept.name in command("doctor").stdout
     assert kept.name not in command("sweep").stdout, "it is kept, and lives"
-    assert pytest_on("test_mine.py").returncode == 0
+    assert pytest_on(tmp_path, "test_mine.py").returncode == 0
     assert kept.answers()
+
+
+def test_a_killed_run_takes_its_own_parent_along(command: Run, tmp_path: Path) -> None:
+    """Nobody ends it: its standard input does. Its folder is left for ``sweep``."""
+    (tmp_path / "test_killed.py").write_text(KILLED)
+    before = set(Path(tempfile.gettempdir()).glob("sglang-harness-parent-*"))
+    killed = pytest_on(tmp_path, "test_killed.py")
+    assert killed.returncode == -signal.SIGKILL
+    (name,) = re.findall(r"container (sglang-harness-parent-\S+)", killed.stdout)
+    pids = [int(pid) for pid in re.findall(r"pids (.+)", killed.stdout)[0].split()]
+    wait_until(lambda: name not in names_on_engine(), "the parent's container to be gone")
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    (folder,) = set(Path(tempfile.gettempdir()).glob("sglang-harness-parent-*")) - before
+    assert f"removed {folder}" in command("sweep").stdout
+    assert not folder.exists()
 
 
 def test_a_kept_parent_that_is_gone_is_no_hindrance(command: Run, tmp_path: Path) -> None:
     assert command("warm", "--runtime", "docker").returncode == 0
     (gone,) = kept_parents.on_record()
     subprocess.run(["docker", "kill", gone.name], capture_output=True, check=True)
-    until = time.monotonic() + 20
-    while gone.name in names_on_engine():
-        assert time.monotonic() < until, "the engine had not removed it after 20 s"
-        time.sleep(0.1)
+    wait_until(lambda: gone.name not in names_on_engine(), "the engine to remove it")
     assert gone.name in command("doctor").stdout
     done = command("qualify", "--model", "tiny", "-k", "hostile/out-of-vocabulary")
     assert done.returncode == 0, done.stdout + done.stderr
