@@ -206,7 +206,8 @@ def test_a_peer_and_its_shared_memory_are_gone_when_it_has_ended(
         assert shm(server) <= before
     finally:
         client.close()
-    assert server.weights.push(folders[0], route="shared-memory").outcome == "good"
+    again = server.weights.push(folders[0], route="shared-memory")
+    assert again.outcome == "good", str(again)
 
 
 def test_a_trainer_that_left_its_session_open_is_told(

@@ -395,3 +395,17 @@ def test_first_weights_are_known_by_their_checksums_whatever_they_are_called(old
         assert double.server.weights._first_checksums is None
         double.spoil = lambda number, _: refused("no")
         assert "by the server's word alone" in (failed(double, new).put_back or "")
+
+
+def test_what_was_made_goes_at_the_end_and_the_control_of_the_next_push_stays(old: Path, new: Path):
+    with WeightServer(old) as double:
+        push(double, new)
+        pusher = double.server.weights
+        made = pusher._room() / "pushed-before"
+        made.mkdir()
+        pusher._served_folder, pusher._pushed_last = made, (made, "its oracle")
+        assert pusher.close() == []
+        assert not made.exists()
+        assert pusher._oracle_of_the_served(None) == "its oracle"
+        pusher._served_folder = None
+        assert pusher._oracle_of_the_served(None) is None

@@ -68,6 +68,8 @@ class WeightPusher:
         self._last_checksums: Checksums | None = None
         self._computed = Computed()
         self._served_folder: Path | None = server.model
+        self._pushed_last: tuple[Path, Any] | None = None
+        """The folder of the last push, and its oracle."""
         self._own = 0
         self.unfit: str | None = None
         self.last: PushReport | None = None
@@ -177,7 +179,8 @@ class WeightPusher:
         as after a push by somebody else."""
         about = self._server.client.server_info()
         self._know_what_is_served(about, Served.of(self._server.model, about, self._server.device))
-        return self._served_folder
+        folder = self._served_folder
+        return folder if folder is not None and folder.exists() else None
 
     def _know_what_is_served(
         self, about: Mapping[str, Any], served: Served
@@ -301,15 +304,22 @@ class WeightPusher:
         try:
             model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
-            old = oracles.for_folder(self._served_folder) if self._served_folder else None
+            old = self._oracle_of_the_served(oracles)
         except (MissingExtra, ModelError) as error:
             push.why_no_logprobs = error.message
             return
         push.tokens = ask_tokens(self._server.client, new, old)
         # From here on these are the weights that a next push replaces.
         before, self._served_folder = self._served_folder, folder
+        self._pushed_last = folder, new
         if before is not None and before.parent == self._scratch:
             shutil.rmtree(before, ignore_errors=True)
+
+    def _oracle_of_the_served(self, oracles: Any) -> Any:
+        """The oracle of what is served now; ``None`` where nobody knows what that is."""
+        if self._pushed_last is not None and self._pushed_last[0] == self._served_folder:
+            return self._pushed_last[1]  # its folder may be gone: :meth:`close`
+        return oracles.for_folder(self._served_folder) if self._served_folder else None
 
     def _checksums(self) -> tuple[Checksums | None, str]:
         client = self._server.client
