@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -382,6 +381,7 @@ import os, signal
 
 def test_the_run_is_killed(sglang_server):
     print("container", sglang_server.about()["container"])
+    print("folder", sglang_server.running._parent.folders.root)
     print("pids", *sglang_server.running.host_pids(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -417,14 +417,14 @@ def test_runs_find_a_kept_parent_share_it_and_a_killed_one_leaves_it_clean(
 def test_a_killed_run_takes_its_own_parent_along(command: Run, tmp_path: Path) -> None:
     """Nobody ends it: its standard input does. Its folder is left for ``sweep``."""
     (tmp_path / "test_killed.py").write_text(KILLED)
-    before = set(Path(tempfile.gettempdir()).glob("sglang-harness-parent-*"))
     killed = pytest_on(tmp_path, "test_killed.py")
     assert killed.returncode == -signal.SIGKILL
     (name,) = re.findall(r"container (sglang-harness-parent-\S+)", killed.stdout)
     pids = [int(pid) for pid in re.findall(r"pids (.+)", killed.stdout)[0].split()]
     wait_until(lambda: name not in names_on_engine(), "the parent's container to be gone")
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    (folder,) = set(Path(tempfile.gettempdir()).glob("sglang-harness-parent-*")) - before
+    folder = Path(re.findall(r"folder (\S+)", killed.stdout)[0])
+    assert folder.exists()
     assert f"removed {folder}" in command("sweep").stdout
     assert not folder.exists()
 
