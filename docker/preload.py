@@ -1,7 +1,8 @@
 """A parent process that has imported SGLang once, and forks one real server for each request.
 
-Of the 20 s that a tiny SGLang server takes to start on a CPU, 18 are imports, made in three
-processes (0.5.23). This program makes them once; a server forked from it answers after some 3 s.
+Nearly all of the time that a tiny SGLang server takes to start on a CPU is imports, made in three
+processes: 18 of 20 s, and 8 of 10 s with what the CPU image does about them (0.5.23). This program
+makes them once; a server forked from it answers after 2 s.
 It runs inside the server's image, under the server's Python and user, and serves nothing itself.
 
 Requests are lines of JSON on standard input, answers and events lines on standard output:

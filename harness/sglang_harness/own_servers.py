@@ -1,7 +1,7 @@
 """Servers of their own for checks that may kill theirs, or need one that runs otherwise.
 
 The last one is kept, put back to how it was at first, for the next check that asks for the same:
-a cold start takes half a minute, a warm one two seconds, putting back a fraction of one. One that
+a cold start takes ten seconds, a warm one two, putting back a fraction of one. One that
 cannot be put back, and one that died, is never handed on.
 """
 

@@ -99,7 +99,7 @@ class ServerSpec(_Strict):
     """How the model reaches the server; ``volume`` for an engine on another machine."""
     start: Literal["auto", "cold", "warm"] = "auto"
     """``cold``: as the image starts it. ``warm``: forked from a parent that has imported SGLang
-    already, which takes some 2 s in place of 20; refused where that cannot be. ``auto``: warm
+    already, which takes some 2 s in place of 10; refused where that cannot be. ``auto``: warm
     where a parent is there or more servers are to come, else cold, and the reason is told."""
     limits: Limits = Field(default_factory=Limits)
 
