@@ -167,6 +167,23 @@ def test_what_failed_once_is_not_waited_for_again(made: Made) -> None:
     assert made.made == []
 
 
+def test_one_that_cannot_be_ended_is_told_and_the_others_are_ended(
+    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with made.parents.keeping():
+        for name in ("a", "b"):
+            parent = made.take(name)
+            assert parent is not None
+            made.parents.give(parent)
+
+        def broken() -> list[str]:
+            raise ConnectionError("the engine is gone")
+
+        monkeypatch.setattr(made.made[0], "end", broken)
+    assert not made.made[1].alive
+    assert "ConnectionError: the engine is gone" in caplog.text
+
+
 def test_a_kept_parent_is_used_and_left(made: Made, tmp_path: Path) -> None:
     recipe = Recipe("a", ())
     kept = made.kept[recipe] = Nowhere(recipe, tmp_path, kept=True)

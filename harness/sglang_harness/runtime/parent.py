@@ -6,6 +6,7 @@ exchanged (read-only for them), their logs, and for a kept parent the socket tha
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -32,6 +33,8 @@ from sglang_harness.runtime.preloaded import (
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
+
+log = logging.getLogger(__name__)
 
 #: A file in a folder that names the process it belongs to.
 OWNER = "owner"
@@ -252,8 +255,8 @@ class Parents:
         finally:
             with self._lock:
                 self._keeping -= 1
-                if not self._keeping:
-                    self.close()
+                for left in [] if self._keeping else self.close():
+                    log.warning("a preloaded parent left behind: %s", left)
 
     def take(self, recipe: Recipe, *, make: bool, run_id: str, say: Say) -> Parent | None:
         """A parent of this recipe; ``None`` where there is none and none was to be made.
@@ -326,7 +329,7 @@ class Parents:
                     f"{len(own)} preloaded parents of other images or environments are in use."
                 )
             self._have.remove(idle)
-            idle.end()
+            _ended(idle)
         try:
             return self._make(recipe, run_id, say)
         except EngineError as error:
@@ -340,12 +343,12 @@ class Parents:
             if parent not in self._have or parent.users or (self._keeping and parent.alive):
                 return []
             self._have.remove(parent)
-            return parent.end()
+            return _ended(parent)
 
     def _bury(self) -> None:
         for parent in [p for p in self._have if not p.alive and not p.users]:
             self._have.remove(parent)
-            parent.end()
+            _ended(parent)
 
     def close(self) -> list[str]:
         """Ends all that no server uses any more."""
@@ -353,8 +356,17 @@ class Parents:
         with self._lock:
             for parent in [p for p in self._have if not p.users]:
                 self._have.remove(parent)
-                left += parent.end()
+                left += _ended(parent)
         return left
+
+
+def _ended(parent: Parent) -> list[str]:
+    """Ends it. Whatever fails there is told, and stands in nobody's way: a verdict is still to be
+    written, and others are to be ended."""
+    try:
+        return parent.end()
+    except Exception as error:
+        return [f"{parent.name}: {type(error).__name__}: {error}"]
 
 
 def place(model: Path, models: Path) -> str:
