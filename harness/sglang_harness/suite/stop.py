@@ -119,25 +119,49 @@ class Aborted(Observation):
     neighbour_asked: int
 
 
+#: Tokens of the neighbour: more, where it was over before the abort was answered.
+NEIGHBOUR = (24, 96, 384)
+
+
 def abort_beside_neighbour(client: Client, aborted_id: str, neighbour_id: str) -> Aborted:
-    """Runs two requests, aborts the first once both generate, and waits for both."""
-    asked, neighbour_asked = 400, 24
+    """Runs two requests, aborts the first once both generate, and waits for both.
+
+    Raises:
+        HarnessError: they did not both run when the abort was answered.
+    """
+    for length in NEIGHBOUR:
+        if seen := _aborted(client, aborted_id, neighbour_id, length):
+            return seen
+    raise HarnessError(
+        f"A request of {NEIGHBOUR[-1]} tokens was over before the abort was answered."
+    )
+
+
+def _aborted(
+    client: Client, aborted_id: str, neighbour_id: str, neighbour_asked: int
+) -> Aborted | None:
+    """``None`` where the neighbour was over too early for the abort to do anything to it."""
+    asked = 400
     first = BackgroundStream(client, PROMPTS[1], sampling=greedy(asked), request_id=aborted_id)
     second = BackgroundStream(
         client, PROMPTS[0], sampling=greedy(neighbour_asked), request_id=neighbour_id
     )
     both_run = first.wait_for(1, 30) and second.wait_for(1, 30)
     client.abort(aborted_id)
+    over = second.is_over
     began = time.monotonic()
     ended = first.end(90)
     seconds = time.monotonic() - began
     if not both_run:
         raise HarnessError("Two requests did not both begin to generate within 30 s.")
+    neighbour = second.end(90)
+    if over and neighbour.finish != "abort":
+        return None
     return Aborted(
         asked=asked,
         aborted=ended,
         seconds_to_end=seconds,
-        neighbour=second.end(90),
+        neighbour=neighbour,
         neighbour_asked=neighbour_asked,
     )
 
