@@ -79,8 +79,7 @@ class Lender:
         """
         with self._lock:
             if self._keeper is None:
-                if not isinstance(runtime, Attachment):
-                    self._parents.enter_context(runtime.keeping_parents())
+                self._parents.enter_context(runtime.keeping_parents())
                 self._keeper = LocalKeeper(spec, runtime)
                 self.tally = self._keeper.tally
                 self._asked_for = spec, runtime.name

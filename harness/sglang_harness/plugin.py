@@ -194,11 +194,6 @@ def sglang_runtime(pytestconfig: pytest.Config) -> Runtime | Attachment:
 @pytest.fixture(scope="session")
 def _parents_stay(sglang_runtime: Runtime | Attachment, _in_order: None) -> Iterator[None]:
     """A session may start more than one server: what makes the next start faster is kept."""
-    from sglang_harness.runtime.attach import Attachment
-
-    if isinstance(sglang_runtime, Attachment):
-        yield
-        return
     with sglang_runtime.keeping_parents():
         yield
 

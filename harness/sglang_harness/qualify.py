@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -158,9 +158,8 @@ class Qualification:
             self._viewer.say(f"with {len(added.checks)} checks of {added.package} {added.version}")
         self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
         with interruptions() as signals:
-            with ExitStack() as parents:
+            with self._request.runtime.keeping_parents():
                 try:
-                    parents.enter_context(self._parents())
                     self._ask_everything()
                 except Interrupted as error:
                     self._viewer.say(f"{error}; stopping what runs")
@@ -172,10 +171,6 @@ class Qualification:
         if signals.seen is not None:
             raise signals.seen
         return verdict
-
-    def _parents(self) -> AbstractContextManager[None]:
-        runtime = self._request.runtime
-        return nullcontext() if isinstance(runtime, Attachment) else runtime.keeping_parents()
 
     # --- the way there ----------------------------------------------------------------------
 

@@ -243,7 +243,7 @@ def test_a_large_model_on_another_disk_is_not_copied(
 
 def _for(made: Made, start: str, why: str | None = None) -> Parent | Started:
     return made.parents.for_server(
-        ServerSpec(start=start), why, lambda: Recipe("a", ()), run_id="run", say=quiet
+        ServerSpec(start=start), lambda: why, lambda: Recipe("a", ()), run_id="run", say=quiet
     )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sglang_harness.errors import HarnessError
 
-_FIELDS = {"Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "page_cache"}
+#: The kernel's names for the parts of a reading.
+FIELDS = {"Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "page_cache"}
 
 
 class ProcessMemory:
@@ -25,7 +26,7 @@ class ProcessMemory:
         Raises:
             HarnessError: not one process could be read, as when all have ended.
         """
-        parts = dict.fromkeys(_FIELDS.values(), 0)
+        parts = dict.fromkeys(FIELDS.values(), 0)
         read = 0
         for pid in self._pids():
             try:
@@ -35,8 +36,8 @@ class ProcessMemory:
             read += 1
             for line in rollup.splitlines():
                 name, _, rest = line.partition(":")
-                if name in _FIELDS:
-                    parts[_FIELDS[name]] += int(rest.split()[0]) * 1024
+                if name in FIELDS:
+                    parts[FIELDS[name]] += int(rest.split()[0]) * 1024
         if not read:
             raise HarnessError(
                 "The memory of the server's processes cannot be read.",

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_harness.errors import HarnessError
-
-_FIELDS = {"Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "page_cache"}
+from sglang_harness.memory.process import FIELDS
 
 
 class ProportionalMemory:
@@ -37,5 +36,5 @@ class ProportionalMemory:
                 "The memory of the server's processes cannot be read.",
                 advice="They have ended, or their parent has.",
             )
-        parts = {part: int(counters[field]) for field, part in _FIELDS.items()}
+        parts = {part: int(counters[field]) for field, part in FIELDS.items()}
         return parts["anonymous"] + parts["shared"], parts

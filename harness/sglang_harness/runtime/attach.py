@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -94,6 +95,10 @@ class Attachment:
     model: Path | None = None
 
     name = "attach"
+
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        """See :class:`sglang_harness.runtime.Runtime`. Nothing is started, so nothing is kept."""
+        return nullcontext()
 
     def __post_init__(self) -> None:
         try:

@@ -22,14 +22,14 @@ from sglang_harness import checkpoint, shipped
 from sglang_harness import device as devices
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import Started, cores, engine, images, kept_parents, parent_container
+from sglang_harness.runtime import cores, engine, images, kept_parents, parent_container
 from sglang_harness.runtime.beside import TEMPORARY
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.parent import Parents
 from sglang_harness.runtime.preloaded import Recipe
 from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
 from sglang_harness.runtime.running_container import PORT, RunningContainer
-from sglang_harness.runtime.warm import WarmServer, alike, why_cold
+from sglang_harness.runtime.warm import WarmServer, alike, warm_or
 from sglang_harness.secrets import new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
@@ -324,40 +324,37 @@ class DockerRuntime:
             self._images[made.runs] = image
             return made
 
-        found = self._parents.for_server(
+        return warm_or(
+            lambda: SGLangServerContainer(
+                spec, model=model, image=image, device=device, run_id=run_id, held=held
+            ),
+            self._parents,
             spec,
-            why_cold(spec, model=model, device=device, held=held) or _not_ours(image),
-            recipe,
+            recipe=recipe,
+            what=f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})",
+            runtime=self.name,
+            model=model,
+            device=device,
             run_id=run_id,
+            held=held,
             say=say,
         )
-        what = f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})"
-        if isinstance(found, Started):
-            say(f"{what}{f', cold: {found.why}' if found.why else ''}")
-            container = SGLangServerContainer(
-                spec, model=model, image=image, device=device, run_id=run_id, held=held
-            )
-            container.started = found
-            return container
-        say(f"{what}, warm")
-        assert model is not None, "why_cold has looked"
-        return WarmServer.of(
-            spec, found, runtime=self.name, model=model, device=device, run_id=run_id,
-            give_back=self._parents.give,
-        )  # fmt: skip
 
 
 def recipe_of(spec: ServerSpec, image: str) -> Recipe:
     """What a parent of servers like this one is made from.
 
     Raises:
-        EngineError: no engine answers, or it does not see this machine's disk.
+        EngineError: no engine answers, it does not see this machine's disk, or the image is not
+            one that this project builds.
     """
     client = engine.connect()
     try:
+        found = client.images.get(image)
+        if found.labels.get(images.LABEL_DEVICE) != "cpu":
+            raise EngineError("its image is not one that this project builds")
         if not _sees_this_disk(os.environ.get("DOCKER_HOST"), image):
             raise EngineError("The engine does not see this machine's disk.")
-        found = client.images.get(image)
         return Recipe(
             runs=str(found.id),
             environment=alike(environment_of(spec, has_model=True)),
@@ -379,15 +376,6 @@ def _sees_this_disk(docker_host: str | None, image: str) -> bool:
             return engine.sees_this_disk(client, image, Path(probe))
     finally:
         client.close()
-
-
-def _not_ours(image: str) -> str | None:
-    client = engine.connect()
-    try:
-        ours = client.images.get(image).labels.get(images.LABEL_DEVICE) == "cpu"
-    finally:
-        client.close()
-    return None if ours else "its image is not one that this project builds"
 
 
 def environment_of(spec: ServerSpec, *, has_model: bool) -> dict[str, str]:

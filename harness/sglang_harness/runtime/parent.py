@@ -284,7 +284,7 @@ class Parents:
     def for_server(
         self,
         spec: ServerSpec,
-        why_cold: str | None,
+        why_cold: Callable[[], str | None],
         recipe: Callable[[], Recipe],
         *,
         run_id: str,
@@ -293,7 +293,7 @@ class Parents:
         """A parent for a server of this spec, or why it starts cold.
 
         Args:
-            why_cold: what is known already to stand in the way.
+            why_cold: what stands in the way; asked only where a warm start is to be thought of.
             recipe: of the parent it would need; asked only where nothing stands in the way.
 
         Raises:
@@ -302,7 +302,7 @@ class Parents:
         if spec.start == "cold" or not (spec.start == "warm" or self._keeping or self._any_kept()):
             # Asked for, or one server alone, which nobody expects to be warm.
             return Started("cold")
-        why = why_cold
+        why = why_cold()
         if why is None:
             try:
                 made = spec.start == "warm"

@@ -41,7 +41,7 @@ from sglang_harness.runtime.parent import Parents
 from sglang_harness.runtime.ports import free_port, is_taken
 from sglang_harness.runtime.preloaded import Recipe
 from sglang_harness.runtime.reach import SameMachine
-from sglang_harness.runtime.warm import WarmServer, alike, why_cold
+from sglang_harness.runtime.warm import WarmServer, alike, warm_or
 from sglang_harness.secrets import Redactor, new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
@@ -292,25 +292,19 @@ class ProcessRuntime:
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
         python = self._python or Path(images.run_script("embedded.sh", spec.sglang_version, say))
         model = checkpoint.locate(spec.model, say)
-        found = self._parents.for_server(
+        return warm_or(
+            lambda: SGLangProcess(spec, python=python, model=model, device=device, run_id=run_id),
+            self._parents,
             spec,
-            why_cold(spec, model=model, device=device, held=held),
-            lambda: recipe_of(spec, python),
+            recipe=lambda: recipe_of(spec, python),
+            what=f"starting {spec.model} with {python} ({device})",
+            runtime=self.name,
+            model=model,
+            device=device,
             run_id=run_id,
+            held=held,
             say=say,
         )
-        what = f"starting {spec.model} with {python} ({device})"
-        if isinstance(found, Started):
-            say(f"{what}{f', cold: {found.why}' if found.why else ''}")
-            server = SGLangProcess(spec, python=python, model=model, device=device, run_id=run_id)
-            server.started = found
-            return server
-        say(f"{what}, warm")
-        assert model is not None, "why_cold has looked"
-        return WarmServer.of(
-            spec, found, runtime=self.name, model=model, device=device, run_id=run_id,
-            give_back=self._parents.give,
-        )  # fmt: skip
 
 
 def recipe_of(spec: ServerSpec, python: Path) -> Recipe:

@@ -8,14 +8,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.proportional import ProportionalMemory
 from sglang_harness.runtime import Beside, Reach, Started, log_file
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
-from sglang_harness.runtime.parent import Parent
+from sglang_harness.runtime.parent import Parent, Parents, Say
+from sglang_harness.runtime.preloaded import Recipe
 from sglang_harness.secrets import Redactor, new_api_key
 from sglang_harness.spec import ServerSpec, command_line
 
@@ -37,7 +38,6 @@ class WarmServer:
     """One server of several that one parent has forked. The same protocol as any other.
 
     Args:
-        environment: beside what its parent has, without its key.
         give_back: ends the parent where nobody else uses it; returns what could not be removed.
     """
 
@@ -210,6 +210,58 @@ class WarmServer:
         folder = self._exchange
         here = [p for p in (self._log, folder) if p is not None and p.exists()]
         return [*found, *map(str, here)]
+
+
+class Cold(Protocol):
+    """A server that its own image or Python starts."""
+
+    started: Started
+
+
+C = TypeVar("C", bound=Cold)
+
+
+def warm_or(
+    cold: Callable[[], C],
+    parents: Parents,
+    spec: ServerSpec,
+    *,
+    recipe: Callable[[], Recipe],
+    what: str,
+    runtime: str,
+    model: Path | None,
+    device: Literal["cpu", "gpu"],
+    run_id: str,
+    held: bool,
+    say: Say,
+) -> C | WarmServer:
+    """A warm server where it can be, else the one that ``cold`` makes, which then says why.
+
+    Args:
+        recipe: see :meth:`Parents.for_server`.
+        what: the line that announces the start, without how.
+
+    Raises:
+        SpecError: a warm start was asked for, and cannot be.
+    """
+    found = parents.for_server(
+        spec,
+        lambda: why_cold(spec, model=model, device=device, held=held),
+        recipe,
+        run_id=run_id,
+        say=say,
+    )
+    if isinstance(found, Started):
+        say(f"{what}{f', cold: {found.why}' if found.why else ''}")
+        server = cold()
+        server.started = found
+        return server
+    say(f"{what}, warm")
+    assert model is not None, "why_cold has looked"
+    return WarmServer.of(
+        spec, found, runtime=runtime, model=model, device=device, run_id=run_id,
+        give_back=parents.give,
+    )  # fmt: skip
 
 
 def why_cold(
