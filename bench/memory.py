@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nvml_mock import GIB, Device, Scenario, installed
-from sglang_harness import environment
+from sglang_harness._base import host
 from sglang_harness.memory import MemoryLedger
-from sglang_harness.memory.driver import Driver
-from sglang_harness.memory.leak import MB, slope
-from sglang_harness.memory.nvml import NvmlMemory
+from sglang_harness.memory.analysis.leak import MB, slope
+from sglang_harness.memory.gpu.driver import Driver
+from sglang_harness.memory.gpu.nvml import NvmlMemory
 
 RESULTS = Path(__file__).parent / "results"
 DEVICES, CYCLES, RUNS = 8, 20, 200
@@ -134,7 +134,7 @@ def main() -> None:
     Console().print(table)
     result = {
         "date": date.today().isoformat(),
-        "machine": environment.describe(),
+        "machine": host.describe(),
         "load": os.getloadavg()[0],
         "driver": "mock: no GPU",
         "sampling": cost,

@@ -27,9 +27,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sglang_harness import checkpoint, environment
+from sglang_harness import checkpoint
+from sglang_harness._base import host
 from sglang_harness.runtime.docker import DockerRuntime
-from sglang_harness.session_server import LocalKeeper, SessionServer
+from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer
 from sglang_harness.spec import ServerSpec
 
 TESTS = 20
@@ -50,7 +51,7 @@ def session(model: str) -> dict[str, object]:
                 client.update_weights_from_disk(
                     str(server.reach.share(other)), weight_version=f"step-{number}"
                 )
-        back = list(keeper.tally.put_back)
+        back = list(keeper.tally.restored)
         starts = len(keeper.tally.starts)
         server, _ = keeper.server()
         began = time.monotonic()
@@ -105,7 +106,7 @@ def main() -> None:
     result = {
         "bench": "plugin",
         "date": date.today().isoformat(),
-        "machine": environment.describe(),
+        "machine": host.describe(),
         "model": options.model,
         "session": used,
         "empty_run": added,
@@ -125,7 +126,7 @@ def main() -> None:
     )
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
-    cpus = environment.describe()["cpus"]
+    cpus = host.describe()["cpus"]
     name = f"plugin-{options.model}-{platform.machine()}-{cpus}cpu.json"
     (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

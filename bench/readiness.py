@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from testcontainers.core.wait_strategies import HttpWaitStrategy
 
-from sglang_harness import checkpoint, environment
-from sglang_harness.readiness import wait_until_ready
+from sglang_harness import checkpoint
+from sglang_harness._base import host
 from sglang_harness.runtime import engine
 from sglang_harness.runtime.docker import SGLangServerContainer, prepare
+from sglang_harness.server.readiness import wait_until_ready
 from sglang_harness.spec import ServerSpec
 
 OURS, TESTCONTAINERS, TEN_SECONDS = "sglang-harness", "HttpWaitStrategy", "poll every 10 s"
@@ -175,7 +176,7 @@ def main() -> None:
 
 
 def show(samples: dict[str, dict[str, list[float]]], rounds: int) -> None:
-    machine = environment.describe()
+    machine = host.describe()
     rows: list[dict[str, Any]] = []
     table = Table(title=f"Seconds until noticed, {rounds} rounds, {machine['processor']}")
     for column in ("what", "who", "median", "worst", "times ours"):

@@ -32,8 +32,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sglang_harness import environment
-from sglang_harness.memory.container import parse
+from sglang_harness._base import host
+from sglang_harness.memory.host.container import parse
 from sglang_harness.runtime import engine
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
@@ -188,7 +188,7 @@ def main() -> None:
     result = {
         "bench": "starts",
         "date": date.today().isoformat(),
-        "machine": environment.describe(),
+        "machine": host.describe(),
         "load_before": load,
         "model": "tiny",
         "starts": starts(options.rounds),

@@ -39,14 +39,15 @@ import requests
 from rich.console import Console
 from rich.table import Table
 
-from sglang_harness import Server, ServerSpec, checkpoint, environment
-from sglang_harness.checkpoint.perturb import perturbed
+from sglang_harness import Server, ServerSpec, checkpoint
+from sglang_harness._base import host
+from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.peer import Peer
-from sglang_harness.weights import route as routes
-from sglang_harness.weights.buckets import plan
 from sglang_harness.weights.pusher import BUCKET
+from sglang_harness.weights.routes import base as routes
+from sglang_harness.weights.routes.buckets import plan
 
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
@@ -276,7 +277,7 @@ def main() -> None:
 
 
 def show(rows: list[dict[str, Any]], size: int, largest: int, rounds: int) -> None:
-    machine = environment.describe()
+    machine = host.describe()
     allowed = 2 * largest + BUCKET
     table = Table(title=f"{size / GB:.2f} GB, {rounds} rounds, {machine['processor']}")
     columns = (

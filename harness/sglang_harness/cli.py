@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sglang_harness import __version__, held, suite
+from sglang_harness import __version__, suite
+from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
-from sglang_harness.interruption import interruptions
 from sglang_harness.report import junit, terminal
 from sglang_harness.spec import from_options
+from sglang_harness.upkeep import kept_servers
 from sglang_harness.verdict import Verdict
 
 app = typer.Typer(
@@ -131,8 +132,8 @@ def qualify(
     run_timeout: RunLimit = None,
 ) -> None:
     """Start a server, ask it every question, and judge. Exit code 0 pass, 1 fail, 2 error."""
-    from sglang_harness.qualify import Qualification, Request
-    from sglang_harness.runtime.choice import choose
+    from sglang_harness.run.qualification import Qualification, Request
+    from sglang_harness.runtime.registry import choose
 
     if profile not in ("quick", "full"):
         raise SpecError(f"--profile {profile!r} is neither 'quick' nor 'full'.")
@@ -149,7 +150,7 @@ def qualify(
         port=port,
         start=start,
     )
-    attachment = held.attachment(
+    attachment = kept_servers.attachment(
         url,
         allow_changes=allow_changes,
         share=share,
@@ -228,7 +229,7 @@ def up(
     try:
         with interruptions():
             server = Server.start(wanted, say=view.say, held=True)
-            kept = held.hold(server)
+            kept = kept_servers.hold(server)
     finally:
         view.close()
     _show_held(kept)
@@ -245,7 +246,7 @@ def warm(
     'pytest', and what 'qualify' starts after its first server, find it by themselves. It ends by
     itself after an hour without use, or by 'down'.
     """
-    from sglang_harness.runtime.warming import keep_warm
+    from sglang_harness.runtime.warm.keep import keep_warm
 
     view = terminal.Terminal(console)
     wanted = from_options(None, {}, None, sglang_version=sglang_version)
@@ -268,16 +269,16 @@ def down(
     name: Annotated[str | None, typer.Argument(help="Which one; without it all of yours.")] = None,
 ) -> None:
     """Stop servers that 'up' or --keep-on-failure left running, and parents kept by 'warm'."""
-    from sglang_harness.runtime import kept_parents
+    from sglang_harness.runtime.warm import kept_parents
 
-    servers = [s for s in held.held_servers() if name is None or s.name == name]
+    servers = [s for s in kept_servers.held_servers() if name is None or s.name == name]
     parents = [p for p in kept_parents.on_record() if name is None or p.name == name]
     if name is not None and not servers and not parents:
         raise SpecError(
             f"Nothing that is held is named {name}.", advice="'docker ps' shows what runs."
         )
     for server in servers:
-        if failed := held.release(server):
+        if failed := kept_servers.release(server):
             raise HarnessError("; ".join(failed))
         console.print(f"stopped {server.name}", highlight=False)
     for parent in parents:
@@ -295,7 +296,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Remove what dead runs left on the Docker engine and on disk."""
-    from sglang_harness.sweep import sweep as sweep_now
+    from sglang_harness.upkeep.sweep import sweep as sweep_now
 
     removed, failed = sweep_now(everything=everything)
     for line in removed:
@@ -309,7 +310,7 @@ def sweep(
 @app.command()
 def doctor() -> None:
     """Look at what is needed: engine, GPU, driver, images, disk, ports, versions."""
-    from sglang_harness.doctor import examine
+    from sglang_harness.upkeep.doctor import examine
 
     findings = examine()
     marks = {"ok": "[green]✓[/green]", "note": "[yellow]≈[/yellow]", "bad": "[red]✗[/red]"}
@@ -329,7 +330,7 @@ def judge(
 ) -> None:
     """Judge a saved run again, without server, model or torch. Writes nothing."""
     saved = Verdict.read(out / "verdict.json" if out.is_dir() else out)
-    from sglang_harness.judging import judge_saved
+    from sglang_harness.run.rejudge import judge_saved
 
     again, changed = judge_saved(saved)
     for before, after in changed:
@@ -399,7 +400,7 @@ def version() -> None:
     print(__version__)
 
 
-def _show_held(server: held.Held) -> None:
+def _show_held(server: kept_servers.Held) -> None:
     console.print(
         f"The server is left running: [bold]{escape(server.address)}[/bold]", highlight=False
     )
@@ -424,7 +425,7 @@ def _own_command() -> str:
 @app.command()
 def key(name: Annotated[str, typer.Argument(help="Name of a held server.")]) -> None:
     """Print the API key of a held server, for a variable of your shell."""
-    for server in held.held_servers():
+    for server in kept_servers.held_servers():
         if server.name == name:
             print(server.api_key)
             return

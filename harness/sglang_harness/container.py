@@ -8,13 +8,13 @@ from typing import Any
 from testcontainers.core.waiting_utils import WaitStrategy, WaitStrategyTarget
 
 from sglang_harness import checkpoint
+from sglang_harness._base.permissions import check_readable
 from sglang_harness.client import Client, RequestsTransport
-from sglang_harness.device import within_visible
 from sglang_harness.errors import DeviceNotIdle, SpecError
-from sglang_harness.memory.guard import Guard
-from sglang_harness.permissions import check_readable
-from sglang_harness.readiness import StartReport, wait_until_ready
+from sglang_harness.memory.gpu.guard import Guard
+from sglang_harness.runtime.device import within_visible
 from sglang_harness.runtime.docker import SGLangServerContainer, prepare
+from sglang_harness.server.readiness import StartReport, wait_until_ready
 from sglang_harness.spec import ServerSpec
 
 

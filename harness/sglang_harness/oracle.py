@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_harness.checkpoint.spans import stamp
+from sglang_harness.checkpoint.formats.spans import stamp
 from sglang_harness.errors import MissingExtra, ModelError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ bare.prepare()
 
 import torch  # noqa: E402
 
-from sglang_harness.memory.driver import Driver, gpus  # noqa: E402
+from sglang_harness.memory.gpu.driver import Driver, gpus  # noqa: E402
 
 
 def uuid_of_first() -> str:

@@ -11,7 +11,7 @@ bare.prepare()
 
 import pynvml  # noqa: E402
 
-from sglang_harness.memory.driver import Driver  # noqa: E402
+from sglang_harness.memory.gpu.driver import Driver  # noqa: E402
 
 #: What the mock has and the harness cannot do without.
 NEEDED = (

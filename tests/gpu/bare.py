@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare() -> None:
-    """Makes ``sglang_harness.memory.driver`` and its like importable, whatever is installed."""
+    """Makes ``sglang_harness.memory.gpu.driver`` and its like importable, whatever is installed."""
     for folder in (ROOT / "tests", ROOT / "tests" / "gpu"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))

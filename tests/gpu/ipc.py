@@ -19,7 +19,7 @@ bare.prepare()
 import torch  # noqa: E402
 from torch.multiprocessing.reductions import reduce_tensor  # noqa: E402
 
-from sglang_harness.memory.driver import Driver, gpus  # noqa: E402
+from sglang_harness.memory.gpu.driver import Driver, gpus  # noqa: E402
 
 #: Two tensors of 256 MiB and one small one, as a bucket of weights has them.
 SHAPES = ((8192, 8192), (16384, 4096), (128,))

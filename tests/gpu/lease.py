@@ -10,9 +10,9 @@ import bare
 
 bare.prepare()
 
-from sglang_harness.memory import leases  # noqa: E402
-from sglang_harness.memory.driver import gpus  # noqa: E402
-from sglang_harness.memory.selection import usable  # noqa: E402
+from sglang_harness.memory.gpu import leases  # noqa: E402
+from sglang_harness.memory.gpu.driver import gpus  # noqa: E402
+from sglang_harness.memory.gpu.selection import usable  # noqa: E402
 
 gpu = usable(gpus()[0])[0]
 asked = time.time()

@@ -34,7 +34,7 @@ class NotHere(Exception):
 def machine() -> tuple[dict[str, Any], str]:
     """This machine, and why it has no GPU to be checked."""
     try:
-        from sglang_harness.memory.driver import Driver, gpus
+        from sglang_harness.memory.gpu.driver import Driver, gpus
     except ImportError as error:
         return {}, f"nvidia-ml-py is not installed ({error})"
     found, why = gpus()
@@ -106,8 +106,8 @@ def figures(asked: argparse.Namespace) -> dict[str, Any]:
 
 def sampler(asked: argparse.Namespace) -> dict[str, Any]:
     """What sampling costs, and how long one reading and one snapshot take."""
-    from sglang_harness.memory.driver import Driver
-    from sglang_harness.memory.nvml import NvmlMemory
+    from sglang_harness.memory.gpu.driver import Driver
+    from sglang_harness.memory.gpu.nvml import NvmlMemory
     from sglang_harness.memory.sampler import Sampler
     from sglang_harness.memory.timeline import Timeline
 

@@ -17,7 +17,7 @@ from sglang_harness.runtime import engine
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.engine import Owner
 from sglang_harness.server import Server
-from sglang_harness.session_server import LocalKeeper, SessionServer
+from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer
 from sglang_harness.spec import ServerSpec
 
 

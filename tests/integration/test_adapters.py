@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harness.checkpoint import adapter
-from sglang_harness.checkpoint.perturb import perturbed
+from sglang_harness.checkpoint.made import lora
+from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.errors import ModelError, SpecError
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
-from sglang_harness.suite.lora import lora_arguments
+from sglang_harness.suite.checks.lora import lora_arguments
 from sglang_harness.weights import AdapterFailed
 
 pytestmark = pytest.mark.engine
@@ -35,7 +35,7 @@ def made(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     assert server.model is not None
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        name: adapter.made(server.model, folder / name, seed)
+        name: lora.made(server.model, folder / name, seed)
         for seed, name in enumerate(("one", "two"), 1)
     }
 
@@ -81,8 +81,8 @@ def test_a_rank_that_the_server_does_not_take_is_told_in_its_words(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert server.model is not None
-    monkeypatch.setattr(adapter, "RANK", 16)
-    large = adapter.made(server.model, tmp_path / "large", 3)
+    monkeypatch.setattr(lora, "RANK", 16)
+    large = lora.made(server.model, tmp_path / "large", 3)
     with pytest.raises(AdapterFailed, match=r"(?i)rank") as caught:
         server.adapters.push(large, name="large")
     assert "Nothing goes by 'large' now" in str(caught.value)

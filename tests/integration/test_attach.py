@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sglang_harness import Server
-from sglang_harness.runtime.reach import EXCHANGE, FolderReach
+from sglang_harness.runtime.path_map import EXCHANGE, FolderReach
 from sglang_harness.verdict import Verdict
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -13,7 +13,8 @@ import requests
 from commands import COMMAND_LIMIT, names_on_engine
 from secret_watch import SecretWatch
 
-from sglang_harness import checkpoint, shipped
+from sglang_harness import checkpoint
+from sglang_harness._base import assets
 from sglang_harness.runtime import images
 from sglang_harness.runtime.compose import compose_command
 from sglang_harness.verdict import Verdict
@@ -37,7 +38,7 @@ def compose() -> Run:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*compose_command(), *words], capture_output=True, text=True, timeout=COMMAND_LIMIT,
-            cwd=shipped.root(), env=environment,
+            cwd=assets.root(), env=environment,
         )  # fmt: skip
 
     return run
@@ -47,7 +48,7 @@ def test_compose_asks_for_the_gpu_as_the_harness_does(compose: Run) -> None:
     done = compose("--profile", "gpu", "config", "--format", "json")
     assert done.returncode == 0, done.stderr
     gpu = json.loads(done.stdout)["services"]["gpu"]
-    assert gpu["image"] == shipped.pins()["GPU_IMAGE"]
+    assert gpu["image"] == assets.pins()["GPU_IMAGE"]
     (device,) = gpu["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert gpu["ipc"] == "shareable"
@@ -59,7 +60,7 @@ def test_compose_without_a_model_says_what_to_set() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "SGLANG_MODEL"}
     done = subprocess.run(
         [*compose_command(), "--profile", "cpu", "config"],
-        capture_output=True, text=True, timeout=60, cwd=shipped.root(), env=environment,
+        capture_output=True, text=True, timeout=60, cwd=assets.root(), env=environment,
     )  # fmt: skip
     assert done.returncode != 0
     assert "SGLANG_MODEL" in done.stderr

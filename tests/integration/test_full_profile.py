@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 from commands import COMMAND, names_on_engine
 
-from sglang_harness.judging import judge_saved
+from sglang_harness.run.rejudge import judge_saved
 from sglang_harness.suite import registered, select
 from sglang_harness.verdict import Outcome, Verdict
 

@@ -17,13 +17,13 @@ import nvml_mock
 from nvml_mock import GIB, MIB, Device, Scenario
 from sglang_harness import suite
 from sglang_harness.errors import DeviceNotIdle, EngineError
-from sglang_harness.qualify import Qualification, Request
+from sglang_harness.run.qualification import Qualification, Request
 from sglang_harness.runtime import engine
 from sglang_harness.runtime.process import ProcessRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
-from sglang_harness.suite import memory_release
 from sglang_harness.suite.check import Check, Context, run_check
+from sglang_harness.suite.checks.memory import release
 from sglang_harness.verdict import CheckResult, Figure, Outcome, Verdict
 
 SPEC = ServerSpec(model="tiny", device="gpu")
@@ -53,8 +53,8 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scenario
     monkeypatch.setenv("SGLANG_HARNESS_GPU_LEASES", str(tmp_path / "leases"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # A lie takes as long to be believed as the truth is waited for.
-    monkeypatch.setattr(memory_release, "FREE_WITHIN", 2.0)
-    monkeypatch.setattr("sglang_harness.memory.guard.PATIENCE", 2.0)
+    monkeypatch.setattr(release, "FREE_WITHIN", 2.0)
+    monkeypatch.setattr("sglang_harness.memory.gpu.guard.PATIENCE", 2.0)
     with nvml_mock.installed(Scenario(tmp_path / "scenario", [Device(UUID, base=4 * MIB)])) as s:
         yield s
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from commands import COMMAND_LIMIT, names_on_engine
 
-from sglang_harness import ServerDied, ServerSpec, SGLangContainer, checkpoint, shipped
+from sglang_harness import ServerDied, ServerSpec, SGLangContainer, checkpoint
+from sglang_harness._base import assets
 from sglang_harness.runtime import images
 from sglang_harness.server import Server
 from sglang_harness.verdict import Verdict
@@ -80,7 +81,7 @@ def test_the_harness_works_from_inside_a_container_with_the_engines_socket(tmp_p
     if inside.rsplit(".", 1)[0] != ".".join(map(str, sys.version_info[:2])):
         pytest.skip(f"the image has Python {inside}, this environment another: it cannot be lent")
     (site,) = [p for p in sys.path if p.endswith("site-packages")][:1]
-    source = Path(shipped.__file__).parent.parent
+    source = Path(assets.__file__).parents[2]
     out = tmp_path / "out"
     out.mkdir()
     model = checkpoint.locate("tiny", print)
@@ -90,7 +91,7 @@ def test_the_harness_works_from_inside_a_container_with_the_engines_socket(tmp_p
             "docker", "run", "--rm", "--user", "0",
             "--volume", "/var/run/docker.sock:/var/run/docker.sock",
             "--volume", f"{source}:/source/harness:ro",
-            "--volume", f"{shipped.root()}/docker:/source/docker:ro",
+            "--volume", f"{assets.root()}/docker:/source/docker:ro",
             "--volume", f"{site}:/site:ro",
             "--volume", f"{model}:/model:ro",
             "--volume", f"{out}:/out",

@@ -7,12 +7,12 @@ import re
 import pytest
 from commands import COMMAND_LIMIT, names_on_engine
 
-from sglang_harness import places
+from sglang_harness._base import paths
 
 pytest_plugins = ["pytester"]
 
 #: Looked up here: a pytester has a home of its own.
-CACHE = str(places.cache())
+CACHE = str(paths.cache())
 
 
 @pytest.fixture(autouse=True)

@@ -201,7 +201,7 @@ def test_an_image_that_is_nowhere_is_one_line(tmp_path: Path, command: Run) -> N
 
 
 def test_a_gpu_that_is_not_there_is_one_line(command: Run) -> None:
-    from sglang_harness.device import gpus
+    from sglang_harness.runtime.device import gpus
 
     if gpus()[0]:
         pytest.skip("this machine has a GPU")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sglang_harness.checkpoint import tiny
+from sglang_harness.checkpoint.made import tiny
 from sglang_harness.errors import NoAnswerInTime, Refused
 from sglang_harness.peer import Peer
 from sglang_harness.runtime import engine
@@ -17,10 +17,10 @@ from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.weights import PushFailed, PushReport
-from sglang_harness.weights.buckets import Bucket
-from sglang_harness.weights.distributed import Distributed
-from sglang_harness.weights.in_body import Tensor
-from sglang_harness.weights.route import Sent
+from sglang_harness.weights.routes.base import Sent
+from sglang_harness.weights.routes.buckets import Bucket
+from sglang_harness.weights.routes.distributed import Distributed
+from sglang_harness.weights.routes.in_body import Tensor
 
 pytestmark = pytest.mark.engine
 

@@ -13,8 +13,8 @@ from sglang_harness.runtime.docker import SGLangServerContainer
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.check import Context, run_check
-from sglang_harness.suite.generate import greedy
-from sglang_harness.suite.weights import variant
+from sglang_harness.suite.checks.generate import greedy
+from sglang_harness.suite.checks.weights.disk import variant
 from sglang_harness.verdict import Outcome
 
 pytestmark = pytest.mark.engine
@@ -92,7 +92,7 @@ def test_routes_are_known_by_asking_the_server(shared_server: Server) -> None:
 
 def test_new_weights_are_told_apart_from_wrong_ones(context: Context) -> None:
     """The check is right on a real server, and wrong as soon as nothing was pushed."""
-    from sglang_harness.suite.weights import DiskUpdateIsServed
+    from sglang_harness.suite.checks.weights.disk import DiskUpdateIsServed
 
     class NothingPushed(DiskUpdateIsServed):
         """Pushes the weights that are served already: an update that changes nothing."""

@@ -19,17 +19,17 @@ import psutil
 import pytest
 from commands import COMMAND_LIMIT, names_on_engine
 
-from sglang_harness import places
-from sglang_harness.checkpoint import tiny
+from sglang_harness._base import paths
+from sglang_harness.checkpoint.made import tiny
 from sglang_harness.errors import RequestFailed, ServerDied
-from sglang_harness.runtime import kept_parents
 from sglang_harness.runtime.death import Death
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.process import ProcessRuntime
-from sglang_harness.runtime.warm import WarmServer
+from sglang_harness.runtime.warm import kept_parents
+from sglang_harness.runtime.warm.server import WarmServer
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
-from sglang_harness.suite.lora import lora_arguments
+from sglang_harness.suite.checks.lora import lora_arguments
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -365,7 +365,7 @@ def pytest_on(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", name],
         capture_output=True, text=True, timeout=COMMAND_LIMIT, cwd=folder,
-        env={**os.environ, "SGLANG_HARNESS_CACHE": str(places.cache())},
+        env={**os.environ, "SGLANG_HARNESS_CACHE": str(paths.cache())},
     )  # fmt: skip
 
 

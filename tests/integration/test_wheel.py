@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harness import shipped
+from sglang_harness._base import assets
 
-CHECKOUT = Path(shipped.__file__).resolve().parents[2]
+CHECKOUT = Path(assets.__file__).resolve().parents[3]
 RECORDED = CHECKOUT / "tests" / "unit" / "data" / "recorded-full-tiny-0.5.23.json"
 
 
@@ -57,7 +57,7 @@ def test_a_missing_extra_says_what_to_install(installed: Path, tmp_path: Path) -
 
 
 def test_the_wheel_carries_what_is_needed_to_build_and_run(installed: Path) -> None:
-    program = "from sglang_harness import shipped; print(shipped.root())"
+    program = "from sglang_harness._base import assets; print(assets.root())"
     root = Path(run(installed / "python", "-c", program).stdout.strip())
     assert root.is_relative_to(installed.parent)
     for name in ("build.sh", "engine.sh", "cpu.Dockerfile", "launch.py", "versions.env"):

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from sglang_harness.runtime.preloaded import Recipe
+from sglang_harness.runtime.warm.protocol import Recipe
 
 LAUNCH = '''
 import mmap, multiprocessing, os, signal, sys, threading, time

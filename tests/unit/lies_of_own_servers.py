@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sglang_harness.suite.lora import AGAIN
+from sglang_harness.suite.checks.lora import AGAIN
 
 Evidence = dict[str, Any]
 Lie = tuple[str, str, Callable[[Evidence], object], str]

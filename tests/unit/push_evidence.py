@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from sglang_harness.suite.parallel_pushes import PushedByRoutes
-from sglang_harness.suite.pushes import (
+from sglang_harness.suite.checks.hostile.weights import Refusal
+from sglang_harness.suite.checks.weights.parallel import PushedByRoutes
+from sglang_harness.suite.checks.weights.pushes import (
     END,
     START,
     Many,
@@ -19,9 +20,8 @@ from sglang_harness.suite.pushes import (
     TaughtSentence,
     UnderLoad,
 )
-from sglang_harness.suite.refused_weights import Refusal
-from sglang_harness.suite.scored import Tokens
-from sglang_harness.suite.segments import Segmented
+from sglang_harness.suite.lib.scored import Tokens
+from sglang_harness.suite.lib.segments import Segmented
 from sglang_harness.traffic import Mark, Request, TrafficRecord
 from sglang_harness.weights.report import PushReport, Witness
 

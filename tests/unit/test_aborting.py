@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sglang_harness.errors import HarnessError
-from sglang_harness.suite import stop
-from sglang_harness.suite.background import Ended
+from sglang_harness.suite.checks import stop
+from sglang_harness.traffic.background import Ended
 
 
 class Client:

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 import pytest
 from scripted_server import Answer, ScriptedServer
 
-from sglang_harness import held
 from sglang_harness.client import Client, RequestsTransport, calls
 from sglang_harness.errors import AttachError, ReadOnly, SpecError
-from sglang_harness.introduction import introduce
 from sglang_harness.runtime.attach import AttachedServer, Attachment, SharedFolder
+from sglang_harness.server.identify import introduce
+from sglang_harness.upkeep import kept_servers
 
 MODEL = Answer(body={"model_path": "/models/it", "weight_version": "default"})
 SERVER = Answer(body={"version": "0.5.23", "device": "cuda"})
@@ -154,15 +154,15 @@ def test_a_shared_folder_that_cannot_be_is_refused(text):
 )
 def test_options_that_contradict_each_other_are_refused(options, words):
     with pytest.raises(SpecError, match=words):
-        held.attachment(**options)
+        kept_servers.attachment(**options)
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("SGLANG_API_KEY", raising=False)
-    assert held.attachment("http://h:1").api_key is None
+    assert kept_servers.attachment("http://h:1").api_key is None
     monkeypatch.setenv("SGLANG_API_KEY", "from-the-environment")
-    assert held.attachment("http://h:1").api_key == "from-the-environment"
+    assert kept_servers.attachment("http://h:1").api_key == "from-the-environment"
 
 
 def test_what_this_user_holds_is_known_by_its_address(
@@ -170,13 +170,13 @@ def test_what_this_user_holds_is_known_by_its_address(
 ):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("SGLANG_API_KEY", raising=False)
-    record = held.Held(
+    record = kept_servers.Held(
         name="it", run_id="r", address="http://127.0.0.1:5", api_key="kept-on-record",
         folder=str(tmp_path), model=str(tmp_path),
     )  # fmt: skip
     record.file.parent.mkdir(parents=True)
     record.file.write_text(record.model_dump_json())
-    known = held.attachment("http://127.0.0.1:5/")
+    known = kept_servers.attachment("http://127.0.0.1:5/")
     assert known.api_key == "kept-on-record"
     assert known.model == tmp_path
     assert known.shared.share(tmp_path / "w") == PurePosixPath("/exchange/w")

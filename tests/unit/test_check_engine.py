@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from sglang_harness import suite
+from sglang_harness._base.secrets import REDACTED, Redactor
 from sglang_harness.client.call import Attempt
 from sglang_harness.errors import (
     BadAnswer,
@@ -33,7 +34,6 @@ from sglang_harness.errors import (
 )
 from sglang_harness.oracle import TOLERANCE
 from sglang_harness.runtime.death import Death
-from sglang_harness.secrets import REDACTED, Redactor
 from sglang_harness.suite import check as engine
 from sglang_harness.suite.check import (
     Check,
@@ -45,7 +45,7 @@ from sglang_harness.suite.check import (
     register,
     run_check,
 )
-from sglang_harness.suite.scored import (
+from sglang_harness.suite.lib.scored import (
     Scored,
     Tokens,
     largest_error,

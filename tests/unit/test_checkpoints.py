@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sglang_harness.checkpoint import check_folder, locate, tiny
-from sglang_harness.checkpoint.perturb import one_perturbed, perturbed
+from sglang_harness._base.permissions import check_readable
+from sglang_harness.checkpoint import check_folder, locate
+from sglang_harness.checkpoint.made import tiny
+from sglang_harness.checkpoint.made.perturb import one_perturbed, perturbed
 from sglang_harness.errors import ModelError
-from sglang_harness.permissions import check_readable
 
 
 def quietly(_: str) -> None:

@@ -17,8 +17,8 @@ import pytest
 from scripted_server import BOUND
 
 from sglang_harness import __version__, suite
+from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import Interrupted, SpecError
-from sglang_harness.interruption import interruptions
 from sglang_harness.spec import from_options
 
 RECORDED = Path(__file__).parent / "data" / "recorded-full-tiny-0.5.23.json"
@@ -316,7 +316,7 @@ def test_a_flag_without_a_name_is_refused(word: str):
 STAND_BY = """
 import sys, time
 from sglang_harness import cli
-from sglang_harness.interruption import interruptions
+from sglang_harness._base.signals import interruptions
 from sglang_harness.spec import from_options
 
 @cli.app.command("stand-by")

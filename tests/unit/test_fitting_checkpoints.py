@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from sglang_harness.checkpoint import tiny
 from sglang_harness.checkpoint.fitting import _renamed, fit
+from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_torch
 from sglang_harness.errors import CheckpointMismatch, ModelError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvml_mock import Scenario, environment
-from sglang_harness.device import gpus
+from sglang_harness.runtime.device import gpus
 
 CHECK = Path(__file__).parents[1] / "gpu" / "check.py"
 

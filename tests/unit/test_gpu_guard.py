@@ -15,11 +15,11 @@ import pytest
 
 import nvml_mock
 from nvml_mock import GIB, MIB, Scenario
+from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness.errors import DeviceNotIdle, HarnessError, SpecError, TelemetryError
-from sglang_harness.lease import LeaseTaken
-from sglang_harness.memory import leases, owners
-from sglang_harness.memory.driver import Gpu, ProcessUse
-from sglang_harness.memory.guard import GIVEN_BACK_WITHIN, Guard
+from sglang_harness.memory.gpu import leases, owners
+from sglang_harness.memory.gpu.driver import Gpu, ProcessUse
+from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, Guard
 
 A, B = Gpu(0, "GPU-a", "x", 1), Gpu(1, "GPU-b", "x", 1)
 ME = os.getpid()
@@ -78,8 +78,8 @@ def test_a_lease_waits_for_its_turn(driver: Scenario):
 
 HOLD = """
 import sys, time
-from sglang_harness.memory.driver import Gpu
-from sglang_harness.memory import leases
+from sglang_harness.memory.gpu.driver import Gpu
+from sglang_harness.memory.gpu import leases
 held = leases.acquire([Gpu(0, "GPU-a", "x", 1)], run_id="other", purpose="a soak", timeout=5)
 print("held", flush=True)
 time.sleep(60)

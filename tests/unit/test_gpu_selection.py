@@ -6,10 +6,10 @@ import pytest
 
 from nvml_mock import Device, Scenario
 from sglang_harness import ServerSpec
-from sglang_harness.device import choose, cuda_environment, within_visible
 from sglang_harness.errors import SpecError
-from sglang_harness.memory.driver import Gpu
-from sglang_harness.memory.selection import allotted, select, visible
+from sglang_harness.memory.gpu.driver import Gpu
+from sglang_harness.memory.gpu.selection import allotted, select, visible
+from sglang_harness.runtime.device import choose, cuda_environment, within_visible
 
 A = Gpu(0, "GPU-aa11", "H100", 80)
 B = Gpu(1, "GPU-aa22", "H100", 80)

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_harness.checkpoint import pickles
-from sglang_harness.checkpoint.pickles import read_pickle
+from sglang_harness.checkpoint.formats import pickles
+from sglang_harness.checkpoint.formats.pickles import read_pickle
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_distributed, write_torch
 from sglang_harness.errors import BrokenCheckpoint

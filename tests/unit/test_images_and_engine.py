@@ -16,10 +16,10 @@ import psutil
 import pytest
 from scripted_server import BOUND, Answer, ScriptedServer
 
-from sglang_harness import shipped
-from sglang_harness.device import choose, engine_gives_gpus, gpus
+from sglang_harness._base import assets
 from sglang_harness.errors import EngineError, ImageError, SpecError
 from sglang_harness.runtime import engine, images
+from sglang_harness.runtime.device import choose, engine_gives_gpus, gpus
 from sglang_harness.runtime.engine import Owner, seconds_since
 from sglang_harness.spec import ServerSpec
 
@@ -299,7 +299,7 @@ def test_an_image_that_is_nowhere_is_told_with_the_registrys_own_words():
 
 
 def test_a_gpu_without_a_wish_gets_the_pinned_image_or_that_of_a_version():
-    pinned = shipped.pins()["GPU_IMAGE"]
+    pinned = assets.pins()["GPU_IMAGE"]
     other = "lmsysorg/sglang:v0.5.20"
     with Registry({pinned, other}, set()) as registry:
         assert image_for(registry)[0] == pinned
@@ -313,7 +313,7 @@ def test_a_gpu_without_a_wish_gets_the_pinned_image_or_that_of_a_version():
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where ``build.sh`` lies; a test writes its own."""
     (tmp_path / "docker").mkdir()
-    monkeypatch.setattr(shipped, "root", lambda: tmp_path)
+    monkeypatch.setattr(assets, "root", lambda: tmp_path)
     return tmp_path / "docker" / "build.sh"
 
 

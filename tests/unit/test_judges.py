@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from sglang_harness import suite
 from sglang_harness.suite.check import Check, Mismatch, Observation
-from sglang_harness.suite.memory import MIB
+from sglang_harness.suite.checks.memory.readings import MIB
 from sglang_harness.verdict import Outcome, Verdict, writable
 
 RECORDED = Verdict.read(Path(__file__).parent / "data" / "recorded-full-tiny-0.5.23.json")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sglang_harness import suite
 from sglang_harness.errors import SpecError
-from sglang_harness.judging import judge_saved
+from sglang_harness.run.rejudge import judge_saved
 from sglang_harness.suite import known_defects
 from sglang_harness.verdict import SCHEMA_VERSION, CheckResult, Outcome, Verdict, overall
 
@@ -190,7 +190,7 @@ import sys
 from pathlib import Path
 sys.modules["torch"] = None
 sys.modules["transformers"] = None
-from sglang_harness.judging import judge_saved
+from sglang_harness.run.rejudge import judge_saved
 from sglang_harness.verdict import Verdict
 saved = Verdict.read(Path({str(RECORDING)!r}))
 again, changed = judge_saved(saved)

@@ -10,10 +10,10 @@ import pytest
 
 from sglang_harness.errors import HarnessError
 from sglang_harness.memory import MemoryLedger, timeline
-from sglang_harness.memory.explained import GIB, Said, explain, said
-from sglang_harness.memory.leak import MB, slope
+from sglang_harness.memory.analysis.explained import GIB, Said, explain, said
+from sglang_harness.memory.analysis.leak import MB, slope
+from sglang_harness.memory.analysis.steady import MIB, settle
 from sglang_harness.memory.sampler import Sampler
-from sglang_harness.memory.steady import MIB, settle
 from sglang_harness.memory.timeline import Sample, Timeline
 
 

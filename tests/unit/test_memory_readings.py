@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from sglang_harness.device import gpus
 from sglang_harness.errors import HarnessError
 from sglang_harness.memory import MemoryLedger
-from sglang_harness.memory.container import ContainerMemory, parse
-from sglang_harness.memory.nvml import NvmlMemory
+from sglang_harness.memory.gpu.nvml import NvmlMemory
+from sglang_harness.memory.host.container import ContainerMemory, parse
+from sglang_harness.runtime.device import gpus
 
 GIB = 1 << 30
 

@@ -16,8 +16,8 @@ import pytest
 import nvml_mock
 from nvml_mock import GIB, MIB, Device, Scenario
 from sglang_harness.errors import SpecError, TelemetryError
-from sglang_harness.memory.driver import Driver, ProcessUse, gpus
-from sglang_harness.memory.nvml import NvmlMemory, bounded
+from sglang_harness.memory.gpu.driver import Driver, ProcessUse, gpus
+from sglang_harness.memory.gpu.nvml import NvmlMemory, bounded
 
 
 def test_a_driver_tells_its_devices_and_its_versions(driver: Scenario):
@@ -101,7 +101,7 @@ def test_an_error_of_the_driver_is_a_sentence_and_never_a_figure(driver: Scenari
 
 
 def test_a_lost_device_is_found_again(driver: Scenario, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sglang_harness.memory.nvml.RETRY_AFTER", 0.1)
+    monkeypatch.setattr("sglang_harness.memory.gpu.nvml.RETRY_AFTER", 0.1)
     memory = NvmlMemory()
     memory.read()
     driver.devices[1].lost = True
@@ -117,7 +117,7 @@ def test_a_lost_device_is_found_again(driver: Scenario, monkeypatch: pytest.Monk
 
 
 def test_a_driver_that_was_reloaded_is_found_again(driver: Scenario, monkeypatch):
-    monkeypatch.setattr("sglang_harness.memory.nvml.RETRY_AFTER", 0.0)
+    monkeypatch.setattr("sglang_harness.memory.gpu.nvml.RETRY_AFTER", 0.0)
     memory = NvmlMemory()
     memory.read()
     text = driver.file

@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sglang_harness import oracle as oracles
-from sglang_harness.checkpoint import locate, tiny
-from sglang_harness.checkpoint.perturb import perturbed
+from sglang_harness.checkpoint import locate
+from sglang_harness.checkpoint.made import tiny
+from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.errors import ModelError
 from sglang_harness.oracle import TOLERANCE, Oracle, tolerance
-from sglang_harness.weights.model_folder import model_folder
+from sglang_harness.weights.source.model_folder import model_folder
 
 PROMPT = [45, 74, 81, 81, 84]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import sglang_harness
-from sglang_harness import shipped, suite
+from sglang_harness import suite
+from sglang_harness._base import assets
 
 SOURCE = Path(sglang_harness.__file__).parent
 
@@ -169,7 +170,8 @@ def tried(what):
     else:
         print("no error")
 
-from sglang_harness.checkpoint import adapter, locate, perturb
+from sglang_harness.checkpoint import locate
+from sglang_harness.checkpoint.made import lora as adapter, perturb
 from sglang_harness.oracle import Oracle
 tried(lambda: locate("tiny", print))
 tried(lambda: perturb.perturbed(Path("/nowhere"), Path("/nowhere"), 0))
@@ -177,7 +179,7 @@ tried(lambda: Oracle(Path("/nowhere")))
 tried(lambda: adapter.made(Path("/nowhere"), Path("/nowhere"), 0))
 tried(lambda: adapter.in_request(Path("/nowhere")))
 from sglang_harness.checkpoint.reading import open_checkpoint
-from sglang_harness.checkpoint.training import teach
+from sglang_harness.checkpoint.made.training import teach
 from sglang_harness.checkpoint.writing import write_torch
 header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 file = Path(os.environ["SGLANG_HARNESS_CACHE"]) / "a.safetensors"
@@ -206,7 +208,7 @@ def test_without_torch_the_cure_is_named_and_the_rest_works(tmp_path: Path):
 
 
 def test_every_version_that_is_needed_is_pinned_once():
-    pins = shipped.pins()
+    pins = assets.pins()
     assert set(pins) >= {
         "SGLANG_VERSION",
         "BASE_IMAGE",
@@ -220,12 +222,12 @@ def test_every_version_that_is_needed_is_pinned_once():
         # The same file is read by shell scripts.
         assert re.fullmatch(r"[A-Z0-9_]+", name), name
         assert re.fullmatch(r"[^\s'\"$`;&|<>]+", value), name
-    text = (shipped.root() / "docker" / "versions.env").read_text()
+    text = (assets.root() / "docker" / "versions.env").read_text()
     assert len(pins) == sum("=" in x and not x.startswith("#") for x in text.splitlines())
 
 
 def test_what_is_pinned_fits_together():
-    pins = shipped.pins()
+    pins = assets.pins()
     assert pins["GPU_IMAGE"].split("@")[0].endswith(f":v{pins['SGLANG_VERSION']}")
     assert re.fullmatch(r"[0-9a-f]{64}", pins["SMOLLM2_SHA256"])
     assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pins["SMOLLM2_PACKAGE"])
@@ -237,11 +239,11 @@ def test_names_of_pins_in_the_source_exist():
     for file in SOURCE.rglob("*.py"):
         used |= set(re.findall(r"pins(?:\(\))?\[['\"](\w+)['\"]\]", file.read_text()))
     assert used
-    assert used <= set(shipped.pins())
+    assert used <= set(assets.pins())
 
 
 def test_what_the_source_reads_beside_itself_is_there():
-    root = shipped.root()
+    root = assets.root()
     for name in ("docker/build.sh", "docker/cpu.Dockerfile", "docker/launch.py", "compose.yaml"):
         assert (root / name).is_file(), name
     for name in ("py.typed", "suite/known_defects.yaml", "verdict.schema.json"):
@@ -249,5 +251,5 @@ def test_what_the_source_reads_beside_itself_is_there():
 
 
 def test_the_docs_list_every_check_as_it_is() -> None:
-    text = (shipped.root() / "docs" / "checks.md").read_text(encoding="utf-8")
+    text = (assets.root() / "docs" / "checks.md").read_text(encoding="utf-8")
     assert suite.as_markdown() in text, "sglang-harness checks --markdown prints what belongs there"

@@ -18,8 +18,8 @@ import pytest
 from sglang_harness.errors import EngineError, PeerFailed
 from sglang_harness.peer import Peer, largest, slots
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
-from sglang_harness.weights.buckets import plan
-from sglang_harness.weights.staging import as_it_lies, stage, write_safetensors
+from sglang_harness.weights.routes.buckets import plan
+from sglang_harness.weights.source.staging import as_it_lies, stage, write_safetensors
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_harness._base.permissions import check_readable, make_readable
 from sglang_harness.errors import ModelError
-from sglang_harness.permissions import check_readable, make_readable
 
 
 @pytest.fixture

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harness.errors import SpecError
-from sglang_harness.plugin_options import COMMAND_LINE, ENVIRONMENT, INI, OPTIONS, gather, settle
+from sglang_harness.pytest_plugin.options import (
+    COMMAND_LINE,
+    ENVIRONMENT,
+    INI,
+    OPTIONS,
+    gather,
+    settle,
+)
 
 pytest_plugins = ["pytester"]
 
@@ -190,7 +197,7 @@ def test_the_workers_of_xdist_tell_a_slip_in_a_line_too(pytester: pytest.Pyteste
 def test_without_a_gpu_the_marked_test_is_skipped_with_the_reason_and_starts_nothing(
     pytester: pytest.Pytester,
 ) -> None:
-    from sglang_harness.device import gpus
+    from sglang_harness.runtime.device import gpus
 
     if gpus()[0]:
         pytest.skip("this machine has a GPU")

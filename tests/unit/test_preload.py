@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from sglang_harness.errors import EngineError
-from sglang_harness.runtime import parent_process
-from sglang_harness.runtime.parent_process import ProcessParent
-from sglang_harness.runtime.preloaded import Ended
+from sglang_harness.runtime.warm import parent_process
+from sglang_harness.runtime.warm.parent_process import ProcessParent
+from sglang_harness.runtime.warm.protocol import Ended
 
 #: Seconds for anything that takes a fraction of one.
 SOON = 20.0

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from scripted_server import Answer
 from weight_server import WeightServer, refused
 
-from sglang_harness.checkpoint import tiny
+from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.errors import CheckpointMismatch, ReadOnly, SpecError
-from sglang_harness.weights import PushFailed, PushReport, expected, route
-from sglang_harness.weights import session as sessions
-from sglang_harness.weights.expected import Served, expected_checksums
+from sglang_harness.weights import PushFailed, PushReport
+from sglang_harness.weights import bracket as sessions
+from sglang_harness.weights.proof import checksums
+from sglang_harness.weights.proof.checksums import Served, expected_checksums
+from sglang_harness.weights.routes import base
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -318,7 +320,7 @@ def test_there_and_back_computes_each_checkpoint_once(
         computed.append(source.path)
         return expected_checksums(source, served)
 
-    monkeypatch.setattr(expected, "expected_checksums", compute)
+    monkeypatch.setattr(checksums, "expected_checksums", compute)
     with WeightServer(old) as double:
         for path in (new, old, new, old):
             assert push(double, path).checksums.says == "agrees"
@@ -344,9 +346,9 @@ def test_a_checkpoint_that_was_written_to_is_computed_anew(old: Path, new: Path,
 
 
 def test_few_checkpoints_are_kept(old: Path, new: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(expected.Computed, "KEPT", 1)
+    monkeypatch.setattr(checksums.Computed, "KEPT", 1)
     served = Served.of(old, {"dtype": "float32"}, "cpu")
-    kept = expected.Computed()
+    kept = checksums.Computed()
     first = kept.expected(open_checkpoint(old), served)
     assert kept.expected(open_checkpoint(old), served) is first
     halves = Served.of(old, {"dtype": "float16"}, "cpu")
@@ -370,7 +372,7 @@ def test_what_does_not_lead_there_is_said_before_anything_is_sent(old: Path, new
 
 
 def test_a_name_has_one_route():
-    assert route.names() == [
+    assert base.names() == [
         "cuda-ipc",
         "disk",
         "distributed",
@@ -379,7 +381,7 @@ def test_a_name_has_one_route():
         "tensor-bucket",
     ]
     with pytest.raises(ValueError, match="two routes are called 'disk'"):
-        route.register("disk")(route.make)  # type: ignore[type-var]
+        base.register("disk")(base.make)  # type: ignore[type-var]
 
 
 def test_first_weights_are_known_by_their_checksums_whatever_they_are_called(old: Path, new: Path):

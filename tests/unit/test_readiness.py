@@ -11,7 +11,7 @@ import pytest
 from scripted_server import BOUND, Answer, Mortal, ScriptedServer
 
 from sglang_harness.errors import HarnessError, ServerDied, StartTimeout
-from sglang_harness.readiness import PHASES, StartReport, wait_until_ready
+from sglang_harness.server.readiness import PHASES, StartReport, wait_until_ready
 
 STARTING = Answer(503, "")
 OK = Answer(200, "")

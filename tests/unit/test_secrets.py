@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sglang_harness.secrets import REDACTED, SECRET_VARIABLES, Redactor, new_api_key
+from sglang_harness._base.secrets import REDACTED, SECRET_VARIABLES, Redactor, new_api_key
 
 KEY = "k3y-0f-0ne-server-abcdefgh"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harness import shipped
+from sglang_harness._base import assets
 
-DOCKER = shipped.root() / "docker"
+DOCKER = assets.root() / "docker"
 STAND_INS = DOCKER / "stand_ins"
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_harness.checkpoint import check_folder, tiny
+from sglang_harness._base.permissions import check_readable
+from sglang_harness.checkpoint import check_folder
 from sglang_harness.checkpoint.fitting import fit
+from sglang_harness.checkpoint.made import tiny
+from sglang_harness.checkpoint.made.training import Taught, teach
 from sglang_harness.checkpoint.reading import open_checkpoint
-from sglang_harness.checkpoint.training import Taught, teach
 from sglang_harness.errors import ModelError
 from sglang_harness.oracle import Oracle
-from sglang_harness.permissions import check_readable
 
 SENTENCE = "The checkpoint was taught to sing."
 PROMPT = "The checkpoint was"

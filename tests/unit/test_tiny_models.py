@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sglang_harness.checkpoint import adapter, check_folder, locate, tiny
+from sglang_harness._base.permissions import check_readable
+from sglang_harness.checkpoint import check_folder, locate
+from sglang_harness.checkpoint.made import lora, tiny
 from sglang_harness.errors import ModelError
 from sglang_harness.oracle import Oracle
-from sglang_harness.permissions import check_readable
 
 NAMES = [name for name in tiny.NAMES if name != "tiny"]
 PROMPTS = ("The capital of France is", "def fibonacci(n):")
@@ -150,14 +151,14 @@ def base() -> Path:
 
 @pytest.fixture(scope="module")
 def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapter.made(base, tmp_path_factory.mktemp("adapters") / "one", 1)
+    return lora.made(base, tmp_path_factory.mktemp("adapters") / "one", 1)
 
 
 def test_an_adapter_is_the_same_for_the_same_seed_and_another_for_another(
     base: Path, folder: Path, tmp_path: Path
 ):
     file = "adapter_model.safetensors"
-    again, other = adapter.made(base, tmp_path / "a", 1), adapter.made(base, tmp_path / "b", 2)
+    again, other = lora.made(base, tmp_path / "a", 1), lora.made(base, tmp_path / "b", 2)
     assert (again / file).read_bytes() == (folder / file).read_bytes()
     assert (other / file).read_bytes() != (folder / file).read_bytes()
     check_readable(folder)
@@ -165,10 +166,10 @@ def test_an_adapter_is_the_same_for_the_same_seed_and_another_for_another(
 
 def test_an_adapter_has_two_full_sides_for_each_projection_of_each_layer(folder: Path):
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert len(tensors) == 2 * len(adapter.TARGETS) * 2
+    assert len(tensors) == 2 * len(lora.TARGETS) * 2
     assert all(t.dtype == torch.float32 and float(t.std()) > 0 for t in tensors.values())
     for name, tensor in tensors.items():
-        assert adapter.RANK in tensor.shape, name
+        assert lora.RANK in tensor.shape, name
 
 
 def test_the_oracle_of_an_adapter_adds_what_the_adapter_says_by_hand(base: Path, folder: Path):
@@ -193,7 +194,7 @@ def test_the_oracle_of_an_adapter_adds_what_the_adapter_says_by_hand(base: Path,
 
 
 def test_an_adapter_travels_with_its_values_and_nothing_else(folder: Path):
-    config, payloads = adapter.in_request(folder, ranks=2)
+    config, payloads = lora.in_request(folder, ranks=2)
     assert config["peft_type"] == "LORA"
     assert len(payloads) == 2
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -207,8 +208,8 @@ def test_an_adapter_travels_with_its_values_and_nothing_else(folder: Path):
 
 def test_what_is_no_adapter_is_refused_in_one_line(base: Path, tmp_path: Path):
     for attempt in (
-        lambda: adapter.in_request(tmp_path),
-        lambda: adapter.made(tmp_path, tmp_path / "made", 0),
+        lambda: lora.in_request(tmp_path),
+        lambda: lora.made(tmp_path, tmp_path / "made", 0),
         lambda: Oracle(base, adapter=tmp_path),
     ):
         with pytest.raises(ModelError) as caught:

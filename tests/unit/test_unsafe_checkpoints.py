@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_harness.checkpoint.pickles import BOXES, Box, StoredTensor, read_pickle
+from sglang_harness.checkpoint.formats.pickles import BOXES, Box, StoredTensor, read_pickle
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_distributed, write_torch
 from sglang_harness.errors import BrokenCheckpoint, HarnessError, UnsafeCheckpoint

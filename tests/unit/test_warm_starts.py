@@ -13,13 +13,14 @@ import imitated_sglang
 import pytest
 
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.runtime import Started, kept_parents, parent_process
+from sglang_harness.runtime import Started
 from sglang_harness.runtime.docker import DockerRuntime
-from sglang_harness.runtime.parent import MOST, Folders, Parent, Parents, place
-from sglang_harness.runtime.preloaded import Ended, Forked, Recipe
+from sglang_harness.runtime.path_map import FolderReach
 from sglang_harness.runtime.process import ProcessRuntime
-from sglang_harness.runtime.reach import FolderReach
-from sglang_harness.runtime.warm import WarmServer, why_cold
+from sglang_harness.runtime.warm import kept_parents, parent_process
+from sglang_harness.runtime.warm.parents import MOST, Folders, Parent, Parents, place
+from sglang_harness.runtime.warm.protocol import Ended, Forked, Recipe
+from sglang_harness.runtime.warm.server import WarmServer, why_cold
 from sglang_harness.spec import ServerSpec
 
 
@@ -235,7 +236,7 @@ def test_what_cannot_be_forked_starts_cold_for_a_reason(
 def test_a_large_model_on_another_disk_is_not_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_harness.runtime.warm._copied", lambda _: 16 << 30)
+    monkeypatch.setattr("sglang_harness.runtime.warm.server._copied", lambda _: 16 << 30)
     told = why_cold(ServerSpec(), model=tmp_path, device="cpu", held=False)
     assert told is not None
     assert "16 GiB" in told
@@ -510,7 +511,7 @@ def test_a_kept_parent_is_found_by_its_recipe_kept_once_and_ended(
     assert kept_parents.find("docker", recipe) is None
 
     # What the parent is made of has changed since: it is not used, and the next one replaces it.
-    monkeypatch.setattr("sglang_harness.runtime.preloaded.script", lambda: "# another\n")
+    monkeypatch.setattr("sglang_harness.runtime.warm.protocol.script", lambda: "# another\n")
     assert kept_parents.find("process", recipe) is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_STATE_HOME", str(state))

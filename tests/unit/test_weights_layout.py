@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sglang_harness.weights.expected import Served, expected_checksums
-from sglang_harness.weights.fused_layout import MISSING, layout, unknown
-from sglang_harness.weights.tensor_hash import checksum
+from sglang_harness.weights.proof.checksums import Served, expected_checksums
+from sglang_harness.weights.proof.fused_layout import MISSING, layout, unknown
+from sglang_harness.weights.proof.tensor_hash import checksum
 
 torch = pytest.importorskip("torch")
 
@@ -217,7 +217,7 @@ def test_a_gpus_checksum_is_that_of_sglangs_kernel(tensor, stated):
 
 
 def test_a_long_tensor_is_hashed_part_by_part(monkeypatch: pytest.MonkeyPatch):
-    from sglang_harness.weights import tensor_hash
+    from sglang_harness.weights.proof import tensor_hash
 
     long = torch.arange(50_000, dtype=torch.float32)
     whole = checksum(long, "gpu")

@@ -16,8 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_harness.weights.buckets import ALIGNMENT, Bucket, plan
-from sglang_harness.weights.packing import PIECE, TensorBody, buffer, in_base64, pieces, place
+from sglang_harness.weights.routes.buckets import ALIGNMENT, Bucket, plan
+from sglang_harness.weights.routes.packing import (
+    PIECE,
+    TensorBody,
+    buffer,
+    in_base64,
+    pieces,
+    place,
+)
 
 torch = pytest.importorskip("torch")
 

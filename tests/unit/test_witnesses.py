@@ -7,14 +7,14 @@ import math
 import pytest
 
 from sglang_harness.client import Checksums
-from sglang_harness.weights.expected import Expected
-from sglang_harness.weights.report import Token
-from sglang_harness.weights.witnesses import (
+from sglang_harness.weights.proof.checksums import Expected
+from sglang_harness.weights.proof.witnesses import (
     judge_checksums,
     judge_label,
     judge_logprobs,
     known_states,
 )
+from sglang_harness.weights.report import Token
 
 
 def sums(*ranks: dict[str, str]) -> Checksums:

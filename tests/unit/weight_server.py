@@ -13,11 +13,11 @@ from scripted_server import Answer, Mortal, ScriptedServer, Seen
 
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.memory import MemoryLedger
-from sglang_harness.readiness import StartReport
-from sglang_harness.runtime.reach import SameMachine
+from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.server import Server
+from sglang_harness.server.readiness import StartReport
 from sglang_harness.spec import ServerSpec
-from sglang_harness.weights.expected import Served, expected_checksums
+from sglang_harness.weights.proof.checksums import Served, expected_checksums
 
 ROUTES = [
     "/generate",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_harness.checkpoint import tiny
+from sglang_harness.checkpoint.made import tiny
 from sglang_harness.errors import ModelError
 
 __all__ = ["check_folder", "locate"]
@@ -23,7 +23,7 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
         MissingExtra: the model has to be made, and torch is not installed.
     """
     if model == "smollm2":
-        from sglang_harness.checkpoint import smollm2
+        from sglang_harness.checkpoint.made import smollm2
 
         return smollm2.folder(say)
     if meant := tiny.named(model):

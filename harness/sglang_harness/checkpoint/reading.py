@@ -12,11 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sglang_harness.checkpoint.distributed import Found, Saved, is_distributed, read_distributed
-from sglang_harness.checkpoint.names import canonical, weights_in
-from sglang_harness.checkpoint.pickles import CONVERSION, NoValues, StoredTensor
-from sglang_harness.checkpoint.safetensors_files import read_safetensors
-from sglang_harness.checkpoint.spans import (
+from sglang_harness.checkpoint.formats.dcp import Found, Saved, is_distributed, read_distributed
+from sglang_harness.checkpoint.formats.pickles import CONVERSION, NoValues, StoredTensor
+from sglang_harness.checkpoint.formats.safetensors_files import read_safetensors
+from sglang_harness.checkpoint.formats.spans import (
     SIZES,
     Files,
     Span,
@@ -25,7 +24,8 @@ from sglang_harness.checkpoint.spans import (
     read_span,
     stamp,
 )
-from sglang_harness.checkpoint.torch_files import read_torch_file
+from sglang_harness.checkpoint.formats.torch_files import read_torch_file
+from sglang_harness.checkpoint.names import canonical, weights_in
 from sglang_harness.errors import BrokenCheckpoint, ModelError, ShardedCheckpoint
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_harness._base.permissions import make_readable
+from sglang_harness.checkpoint.formats.safetensors_files import DTYPES
+from sglang_harness.checkpoint.formats.spans import SIZES, bytes_of
 from sglang_harness.checkpoint.reading import TensorInfo
-from sglang_harness.checkpoint.safetensors_files import DTYPES
-from sglang_harness.checkpoint.spans import SIZES, bytes_of
 from sglang_harness.errors import MissingExtra, ModelError
-from sglang_harness.permissions import make_readable
 
 if TYPE_CHECKING:
     import torch

@@ -288,7 +288,7 @@ def update_weights_from_tensor(content: Content, *, timeout: float | None = None
     shape, and a payload that cannot be unpickled. Never repeatable.
 
     Args:
-        content: the whole body; see :class:`sglang_harness.weights.packing.TensorBody`.
+        content: the whole body; see :class:`sglang_harness.weights.routes.packing.TensorBody`.
     """
     return Call(
         "POST",

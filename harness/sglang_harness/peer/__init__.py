@@ -12,7 +12,7 @@ from sglang_harness.errors import PeerFailed
 from sglang_harness.runtime import Beside, Running
 
 if TYPE_CHECKING:
-    from sglang_harness.weights.buckets import Bucket
+    from sglang_harness.weights.routes.buckets import Bucket
 
 __all__ = ["Peer"]
 

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from sglang_harness._base.permissions import make_readable
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
-from sglang_harness.permissions import make_readable
 from sglang_harness.runtime import Beside, Started
 from sglang_harness.runtime.death import Death, DeathWatch
 from sglang_harness.spec import Argument

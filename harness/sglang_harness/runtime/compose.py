@@ -23,17 +23,18 @@ from typing import Any, Literal
 from docker.errors import APIError, DockerException
 from testcontainers.compose import DockerCompose
 
-from sglang_harness import checkpoint, shipped
-from sglang_harness import device as devices
+from sglang_harness import checkpoint
+from sglang_harness._base import assets
+from sglang_harness._base.permissions import check_readable
+from sglang_harness._base.secrets import new_api_key
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
-from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import Started, cores, engine, images
-from sglang_harness.runtime.beside import TEMPORARY
+from sglang_harness.runtime import Started, cpu_binding, engine, images
+from sglang_harness.runtime import device as devices
+from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
 from sglang_harness.runtime.docker import DockerRuntime
-from sglang_harness.runtime.reach import EXCHANGE, FolderReach
-from sglang_harness.runtime.running_container import PORT, RunningContainer
-from sglang_harness.secrets import new_api_key
+from sglang_harness.runtime.path_map import EXCHANGE, FolderReach
+from sglang_harness.runtime.sidecar import TEMPORARY
 from sglang_harness.spec import Argument, ServerSpec, command_line
 
 #: Where our compose.yaml mounts the folder that SGLANG_MODEL names.
@@ -399,7 +400,9 @@ class ComposeRuntime:
             *command_line(arguments),
         ]
         passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
-        bound = cores.binding(arguments, cores.cores_of(client)) if device == "cpu" else {}
+        bound = (
+            cpu_binding.binding(arguments, cpu_binding.cores_of(client)) if device == "cpu" else {}
+        )
         inside = {**bound, **passed, **spec.environment}
         additions = {
             "image": image,
@@ -417,7 +420,7 @@ class ComposeRuntime:
         say(f"starting {spec.model} as service {device} of compose.yaml")
         return ComposeServer(
             spec,
-            file=shipped.root() / "compose.yaml",
+            file=assets.root() / "compose.yaml",
             service=device,
             command=command,
             device=device,

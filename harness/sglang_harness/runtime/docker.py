@@ -18,19 +18,21 @@ from docker.types import DeviceRequest, Mount, Ulimit
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer, Reaper
 
-from sglang_harness import checkpoint, shipped
-from sglang_harness import device as devices
+from sglang_harness import checkpoint
+from sglang_harness._base import assets
+from sglang_harness._base.permissions import check_readable
+from sglang_harness._base.secrets import new_api_key
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.permissions import check_readable
-from sglang_harness.runtime import cores, engine, images, kept_parents, parent_container
-from sglang_harness.runtime.beside import TEMPORARY
+from sglang_harness.runtime import cpu_binding, engine, images
+from sglang_harness.runtime import device as devices
+from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
-from sglang_harness.runtime.parent import Parents
-from sglang_harness.runtime.preloaded import Recipe
-from sglang_harness.runtime.reach import MODELS, FolderReach, VolumeReach
-from sglang_harness.runtime.running_container import PORT, RunningContainer
-from sglang_harness.runtime.warm import WarmServer, alike, warm_or
-from sglang_harness.secrets import new_api_key
+from sglang_harness.runtime.path_map import MODELS, FolderReach, VolumeReach
+from sglang_harness.runtime.sidecar import TEMPORARY
+from sglang_harness.runtime.warm import kept_parents, parent_container
+from sglang_harness.runtime.warm.parents import Parents
+from sglang_harness.runtime.warm.protocol import Recipe
+from sglang_harness.runtime.warm.server import WarmServer, alike, warm_or
 from sglang_harness.spec import ServerSpec, command_line
 
 
@@ -96,8 +98,8 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
     def _environment(self) -> dict[str, str]:
         key = {"SGLANG_API_KEY": self.api_key or ""}
         bound = {}
-        if self.device == "cpu" and cores.ranks(self.arguments) > 1:
-            bound = cores.binding(self.arguments, cores.cores_of(self._engine))
+        if self.device == "cpu" and cpu_binding.ranks(self.arguments) > 1:
+            bound = cpu_binding.binding(self.arguments, cpu_binding.cores_of(self._engine))
         # torch's shared memory is found by a socket in here: a peer has to see it too.
         shared = {"TMPDIR": str(TEMPORARY)}
         own = environment_of(self.spec, has_model=self.model is not None)
@@ -392,7 +394,7 @@ def environment_of(spec: ServerSpec, *, has_model: bool) -> dict[str, str]:
 
 def _launcher() -> str:
     """Starts SGLang with its key from the environment: see ``docker/launch.py``."""
-    return (shipped.root() / "docker" / "launch.py").read_text(encoding="utf-8")
+    return (assets.root() / "docker" / "launch.py").read_text(encoding="utf-8")
 
 
 def prepare(spec: ServerSpec, say: Callable[[str], None]) -> tuple[Literal["cpu", "gpu"], str]:

@@ -12,7 +12,7 @@ from typing import Literal
 import docker
 from docker.errors import APIError, ImageNotFound, NotFound
 
-from sglang_harness import shipped
+from sglang_harness._base import assets
 from sglang_harness.errors import ImageError
 from sglang_harness.spec import ServerSpec
 
@@ -77,7 +77,7 @@ def run_script(name: str, version: str | None, say: Say) -> str:
     Raises:
         ImageError: the script failed; its last words are in the message.
     """
-    script = shipped.root() / "docker" / name
+    script = assets.root() / "docker" / name
     command = ["sh", str(script), *([version] if version else [])]
     # Its own process group, so that an interruption here ends pip and docker too.
     process = subprocess.Popen(
@@ -120,7 +120,7 @@ def digest(client: docker.DockerClient, name: str) -> str:
 
 
 def _gpu_image(spec: ServerSpec) -> str:
-    pinned = shipped.pins()["GPU_IMAGE"]
+    pinned = assets.pins()["GPU_IMAGE"]
     if spec.sglang_version is None:
         return pinned
     return f"{pinned.split('@')[0].rsplit(':', 1)[0]}:v{spec.sglang_version}"

@@ -22,27 +22,22 @@ from typing import Any, Literal
 
 import psutil
 
-from sglang_harness import checkpoint, shipped
-from sglang_harness.device import cuda_environment, gpus
+from sglang_harness import checkpoint
+from sglang_harness._base import assets
+from sglang_harness._base.secrets import Redactor, new_api_key
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
-from sglang_harness.memory.process import ProcessMemory
-from sglang_harness.runtime import (
-    Started,
-    cores,
-    images,
-    kept_parents,
-    log_file,
-    parent_process,
-)
+from sglang_harness.memory.host.process import ProcessMemory
+from sglang_harness.runtime import Started, cpu_binding, images, log_file
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
-from sglang_harness.runtime.parent import Parents
+from sglang_harness.runtime.device import cuda_environment, gpus
+from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.runtime.ports import free_port, is_taken
-from sglang_harness.runtime.preloaded import Recipe
-from sglang_harness.runtime.reach import SameMachine
-from sglang_harness.runtime.warm import WarmServer, alike, warm_or
-from sglang_harness.secrets import Redactor, new_api_key
+from sglang_harness.runtime.warm import kept_parents, parent_process
+from sglang_harness.runtime.warm.parents import Parents
+from sglang_harness.runtime.warm.protocol import Recipe
+from sglang_harness.runtime.warm.server import WarmServer, alike, warm_or
 from sglang_harness.spec import ServerSpec, command_line
 
 _PR_SET_PDEATHSIG = 1
@@ -104,7 +99,7 @@ class SGLangProcess:
                 f"Port {self.spec.port} on 127.0.0.1 is in use.",
                 advice="Choose another with --port, or leave it out for a free one.",
             )
-        launcher = shipped.root() / "docker" / "launch.py"
+        launcher = assets.root() / "docker" / "launch.py"
         words = [
             *(str(self._python), str(launcher), "--model-path", self.model_path()),
             *("--host", "127.0.0.1", "--port", str(self._port)),
@@ -134,7 +129,7 @@ class SGLangProcess:
         """For the server and what stands beside it; without the key."""
         own = environment_of(self.spec, device=self.device, has_model=self.model is not None)
         on_cpu = self.device == "cpu"
-        bound = cores.binding(self.arguments, cores.cores_here()) if on_cpu else {}
+        bound = cpu_binding.binding(self.arguments, cpu_binding.cores_here()) if on_cpu else {}
         return {**bound, **own, "TMPDIR": str(self._folder)}
 
     def beside(self, script: str) -> AttachedProcess:
@@ -310,7 +305,7 @@ class ProcessRuntime:
 def recipe_of(spec: ServerSpec, python: Path) -> Recipe:
     """What a parent of servers like this one is made from."""
     environment = environment_of(spec, device="cpu", has_model=True)
-    version = spec.sglang_version or shipped.pins()["SGLANG_VERSION"]
+    version = spec.sglang_version or assets.pins()["SGLANG_VERSION"]
     return Recipe(runs=str(python), environment=alike(environment), version=version)
 
 

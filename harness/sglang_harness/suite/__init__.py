@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from importlib import import_module
 from typing import Any
 
 from sglang_harness.errors import SpecError
-
-from sglang_harness.suite import launch  # isort: skip
-from sglang_harness.suite import generate, sample, stop, chat, control  # isort: skip
-from sglang_harness.suite import weights, weights_routes, pushes  # isort: skip
-from sglang_harness.suite import memory, memory_release, memory_colocated  # isort: skip
-from sglang_harness.suite import architectures, parallel, parallel_pushes, lora  # isort: skip
-from sglang_harness.suite import hostile, refused_weights, memory_misuse  # isort: skip
+from sglang_harness.suite import checks
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -23,6 +18,7 @@ from sglang_harness.suite.check import (
     registered,
     run_check,
 )
+from sglang_harness.suite.checks import SUBJECTS
 from sglang_harness.verdict import CheckResult
 
 __all__ = [
@@ -39,11 +35,8 @@ __all__ = [
     "select",
 ]
 
-_SUBJECTS = (
-    launch, generate, sample, stop, chat, control, weights, weights_routes, pushes,
-    memory, memory_release, memory_colocated, architectures, parallel, parallel_pushes, lora,
-    hostile, refused_weights, memory_misuse,
-)  # fmt: skip
+for _name in SUBJECTS:
+    import_module(f"{checks.__name__}.{_name}")
 
 
 def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
@@ -52,28 +45,28 @@ def select(profile: str, patterns: list[str]) -> list[Check[Any]]:
     Raises:
         SpecError: a pattern matches no check.
     """
-    checks = list(registered().values())
+    all_checks = list(registered().values())
     if not patterns:
-        return _together([c for c in checks if profile == "full" or c.profile == "quick"])
+        return _together([c for c in all_checks if profile == "full" or c.profile == "quick"])
     chosen = []
     for pattern in patterns:
-        found = [c for c in checks if pattern in c.id or fnmatch(c.id, pattern)]
+        found = [c for c in all_checks if pattern in c.id or fnmatch(c.id, pattern)]
         if not found:
             raise SpecError(
                 f"No check matches {pattern!r}.",
                 advice="'sglang-harness checks' lists them all.",
             )
         chosen += [c for c in found if c not in chosen]
-    return _together(sorted(chosen, key=checks.index))
+    return _together(sorted(chosen, key=all_checks.index))
 
 
-def _together(checks: list[Check[Any]]) -> list[Check[Any]]:
+def _together(chosen: list[Check[Any]]) -> list[Check[Any]]:
     """Those that can share a server of their own come after one another, where the first is; what
     may end its server comes last."""
     first: dict[str, int] = {}
-    for place, check in enumerate(checks):
+    for place, check in enumerate(chosen):
         first.setdefault(check.alike or check.id, place)
-    return sorted(checks, key=lambda c: (c.ends_its_server, first[c.alike or c.id]))
+    return sorted(chosen, key=lambda c: (c.ends_its_server, first[c.alike or c.id]))
 
 
 def as_markdown() -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_harness import device
 from sglang_harness.errors import Refused
-from sglang_harness.runtime import cores
+from sglang_harness.runtime import cpu_binding, device
 from sglang_harness.suite.check import Need
-from sglang_harness.weights.disk import lacks_shared_folder
+from sglang_harness.weights.routes.disk import lacks_shared_folder
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server
@@ -49,7 +48,7 @@ def _fewer_than_two_devices(server: Server) -> str | None:
         if server.device == "gpu":
             if len(device.meant(server.spec.gpus)) < 2:
                 server.lacks["devices"] = "needs 2 GPUs"
-        elif len(cores.cores_for(server.running.runtime)) < 2:
+        elif len(cpu_binding.cores_for(server.running.runtime)) < 2:
             server.lacks["devices"] = "needs 2 processor cores"
     return server.lacks["devices"]
 

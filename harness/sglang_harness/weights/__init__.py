@@ -3,10 +3,10 @@ arrived."""
 
 from __future__ import annotations
 
-from sglang_harness.weights import beside, disk, distributed, in_body  # noqa: F401 -- register
 from sglang_harness.weights.adapters import AdapterFailed, AdapterPusher, AdapterReport
 from sglang_harness.weights.pusher import WeightPusher
 from sglang_harness.weights.report import PushFailed, PushReport
+from sglang_harness.weights.routes import disk, distributed, in_body, peer  # noqa: F401 -- register
 
 __all__ = [
     "AdapterFailed",

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sglang_harness.checkpoint import adapter as adapter_files
 from sglang_harness.checkpoint.fitting import not_finite
+from sglang_harness.checkpoint.made import lora as adapter_files
 from sglang_harness.checkpoint.reading import TensorInfo, open_checkpoint
 from sglang_harness.client import AdapterUpdate, Call, calls
 from sglang_harness.errors import HarnessError, MissingExtra, ModelError, ReadOnly, SpecError
-from sglang_harness.weights.disk import lacks_shared_folder
+from sglang_harness.weights.proof.witnesses import ask_tokens, judge_logprobs
 from sglang_harness.weights.report import Token, Witness
-from sglang_harness.weights.witnesses import ask_tokens, judge_logprobs
+from sglang_harness.weights.routes.disk import lacks_shared_folder
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server

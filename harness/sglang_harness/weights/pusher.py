@@ -26,18 +26,18 @@ from sglang_harness.errors import (
     SpecError,
 )
 from sglang_harness.peer import Peer
-from sglang_harness.weights import conclusion
-from sglang_harness.weights import route as routes
-from sglang_harness.weights.buckets import Bucket, plan
-from sglang_harness.weights.conclusion import Gathered
-from sglang_harness.weights.expected import Computed, Served
-from sglang_harness.weights.fitted import open_for
-from sglang_harness.weights.fused_layout import COMPUTED
-from sglang_harness.weights.model_folder import model_folder
+from sglang_harness.weights.bracket import Pause, Session
+from sglang_harness.weights.proof import conclusion
+from sglang_harness.weights.proof.checksums import Computed, Served
+from sglang_harness.weights.proof.conclusion import Gathered
+from sglang_harness.weights.proof.fused_layout import COMPUTED
+from sglang_harness.weights.proof.witnesses import ask_tokens
 from sglang_harness.weights.report import BucketSent, PushFailed, PushReport
-from sglang_harness.weights.route import Job, Route
-from sglang_harness.weights.session import Pause, Session
-from sglang_harness.weights.witnesses import ask_tokens
+from sglang_harness.weights.routes import base as routes
+from sglang_harness.weights.routes.base import Job, Route
+from sglang_harness.weights.routes.buckets import Bucket, plan
+from sglang_harness.weights.source.fitted import open_for
+from sglang_harness.weights.source.model_folder import model_folder
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server

@@ -1,0 +1,1 @@
+"""Checkpoints that the harness makes itself: small models, altered and trained ones, adapters."""

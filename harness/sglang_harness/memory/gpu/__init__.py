@@ -1,0 +1,1 @@
+"""GPU memory: NVML, which GPUs are meant, who holds them, and when they are given back."""

@@ -1,0 +1,1 @@
+"""Host memory of a server: of its container or of its processes."""

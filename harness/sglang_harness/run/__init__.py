@@ -1,0 +1,1 @@
+"""The main job: one run of the suite, its pool of servers, and judging a saved run again."""

@@ -1,0 +1,243 @@
+"""What is the same for every server that runs in a container, however it was made."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import docker
+from docker.errors import APIError, DockerException, NotFound
+from docker.models.containers import Container
+from docker.types import Mount
+from testcontainers.core.docker_client import DockerClient
+
+from sglang_harness._base.secrets import Redactor
+from sglang_harness.errors import EngineError
+from sglang_harness.memory import MemorySource
+from sglang_harness.memory.host.container import ContainerMemory
+from sglang_harness.runtime import Started, engine, images
+from sglang_harness.runtime.death import Death, DeathWatch, read_death
+from sglang_harness.runtime.sidecar import ContainerBeside, make_temporary_volume
+from sglang_harness.spec import ServerSpec
+
+#: Where SGLang listens inside the containers that the harness sets up itself.
+PORT = 30000
+
+
+class RunningContainer:
+    """Address, death, log, memory and end of a server in a container.
+
+    Whoever derives from it makes the container, puts it into ``_container``, and sets
+    ``_watch`` once it runs.
+    """
+
+    spec: ServerSpec
+    image: str
+    """What it runs from, as it was named."""
+    api_key: str | None
+    port: int = PORT
+    """The server's port inside the container."""
+    device: Literal["cpu", "gpu"]
+    run_id: str
+    started: Started = Started("cold")
+    _temporary: Any = None
+    """The volume of :func:`make_temporary_volume`, where the server got one."""
+    _beside: list[ContainerBeside]
+    _container: Container | None = None
+    _address: str | None = None
+    _watch: DeathWatch | None = None
+    _exit_code: int | None = None
+    _logs_at_end: str | None = None
+
+    @cached_property
+    def _engine(self) -> docker.DockerClient:
+        return DockerClient().client
+
+    def _wait_for_death(self) -> Death:
+        try:
+            # Its own client: this one waits without a time-out in a thread of its own.
+            client = docker.from_env(timeout=None)  # type: ignore[arg-type]
+            container = client.containers.get(self._id)
+            container.wait(timeout=None)
+            log = Redactor(self.api_key or "").text(container.logs().decode(errors="replace"))
+            container.reload()
+            state = container.attrs["State"]
+        except (DockerException, OSError) as error:
+            if isinstance(error, NotFound):
+                return Death(None, False, "its container was removed by somebody else", "", ())
+            return Death(None, False, f"the Docker engine stopped answering ({error})", "", ())
+        death = read_death(state["ExitCode"], bool(state["OOMKilled"]), log)
+        return Death(**{**vars(death), "noticed_after": engine.seconds_since(state["FinishedAt"])})
+
+    @property
+    def watch(self) -> DeathWatch:
+        if self._watch is None:
+            raise EngineError("The container was not started.")
+        return self._watch
+
+    @property
+    def _id(self) -> str:
+        if self._container is None or self._container.id is None:
+            raise EngineError("The container is not there: never made, or gone already.")
+        return self._container.id
+
+    @property
+    def address(self) -> str:
+        """Base URL of the server, as seen from here; found out once."""
+        if self._address is None:
+            self._address = self._find_address()
+        return self._address
+
+    def _find_address(self) -> str:
+        assert self._container is not None
+        self._container.reload()
+        settings = self._container.attrs["NetworkSettings"]
+        bindings = settings["Ports"].get(f"{self.port}/tcp")
+        if not bindings:
+            raise EngineError("The container ended before its port was published.")
+        port = int(bindings[0]["HostPort"])
+        if engine.is_remote():
+            return f"http://{DockerClient().host()}:{port}"
+        everywhere = self.spec.publish_on == "0.0.0.0"  # noqa: S104 -- an address to replace
+        host = "127.0.0.1" if everywhere else self.spec.publish_on
+        inside = next((n["IPAddress"] for n in settings["Networks"].values() if n["IPAddress"]), "")
+        # From a container of its own the harness does not reach the host's loopback.
+        if engine.in_container() and inside and not _accepts(host, port):
+            return f"http://{inside}:{self.port}"
+        return f"http://{host}:{port}"
+
+    def logs(self, *, tail: int | None = None) -> str:
+        if self._logs_at_end is not None:
+            lines = self._logs_at_end.splitlines()
+            return "\n".join(lines if tail is None else lines[-tail:])
+        if self._container is None:
+            return ""
+        try:
+            raw = self._container.logs(tail="all" if tail is None else tail)
+        except (APIError, OSError):
+            return ""
+        return str(raw.decode(errors="replace"))
+
+    def inspect(self) -> dict[str, Any]:
+        attributes = self._engine.api.inspect_container(self._id)
+        host = attributes["HostConfig"]
+        return {
+            "container": attributes["Name"].lstrip("/"),
+            "image": self.image,
+            "digest": images.digest(self._engine, self.image),
+            "command": attributes["Config"]["Cmd"],
+            "user": attributes["Config"]["User"] or "root",
+            "init": host["Init"],
+            "ipc_mode": host["IpcMode"],
+            "shm_size": host["ShmSize"],
+            "read_only_root": host["ReadonlyRootfs"],
+            "cap_drop": host["CapDrop"] or [],
+            "security_opt": host["SecurityOpt"] or [],
+            "ulimits": host["Ulimits"] or [],
+            "device_requests": host["DeviceRequests"] or [],
+            "memory_limit": host["Memory"],
+            "ports": host["PortBindings"],
+        }
+
+    def host_pids(self) -> list[int]:
+        if self._container is None or engine.is_remote():
+            return []
+        try:
+            table = self._container.top()
+        except APIError:
+            return []
+        column = table["Titles"].index("PID")
+        pids = [int(row[column]) for row in table["Processes"]]
+        # The engine's numbers mean these processes only where this is the engine's host.
+        return [pid for pid in pids if _belongs_to(pid, self._id)]
+
+    def memory(self) -> list[MemorySource]:
+        return [ContainerMemory(self.stats)]
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters for the container, now."""
+        return dict(self._engine.api.stats(self._id, stream=False, one_shot=True))
+
+    def _make_temporary(self, name: str, *, held: bool) -> Mount:
+        """The volume for ``TMPDIR``; goes with the server."""
+        self._temporary, mount = make_temporary_volume(
+            self._engine, f"{name}-tmp", engine.labels(self.run_id, held=held)
+        )
+        return mount
+
+    def _remove_temporary(self) -> None:
+        if self._temporary is not None:
+            with suppress(NotFound, APIError):
+                self._temporary.remove(force=True)
+
+    def beside(self, script: str) -> ContainerBeside:
+        """A second container of this image beside the server: see
+        :class:`sglang_harness.runtime.Running`."""
+        attributes = self._engine.api.inspect_container(self._id)
+        if attributes["HostConfig"]["IpcMode"] in ("private", "none"):
+            raise EngineError(
+                "The server's container keeps its shared memory to itself (ipc: private), so "
+                "nothing can be put beside it.",
+                advice="Set 'ipc: shareable' for the service in your compose file.",
+            )
+        made = ContainerBeside(
+            attributes,
+            script,
+            name=f"{attributes['Name'].lstrip('/')}-peer-{uuid.uuid4().hex[:6]}",
+            labels=engine.labels(self.run_id),
+            temporary=self._temporary.name if self._temporary is not None else None,
+            shares_processes=self.device == "gpu",
+        )
+        self.__dict__.setdefault("_beside", []).append(made)
+        return made
+
+    def end(self, *, at_once: bool = False) -> int | None:
+        """Ends the server within ``limits.stop`` seconds, or at once, and removes what belongs
+        to it.
+
+        Returns its exit code; ``None`` where the engine could not tell. Again: the same.
+        """
+        if self._watch is not None and self._watch.death is None:
+            self._watch.expected = True
+        for peer in self.__dict__.pop("_beside", []):
+            peer.end()
+        if self._container is not None:
+            container = self._container
+            try:
+                container.stop(timeout=0 if at_once else int(self.spec.limits.stop))
+                self._logs_at_end = container.logs().decode(errors="replace")
+                container.reload()
+                self._exit_code = container.attrs["State"]["ExitCode"]
+            except (APIError, OSError):
+                self._logs_at_end = self._logs_at_end or ""
+            finally:
+                with suppress(NotFound):
+                    container.remove(force=True, v=True)
+                self._container = None
+        self._clear_away()
+        self._remove_temporary()
+        return self._exit_code
+
+    def _clear_away(self) -> None:
+        """Removes what belongs to the server beside its container."""
+
+
+def _accepts(host: str, port: int) -> bool:
+    """Whether something takes connections there."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _belongs_to(pid: int, container_id: str) -> bool:
+    """Whether a process of this machine is in a container, by its control groups."""
+    try:
+        return container_id in Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return False

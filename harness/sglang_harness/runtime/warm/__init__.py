@@ -1,0 +1,1 @@
+"""Warm starts: servers forked from a parent process that has imported SGLang already."""

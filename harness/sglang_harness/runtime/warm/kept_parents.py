@@ -1,0 +1,176 @@
+"""Preloaded parents that are kept for a person: on record, found again, and ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sglang_harness._base import paths
+from sglang_harness.errors import EngineError
+from sglang_harness.runtime.warm import parent_container, parent_process
+from sglang_harness.runtime.warm.parents import Folders, Parent, Say
+from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, SocketLink
+
+#: Seconds without use after which a kept parent ends by itself.
+IDLE = 3600.0
+
+
+class KeptParent(BaseModel):
+    """What is needed to find a kept parent and to end it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    run_id: str
+    runtime: Literal["docker", "process"]
+    version: str
+    """Of SGLang."""
+    runs: str
+    """The image's id, or the path of the Python."""
+    recipe: str
+    """:meth:`Recipe.digest` of what it was made from."""
+    folder: str
+
+    @property
+    def file(self) -> Path:
+        return _folder() / f"{self.name}.json"
+
+    def answers(self) -> bool:
+        """Whether it is still there."""
+        try:
+            SocketLink(Path(self.folder) / "control" / "socket").end()
+        except EngineError:
+            return False
+        return True
+
+
+def _folder() -> Path:
+    return paths.state() / "parents"
+
+
+def on_record() -> list[KeptParent]:
+    """Every kept parent, whether it still runs or not."""
+    found = []
+    for file in sorted(_folder().glob("*.json")):
+        try:
+            found.append(KeptParent.model_validate_json(file.read_text(encoding="utf-8")))
+        except (OSError, ValidationError):
+            continue
+    return found
+
+
+def find(runtime: str, recipe: Recipe) -> Parent | None:
+    """A kept parent of this recipe that answers, and has room for a server; ``None``: there is
+    none."""
+    wanted = recipe.digest()
+    for kept in on_record():
+        if kept.runtime != runtime or kept.recipe != wanted:
+            continue
+        try:
+            where = parent_container if runtime == "docker" else parent_process
+            parent: Parent = where.find(kept.name, Path(kept.folder), recipe)
+        except EngineError:
+            continue
+        try:
+            if runtime != "docker" or parent.preloaded.ask("ports")["free"]:
+                return parent
+        except EngineError:
+            pass
+        parent.end()
+    return None
+
+
+def keep(runtime: Literal["docker", "process"], recipe: Recipe, image: str, say: Say) -> KeptParent:
+    """Makes a parent and puts it on record; the one of this recipe where it is there already.
+
+    A kept one of the same version that was made of something else by now is ended.
+
+    Raises:
+        EngineError: it could not be made.
+    """
+    for kept in on_record():
+        if kept.runtime != runtime or kept.version != recipe.version:
+            continue
+        if kept.recipe == recipe.digest() and kept.answers():
+            return kept
+        say(f"{kept.name} was made of something else, or has ended: removing it")
+        end(kept)
+    say(f"a parent imports SGLang {recipe.version}".rstrip())
+    run_id = uuid.uuid4().hex[:12]
+    if runtime == "docker":
+        made = parent_container.make_kept(recipe, image, run_id=run_id, idle=IDLE)
+    else:
+        made = parent_process.make_kept(recipe, idle=IDLE)
+    return _record(runtime, recipe, run_id, *made)
+
+
+def _record(
+    runtime: Literal["docker", "process"], recipe: Recipe, run_id: str, name: str, folders: Folders
+) -> KeptParent:
+    kept = KeptParent(
+        name=name,
+        run_id=run_id,
+        runtime=runtime,
+        version=recipe.version,
+        runs=recipe.runs,
+        recipe=recipe.digest(),
+        folder=str(folders.root),
+    )
+    kept.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = kept.file.with_suffix(f".{os.getpid()}")
+    beside.touch(mode=0o600)
+    beside.write_text(kept.model_dump_json(), encoding="utf-8")
+    beside.replace(kept.file)
+    return kept
+
+
+def end(kept: KeptParent) -> list[str]:
+    """Ends a kept parent with every server that it has; returns what could not be removed."""
+    left: list[str] = []
+    try:
+        preloaded = Preloaded(SocketLink(Path(kept.folder) / "control" / "socket"))
+        preloaded.wait_until_ready(10.0)
+        with suppress(EngineError):  # it may be faster than its answer
+            preloaded.ask("quit")
+        preloaded.close()
+        if kept.runtime == "process":
+            left = _until_gone(int(preloaded.about["pid"]))
+    except EngineError:
+        pass  # it has ended
+    if kept.runtime == "docker":
+        left = parent_container.remove(kept.name)
+    shutil.rmtree(kept.folder, ignore_errors=True)
+    if not left:
+        kept.file.unlink(missing_ok=True)
+    return left
+
+
+def _until_gone(pid: int) -> list[str]:
+    try:
+        process = psutil.Process(pid)
+        try:
+            process.wait(timeout=20)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=5)
+    except psutil.NoSuchProcess:
+        return []
+    except psutil.TimeoutExpired:
+        return [f"process {pid}"]
+    return []
+
+
+def sweep(*, everything: bool = False) -> list[str]:
+    """Removes the records and folders of kept parents that have ended, or ends all; returns their
+    names."""
+    gone = [kept for kept in on_record() if everything or not kept.answers()]
+    for kept in gone:
+        end(kept)
+    return [kept.name for kept in gone]

@@ -1,0 +1,285 @@
+"""A preloaded parent in a container; its servers run there too, each on a port of its own."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import docker
+from docker.errors import APIError, DockerException, NotFound
+from docker.types import DriverConfig, Mount
+
+from sglang_harness.errors import EngineError
+from sglang_harness.runtime import cpu_binding, engine, images
+from sglang_harness.runtime.attached import AttachedContainer
+from sglang_harness.runtime.path_map import EXCHANGE, MODELS, FolderReach
+from sglang_harness.runtime.sidecar import TEMPORARY, ContainerBeside
+from sglang_harness.runtime.warm.parents import (
+    Folders,
+    Parent,
+    Say,
+    new_name,
+    new_root,
+    place,
+    until_it_listens,
+)
+from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
+from sglang_harness.spec import Argument
+
+#: Ports inside the container. Below the range that the kernel gives out to clients (32768), and
+#: far enough apart for the ports that SGLang derives from its own (+233 and on, 0.5.23).
+PORTS = tuple(range(20000, 28000, 500))
+
+#: What all servers of a container share: only bounds, nothing is set aside.
+SHM_SIZE = "8g"
+
+
+class ContainerParent(Parent):
+    """One that was started here, or a kept one that was found."""
+
+    @cached_property
+    def _engine(self) -> docker.DockerClient:
+        return engine.connect()
+
+    @cached_property
+    def _attributes(self) -> dict[str, Any]:
+        return dict(self._engine.api.inspect_container(self.name))
+
+    def address_words(self) -> tuple[list[str], int | None]:
+        return ["--host", "0.0.0.0", "--port", "{port}"], None  # noqa: S104 -- inside the container
+
+    def address(self, port: int) -> str:
+        bindings = self._attributes["NetworkSettings"]["Ports"].get(f"{port}/tcp")
+        if not bindings:
+            raise EngineError(f"The container {self.name} does not publish port {port}.")
+        return f"http://127.0.0.1:{bindings[0]['HostPort']}"
+
+    def temporary(self, name: str) -> PurePosixPath:
+        return TEMPORARY / name
+
+    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
+        if cpu_binding.ranks(arguments) == 1:
+            return {}
+        return cpu_binding.binding(arguments, cpu_binding.cores_of(self._engine))
+
+    def share_model(self, model: Path) -> PurePosixPath:
+        return self.folders.models / place(model, self.folders.root / "models")
+
+    def reach(self, name: str, model: Path, inside: PurePosixPath) -> FolderReach:
+        folder = self.folders.root / "exchange" / name
+        folder.mkdir()
+        folder.chmod(0o755)
+        return FolderReach(
+            model, folder=folder, inside=self.folders.exchange / name, model_inside=inside
+        )
+
+    def host_pids(self, pids: Sequence[int]) -> list[int]:
+        try:
+            table = self._engine.api.top(self.name)
+        except APIError:
+            return []
+        column = table["Titles"].index("PID")
+        by_inside = {}
+        for row in table["Processes"]:
+            if inside := _number_inside(int(row[column])):
+                by_inside[inside] = int(row[column])
+        return [by_inside[pid] for pid in pids if pid in by_inside]
+
+    def beside(self, name: str, script: str, *, run_id: str) -> ContainerBeside:
+        (temporary,) = [m for m in self._attributes["Mounts"] if m["Destination"] == str(TEMPORARY)]
+        return ContainerBeside(
+            self._attributes,
+            script,
+            name=f"{name}-peer-{uuid.uuid4().hex[:6]}",
+            labels=engine.labels(run_id),
+            temporary=temporary["Name"],
+            shares_processes=False,
+            folder=self.temporary(name),
+        )
+
+    def peers_left(self, name: str) -> list[str]:
+        with suppress(DockerException):
+            return [
+                f"{t.kind} {t.name}"
+                for t in engine.ours(self._engine)
+                if t.name.startswith(f"{name}-peer-")
+            ]
+        return []
+
+    def about(self) -> dict[str, Any]:
+        made = self._attributes
+        host = made["HostConfig"]
+        image = made["Config"]["Image"]
+        return {
+            "container": self.name,
+            "image": image,
+            "digest": images.digest(self._engine, image),
+            "user": made["Config"]["User"] or "root",
+            "init": host.get("Init"),
+            "ipc_mode": host.get("IpcMode"),
+            "shm_size": host.get("ShmSize"),
+            "read_only_root": host.get("ReadonlyRootfs"),
+            "cap_drop": host.get("CapDrop") or [],
+            "security_opt": host.get("SecurityOpt") or [],
+            "memory_limit": host.get("Memory"),
+        }
+
+    def end(self) -> list[str]:
+        left = super().end()
+        if "_engine" in self.__dict__:
+            self._engine.close()
+        return left
+
+    def end_place(self) -> list[str]:
+        return self.program.end() if self.program is not None else remove(self.name)
+
+
+def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParent:
+    """A parent of this run's, ready to be forked from; it ends with this process.
+
+    Raises:
+        EngineError: the engine refused, or SGLang could not be imported.
+    """
+    name = new_name()
+    folders = _folders(new_root())
+    began = time.monotonic()
+    say("a parent of warm servers imports SGLang once")
+    container: AttachedContainer | None = None
+    preloaded: Preloaded | None = None
+    try:
+        folders.make()
+        container = AttachedContainer(
+            "The preloaded parent",
+            name,
+            **_how(recipe, image, folders, labels=engine.labels(run_id)),
+        )
+        preloaded = Preloaded(container)
+        preloaded.wait_until_ready()
+    except BaseException:
+        if container is not None:
+            container.end()
+        shutil.rmtree(folders.root, ignore_errors=True)
+        raise
+    say(f"the parent is ready after {time.monotonic() - began:.1f} s")
+    return ContainerParent(name, preloaded, folders, recipe, kept=False, program=container)
+
+
+def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[str, Folders]:
+    """A parent that outlives this process, and ends by itself after ``idle`` seconds without use.
+
+    Raises:
+        EngineError: the engine refused, or SGLang could not be imported.
+    """
+    name = new_name()
+    folders = _folders(new_root())
+    client = engine.connect()
+    try:
+        folders.make()
+        how = _how(recipe, image, folders, labels=engine.labels(run_id, held=True))
+        how["command"] += [
+            *("--listen", str(folders.control / "socket"), "--idle", f"{idle:g}"),
+            *("--log", str(folders.logs / "parent.log")),
+        ]
+        try:
+            container = client.containers.create(name=name, auto_remove=True, **how)
+            container.start()
+        except DockerException as error:
+            reason = getattr(error, "explanation", None) or error
+            raise EngineError(f"The preloaded parent could not be started: {reason}.") from None
+        until_it_listens(folders, lambda: _runs(client, name))
+    except BaseException:
+        remove(name)
+        shutil.rmtree(folders.root, ignore_errors=True)
+        raise
+    finally:
+        client.close()
+    return name, folders
+
+
+def find(name: str, root: Path, recipe: Recipe) -> ContainerParent:
+    """A kept one. Raises :class:`EngineError`: it has gone."""
+    return ContainerParent.found(name, _folders(root), recipe)
+
+
+def remove(name: str) -> list[str]:
+    """Removes a parent's container and what goes with it; returns what could not be removed."""
+    client = engine.connect()
+    try:
+        client.containers.get(name).remove(force=True, v=True)
+    except NotFound:
+        return []
+    except APIError as error:
+        return [] if error.status_code == 409 else [f"container {name}: {error.explanation}"]
+    finally:
+        client.close()
+    return []
+
+
+def _folders(root: Path) -> Folders:
+    return Folders(
+        root,
+        exchange=EXCHANGE,
+        models=MODELS,
+        logs=PurePosixPath("/sglang-harness-logs"),
+        control=PurePosixPath("/sglang-harness-control"),
+    )
+
+
+def _how(recipe: Recipe, image: str, folders: Folders, *, labels: dict[str, str]) -> dict[str, Any]:
+    root = folders.root
+    return {
+        "image": image,
+        "entrypoint": ["python3", "-c", script()],
+        "command": ["--ports", ",".join(map(str, PORTS))],
+        "environment": {**dict(recipe.environment), "TMPDIR": str(TEMPORARY)},
+        "labels": labels,
+        "init": True,
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "tmpfs": {"/tmp": "rw,exec,nosuid,nodev,size=8g,mode=1777"},  # noqa: S108
+        "shm_size": SHM_SIZE,
+        "ipc_mode": "shareable",
+        "pids_limit": 32768,
+        "ports": {f"{port}/tcp": ("127.0.0.1", None) for port in PORTS},
+        "mounts": [
+            Mount(str(folders.exchange), str(root / "exchange"), type="bind", read_only=True),
+            Mount(str(folders.models), str(root / "models"), type="bind", read_only=True),
+            Mount(str(folders.logs), str(root / "logs"), type="bind"),
+            Mount(str(folders.control), str(root / "control"), type="bind"),
+            # Without a name of its own it goes with the container, whoever removes that.
+            Mount(
+                str(TEMPORARY),
+                None,
+                type="volume",
+                labels=labels,
+                driver_config=DriverConfig(
+                    "local", {"type": "tmpfs", "device": "tmpfs", "o": "mode=1777,size=4g"}
+                ),
+            ),
+        ],
+    }
+
+
+def _runs(client: docker.DockerClient, name: str) -> bool:
+    try:
+        return bool(client.containers.get(name).status in ("created", "running"))
+    except NotFound:
+        return False
+
+
+def _number_inside(pid: int) -> int | None:
+    """A process's number in its own namespace; ``None`` where it has gone."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,184 @@
+"""A preloaded parent as a process of this machine, for servers without a container."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import psutil
+
+from sglang_harness._base import assets
+from sglang_harness.errors import EngineError
+from sglang_harness.runtime import cpu_binding
+from sglang_harness.runtime.attached import AttachedProcess
+from sglang_harness.runtime.path_map import SameMachine
+from sglang_harness.runtime.ports import free_port
+from sglang_harness.runtime.warm.parents import (
+    Folders,
+    Parent,
+    Say,
+    new_name,
+    new_root,
+    until_it_listens,
+)
+from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
+from sglang_harness.spec import Argument
+
+
+class ProcessParent(Parent):
+    """One that was started here, or a kept one that was found."""
+
+    def __init__(self, *about: Any, **more: Any) -> None:
+        super().__init__(*about, **more)
+        self._peers: dict[str, list[AttachedProcess]] = {}
+
+    def address_words(self) -> tuple[list[str], int | None]:
+        port = free_port()
+        return ["--host", "127.0.0.1", "--port", str(port)], port
+
+    def address(self, port: int) -> str:
+        return f"http://127.0.0.1:{port}"
+
+    def temporary(self, name: str) -> PurePosixPath:
+        return PurePosixPath(self.folders.root / "tmp" / name)
+
+    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
+        return cpu_binding.binding(arguments, cpu_binding.cores_here())
+
+    def share_model(self, model: Path) -> PurePosixPath:
+        return PurePosixPath(model.resolve())
+
+    def reach(self, name: str, model: Path, inside: PurePosixPath) -> SameMachine:
+        del name, model, inside
+        return SameMachine()
+
+    def host_pids(self, pids: Sequence[int]) -> list[int]:
+        return list(pids)
+
+    def beside(self, name: str, script: str, *, run_id: str) -> AttachedProcess:
+        del run_id
+        peer = AttachedProcess(
+            "The peer",
+            [self.recipe.runs, "-c", script],
+            name=f"{name}-peer-{uuid.uuid4().hex[:6]}",
+            environment={
+                **dict(self.recipe.environment),
+                "TMPDIR": str(self.temporary(name)),
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
+            folder=Path(self.temporary(name)),
+        )
+        self._peers.setdefault(name, []).append(peer)
+        return peer
+
+    def peers_left(self, name: str) -> list[str]:
+        peers = self._peers.get(name, ())
+        return [f"process {p.pid}" for p in peers if psutil.pid_exists(p.pid)]
+
+    def about(self) -> dict[str, Any]:
+        return {"name": self.name, "image": None, "python": self.recipe.runs}
+
+    def end_place(self) -> list[str]:
+        left = self.program.end() if self.program is not None else []
+        if lost := self.preloaded.lost():
+            _clear_after(lost, since=self.since)
+        return left
+
+
+def _clear_after(lost: list[int], *, since: float) -> None:
+    """Ends what is left of servers whose parent was killed, as it would have done itself."""
+    spec = importlib.util.spec_from_file_location("preload", assets.root() / "docker/preload.py")
+    assert spec is not None
+    assert spec.loader is not None
+    preload: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(preload)
+    for pid in lost:
+        members = preload.family(pid)
+        preload.kill(members)
+        psutil.wait_procs([psutil.Process(p) for p in members if psutil.pid_exists(p)], timeout=5)
+    young = {
+        name
+        for name, made in preload.segments().items()
+        if made >= since and name.startswith(preload.SEGMENTS)
+    }
+    for name in young - preload.segments_in_use():
+        Path("/dev/shm", name).unlink(missing_ok=True)  # noqa: S108
+
+
+def make(recipe: Recipe, *, say: Say) -> ProcessParent:
+    """A parent of this run's, ready to be forked from; it ends with this process.
+
+    Raises:
+        EngineError: the Python cannot be run, or SGLang could not be imported.
+    """
+    name, folders = new_name(), Folders.same(new_root())
+    began = time.monotonic()
+    say("a parent of warm servers imports SGLang once")
+    process: AttachedProcess | None = None
+    try:
+        folders.make()
+        process = AttachedProcess(
+            "The preloaded parent",
+            [recipe.runs, "-c", script()],
+            name=name,
+            environment={**dict(recipe.environment), "TMPDIR": str(folders.root)},
+            folder=folders.root,
+            # It ends its servers first.
+            ends_within=20.0,
+        )
+        preloaded = Preloaded(process)
+        preloaded.wait_until_ready()
+    except BaseException:
+        if process is not None:
+            process.kill()  # it imports, and does not listen
+            process.end()
+        shutil.rmtree(folders.root, ignore_errors=True)
+        raise
+    say(f"the parent is ready after {time.monotonic() - began:.1f} s")
+    return ProcessParent(name, preloaded, folders, recipe, kept=False, program=process)
+
+
+def make_kept(recipe: Recipe, *, idle: float) -> tuple[str, Folders]:
+    """A parent that outlives this process, and ends by itself after ``idle`` seconds without use.
+
+    Raises:
+        EngineError: the Python cannot be run, or SGLang could not be imported.
+    """
+    name, folders = new_name(), Folders.same(new_root())
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        folders.make()
+        try:
+            process = subprocess.Popen(
+                [
+                    *(recipe.runs, "-c", script(), "--listen", str(folders.socket)),
+                    *("--idle", f"{idle:g}", "--log", str(folders.log)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=folders.root,
+                env={**dict(recipe.environment), "TMPDIR": str(folders.root)},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineError(f"{recipe.runs} cannot be run: {error.strerror}.") from None
+        until_it_listens(folders, lambda: process.poll() is None)
+    except BaseException:
+        if process is not None:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folders.root, ignore_errors=True)
+        raise
+    return name, folders
+
+
+def find(name: str, root: Path, recipe: Recipe) -> ProcessParent:
+    """A kept one. Raises :class:`EngineError`: it has gone."""
+    return ProcessParent.found(name, Folders.same(root), recipe)

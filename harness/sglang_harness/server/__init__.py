@@ -1,0 +1,311 @@
+"""One running SGLang server, with everything that can be asked of it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sglang_harness import checkpoint
+from sglang_harness._base.secrets import Redactor, named_as_secrets
+from sglang_harness.client import Client, RequestsTransport, RetryPolicy
+from sglang_harness.errors import AttachError, ServerDied, StartTimeout
+from sglang_harness.memory import MemoryLedger, MemorySource
+from sglang_harness.memory.gpu.guard import Guard, Return
+from sglang_harness.runtime import Reach, Running, Runtime, device
+from sglang_harness.runtime.attach import AttachedServer, Attachment
+from sglang_harness.runtime.docker import DockerRuntime
+from sglang_harness.server.identify import introduce
+from sglang_harness.server.readiness import StartReport, wait_until_ready
+from sglang_harness.spec import ServerSpec
+
+if TYPE_CHECKING:
+    from sglang_harness.weights import AdapterPusher, WeightPusher
+
+Say = Callable[[str], None]
+
+#: Seconds for the first generation of a server that is said to run already.
+ANSWERS_WITHIN = 60.0
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a server went down when it was asked to."""
+
+    exit_code: int | None
+    seconds: float
+    left_behind: list[str]
+    devices: list[Return] = field(default_factory=list)
+    """What became of each GPU; empty for a server that used none."""
+
+
+def _quietly(_: str) -> None:
+    return None
+
+
+class Server:
+    """A server that has generated its first token.
+
+    ::
+
+        with Server.start(ServerSpec(model="tiny")) as server:
+            print(server.client.generate("Hello").text)
+
+    Attributes:
+        spec: what was asked for.
+        model: the checkpoint's folder on this machine; ``None`` for a hub name.
+        device: ``cpu`` or ``gpu``.
+        client: the HTTP remote control.
+        report: how it came up.
+        memory: readings at marks; ``before start`` (GPUs), ``started`` and
+            ``ready`` are taken already.
+        may_change: false for somebody else's server that is only looked at.
+    """
+
+    def __init__(
+        self,
+        spec: ServerSpec,
+        running: Running,
+        *,
+        report: StartReport,
+        memory: MemoryLedger,
+        guard: Guard | None = None,
+        may_change: bool = True,
+    ) -> None:
+        self.may_change = may_change
+        self._guard = guard
+        self.spec = spec
+        self.model = running.model
+        self.device = running.device
+        self.report = report
+        self.memory = memory
+        self.running = running
+        self.redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
+        self.client = Client(
+            RequestsTransport(
+                running.address, api_key=running.api_key, read_timeout=spec.limits.request
+            ),
+            watch=running.watch,
+            retry=RetryPolicy(),
+            timeout=spec.limits.request,
+            read_only=not may_change,
+        )
+        self.lacks: dict[str, str | None] = {}
+        """What was asked of the server once: why it lacks something, or ``None``."""
+        self.stopped: Stopped | None = None
+        self._about: dict[str, Any] | None = None
+        self._weights: WeightPusher | None = None
+        self._adapters: AdapterPusher | None = None
+
+    @property
+    def weights(self) -> WeightPusher:
+        """Pushes new weights and finds out whether they arrived."""
+        if self._weights is None:
+            # Not everybody pushes, and only who does needs what pushing needs.
+            from sglang_harness.weights import WeightPusher
+
+            self._weights = WeightPusher(self)
+        return self._weights
+
+    @property
+    def adapters(self) -> AdapterPusher:
+        """Brings LoRA adapters, and finds out whether they are applied."""
+        if self._adapters is None:
+            from sglang_harness.weights import AdapterPusher
+
+            self._adapters = AdapterPusher(self)
+        return self._adapters
+
+    @classmethod
+    def start(
+        cls,
+        spec: ServerSpec,
+        *,
+        runtime: Runtime | Attachment | None = None,
+        say: Say = _quietly,
+        run_id: str | None = None,
+        held: bool = False,
+    ) -> Server:
+        """Starts a server and waits until it answers.
+
+        Args:
+            runtime: how it comes to be; by default in a container. An attachment starts
+                nothing: see :meth:`attach`.
+
+        Raises:
+            SpecError, EngineError, ImageError, ModelError: it could not be started.
+            LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are somebody else's, do not
+                answer, or are not idle. Nothing was started.
+            ServerDied, StartTimeout: it was started and never answered.
+        """
+        if isinstance(runtime, Attachment):
+            return cls.attach(runtime, spec, say=say, run_id=run_id)
+        runtime = runtime or DockerRuntime()
+        if runtime.name != "compose":  # whose GPUs are in its file
+            spec = device.within_visible(spec)
+        running = runtime.prepare(spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say)
+        guard = _guard(spec, running, say)
+        devices: list[MemorySource] = [guard.source] if guard else []
+        ledger = MemoryLedger([*devices, *running.memory()])
+        try:
+            ledger.mark("before start", only=devices)
+            started = time.monotonic()
+            running.start()
+            for source in devices:
+                ledger.watch(source)
+            ledger.mark("started")
+            say("it runs, and imports SGLang")
+            report = wait_until_ready(
+                running.address,
+                api_key=running.api_key,
+                watch=running.watch,
+                limit=spec.limits.start,
+                started=started,
+                last_log_line=lambda: (running.logs(tail=1).strip().splitlines() or [""])[-1],
+                say=say,
+            )
+            ledger.mark("ready")
+            return cls(spec, running, report=report, memory=ledger, guard=guard)
+        except BaseException as error:
+            # The log would be gone with the server; whoever reports the failure needs it.
+            log = running.logs()
+            ledger.close()
+            running.end()
+            for each in guard.close() if guard else ():
+                if not each.given_back:
+                    say(f"GPU {each.uuid} was not given back: {_held(each)}")
+            redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
+            error.server_log = redactor.text(log)  # type: ignore[attr-defined]
+            raise
+
+    @classmethod
+    def attach(
+        cls,
+        attachment: Attachment,
+        spec: ServerSpec | None = None,
+        *,
+        say: Say = _quietly,
+        run_id: str | None = None,
+    ) -> Server:
+        """Looks at a server that runs already; ``stop`` looks away and leaves it running.
+
+        Args:
+            spec: of its fields only ``limits`` and, where it is set, ``model`` (the served
+                checkpoint on this machine) mean anything.
+
+        Raises:
+            AttachError: nothing answers there, it wants another key, or it is no SGLang.
+            ModelError: ``model`` was given and is not there.
+        """
+        spec = spec or ServerSpec()
+        given = "model" in spec.model_fields_set
+        model = checkpoint.locate(spec.model, say) if given else attachment.model
+        about = introduce(attachment)
+        if model is None and not given and Path(about.model_path).is_dir():
+            model = Path(about.model_path)
+        running = AttachedServer(
+            attachment,
+            run_id=run_id or uuid.uuid4().hex[:12],
+            device=about.device,
+            model_path=about.model_path,
+            model=model,
+        )
+        say(f"looking at SGLang {about.version} at {running.address} ({about.device})")
+        try:
+            wait_until_ready(
+                running.address,
+                api_key=running.api_key,
+                watch=running.watch,
+                limit=spec.limits.start if "limits" in spec.model_fields_set else ANSWERS_WITHIN,
+            )
+        except (ServerDied, StartTimeout) as error:
+            running.end()
+            raise AttachError(
+                f"The server at {running.address} states what it serves, and generates nothing: "
+                f"{error.message}",
+                advice="It may be paused, loading or stuck; look at its log.",
+            ) from None
+        named = spec.model_copy(update={"model": str(model or about.model_path)})
+        return cls(
+            named,
+            running,
+            report=StartReport(),
+            memory=MemoryLedger([]),
+            may_change=attachment.allow_changes,
+        )
+
+    @property
+    def reach(self) -> Reach:
+        return self.running.reach
+
+    @property
+    def address(self) -> str:
+        return self.running.address
+
+    def about(self) -> dict[str, Any]:
+        """How it runs, without secrets; asked once, kept after the server has gone."""
+        if self._about is None:
+            self._about = self.redactor.data(self.running.inspect())
+        return self._about
+
+    def logs(self) -> str:
+        """Everything the server has written, without secrets."""
+        return self.redactor.text(self.running.logs())
+
+    def raise_if_dead(self) -> None:
+        """Raises :class:`ServerDied` where the server has ended by itself."""
+        if death := self.running.watch.death:
+            raise ServerDied(death)
+
+    def stop(self, *, at_once: bool = False) -> Stopped:
+        """Ends the server and removes what belongs to it. Again: the same answer.
+
+        Args:
+            at_once: nobody judges how it ends, so that it need not be waited for. One on a GPU is
+                asked to end all the same: what a killed one holds there may come back late.
+        """
+        if self.stopped is None:
+            left = self._weights.close() if self._weights is not None else []
+            self.client.close()
+            started = time.monotonic()
+            exit_code = self.running.end(at_once=at_once and self.device == "cpu")
+            seconds = time.monotonic() - started
+            self.memory.close()
+            devices = self._guard.close() if self._guard else []
+            left = [*left, *self.running.left_behind()]
+            self.stopped = Stopped(exit_code, seconds, left, devices)
+        return self.stopped
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def _guard(spec: ServerSpec, running: Running, say: Say) -> Guard | None:
+    """The guard of the server's GPUs; ``None`` where it uses none."""
+    if running.device != "gpu":
+        return None
+    guard = Guard(spec.gpus, run_id=running.run_id)
+    try:
+        guard.open(purpose=f"a server with {spec.model}", timeout=spec.limits.gpus, say=say)
+    except BaseException:
+        running.end()
+        raise
+    for warning in guard.warnings:
+        say(warning)
+    return guard
+
+
+def _held(device: Return) -> str:
+    return device.unknown or "; ".join(device.holders) or "the driver names nobody"

@@ -1,0 +1,1 @@
+"""Checks of memory: readings, release and resume, colocated training."""

@@ -1,0 +1,397 @@
+"""Do new weights arrive? An answer is no evidence: checksums and log-probabilities are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_harness import oracle as oracles
+from sglang_harness.checkpoint.made.perturb import perturbed
+from sglang_harness.client import Update
+from sglang_harness.errors import MissingExtra, Refused
+from sglang_harness.oracle import Oracle
+from sglang_harness.suite.check import (
+    Check,
+    Context,
+    Mismatch,
+    NotProvided,
+    Observation,
+    expect,
+    register,
+)
+from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.scored import (
+    Scored,
+    Tokens,
+    largest_error,
+    not_greedy,
+    unequal,
+    wrong_logprobs,
+)
+from sglang_harness.suite.needs import (
+    CHECKSUMS,
+    DISK_UPDATE,
+    FIRST_WEIGHTS,
+    PREFIX_CACHE,
+    SHARED_FOLDER,
+)
+from sglang_harness.verdict import Figure
+from sglang_harness.weights import PushFailed, PushReport
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
+
+NEW_VERSION = "harness-new"
+
+#: What every check needs that serves other weights from disk for a while.
+PUSHED = (DISK_UPDATE, SHARED_FOLDER, FIRST_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A second checkpoint beside the served one."""
+
+    folder: Path
+    inside: str
+    """Its path as the server sees it."""
+    bytes: int
+    oracle: Oracle
+
+
+def variant(context: Context) -> Variant:
+    """The perturbed checkpoint of this run, made once.
+
+    Raises:
+        NotProvided: torch is missing, or the model is not on this machine.
+    """
+    if context.seed not in context.variants:
+        server = context.server
+        if server.model is None:
+            raise NotProvided(
+                f"{server.spec.model} is on the hub, not here: no second checkpoint can be made.",
+                advice="Give the model as a folder.",
+            )
+        try:
+            folder = perturbed(server.model, context.scratch / "variant", context.seed)
+            size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+            made = Variant(
+                folder, str(server.reach.share(folder)), size, oracles.for_folder(folder)
+            )
+        except MissingExtra as error:
+            raise NotProvided(str(error)) from None
+        context.variants[context.seed] = made
+    found = context.variants[context.seed]
+    assert isinstance(found, Variant)
+    return found
+
+
+def update_from_disk(context: Context, inside: str, version: str, *, flush: bool = True) -> Update:
+    """One disk update with a label, bounded by the check's limit."""
+    if flush:
+        # An update that finds a request still counted as running changes the weights and
+        # answers 400 (0.5.23): wait for the count to be right first.
+        context.server.client.flush_cache()
+    return context.server.client.update_weights_from_disk(
+        inside,
+        weight_version=version,
+        flush_cache=flush,
+        timeout=context.server.spec.limits.check,
+    )
+
+
+@contextmanager
+def first_weights_afterwards(context: Context) -> Iterator[str]:
+    """Puts the served checkpoint and its label back, whatever the check did."""
+    info = context.server.client.model_info()
+    path, version = str(info["model_path"]), str(info["weight_version"])
+    try:
+        yield path
+    finally:
+        update_from_disk(context, path, version)
+
+
+def pushed(server: Server, checkpoint: Path, **options: Any) -> PushReport:
+    """What came of a push, by the route ``tensor`` and without the second witness where nothing
+    else is said: one that the server refused is judged like one that it took. A server that died
+    of it raises ``ServerDied``."""
+    usual = {"route": "tensor", "version": NEW_VERSION, "logprobs": False}
+    try:
+        return server.weights.push(checkpoint, **{**usual, **options})
+    except PushFailed as error:
+        server.raise_if_dead()
+        return error.report
+
+
+class NewWeights(Observation):
+    success: bool
+    message: str
+    seconds: float
+    bytes: int
+    asked_version: str
+    info_version: str
+    answer_version: str
+    parameters: list[str]
+    """Names of all parameters of every rank, fused as the server holds them."""
+    unchanged: list[str]
+    answers: list[Scored]
+    """Scored by the oracle of the new weights."""
+    old_oracle_error: float
+    """How far the same served log-probabilities are from the old weights' oracle, in nats."""
+
+
+@register
+class DiskUpdateIsServed(Check[NewWeights]):
+    id = "weights/disk"
+    sentence = (
+        "After an update from disk every parameter has changed, the new weights' oracle agrees "
+        "with what is generated, the old one does not, and the label is the new one."
+    )
+    observation = NewWeights
+    needs = (*PUSHED, CHECKSUMS)
+    changes = True
+
+    def observe(self, context: Context) -> NewWeights:
+        client, new = context.server.client, variant(context)
+        before = client.checksums()
+        with first_weights_afterwards(context):
+            update = update_from_disk(context, new.inside, NEW_VERSION)
+            after = client.checksums()
+            changed = set(after.changed_since(before))
+            answers, versions, off = [], [], 0.0
+            for prompt in PROMPTS[:2]:
+                answer = client.generate(prompt, sampling=greedy(12), logprobs=True)
+                ids = new.oracle.encode(prompt)
+                answers.append(Scored.of(prompt, ids, answer, new.oracle, context.dtype))
+                old = Scored.of(prompt, ids, answer, context.oracle, context.dtype)
+                off = max(off, largest_error([old]))
+                versions.append(str(answer.weight_version))
+            return NewWeights(
+                success=update.success,
+                message=update.message,
+                seconds=update.seconds,
+                bytes=new.bytes,
+                asked_version=NEW_VERSION,
+                info_version=str(client.model_info().get("weight_version")),
+                answer_version=versions[-1],
+                parameters=after.names(),
+                unchanged=[n for n in after.names() if n not in changed],
+                answers=answers,
+                old_oracle_error=off,
+            )
+
+    def judge(self, seen: NewWeights) -> list[Mismatch]:
+        wrong = list(expect("success", True, seen.success))
+        # Buffers (rotary tables) are computed, not loaded: they rightly stay.
+        stale = [n for n in seen.unchanged if not n.endswith(("cos_sin_cache", "inv_freq"))]
+        if stale or not seen.parameters:
+            wrong.append(
+                Mismatch(
+                    "checksums",
+                    f"all of {len(seen.parameters)} parameters changed",
+                    f"unchanged: {', '.join(stale[:5]) or 'no parameter is known'}",
+                )
+            )
+        for answer in seen.answers:
+            where = f"new weights, {answer.prompt!r}"
+            wrong += not_greedy(where, answer)
+            wrong += wrong_logprobs(where, answer)
+        bound = 10 * seen.answers[0].tolerance
+        if not seen.old_oracle_error > bound:
+            wrong.append(
+                Mismatch(
+                    "distance to the old weights' oracle",
+                    f"more than {bound:g}, so that old and new can be told apart",
+                    f"{seen.old_oracle_error:.6f}",
+                )
+            )
+        wrong += expect("weight version in /model_info", seen.asked_version, seen.info_version)
+        wrong += expect("weight version in answers", seen.asked_version, seen.answer_version)
+        return wrong
+
+    def figures(self, seen: NewWeights) -> list[Figure]:
+        rate = seen.bytes / max(seen.seconds, 1e-9) / 1e9
+        return [
+            Figure.of("push from disk", "s", "lower", seen.seconds),
+            Figure.of("push from disk, rate", "GB/s", "higher", rate),
+        ]
+
+
+class Restored(Observation):
+    changed_by_update: int
+    differing_checksums: list[str]
+    before: list[Tokens]
+    after: list[Tokens]
+    info_before: dict[str, str]
+    info_after: dict[str, str]
+    tolerance: float
+
+
+@register
+class DiskUpdateRestores(Check[Restored]):
+    id = "weights/disk-restore"
+    sentence = (
+        "Updating to new weights and back restores every checksum exactly, every answer, and "
+        "the name that is served."
+    )
+    observation = Restored
+    needs = (*PUSHED, CHECKSUMS)
+    changes = True
+
+    def observe(self, context: Context) -> Restored:
+        client, new = context.server.client, variant(context)
+
+        def ask() -> list[Tokens]:
+            client.flush_cache()
+            return [
+                Tokens.of(client.generate(p, sampling=greedy(8), logprobs=True))
+                for p in PROMPTS[:2]
+            ]
+
+        def info() -> dict[str, str]:
+            told = client.model_info()
+            names = ("model_path", "served_model_name", "weight_version")
+            return {name: str(told.get(name)) for name in names}
+
+        info_before, sums_before, before = info(), client.checksums(), ask()
+        with first_weights_afterwards(context):
+            update_from_disk(context, new.inside, NEW_VERSION)
+            changed = client.checksums().changed_since(sums_before)
+        return Restored(
+            changed_by_update=len(changed),
+            differing_checksums=client.checksums().changed_since(sums_before),
+            before=before,
+            after=ask(),
+            info_before=info_before,
+            info_after=info(),
+            tolerance=oracles.tolerance(context.dtype),
+        )
+
+    def judge(self, seen: Restored) -> list[Mismatch]:
+        wrong = list(expect("checksums after going back", [], seen.differing_checksums))
+        if not seen.changed_by_update:
+            wrong.append(Mismatch("checksums after the update", "changed ones", "none"))
+        for number, (before, after) in enumerate(zip(seen.before, seen.after, strict=True)):
+            wrong += unequal(f"answer {number}", before, after, seen.tolerance)
+        for name, value in seen.info_before.items():
+            wrong += expect(name, value, seen.info_after.get(name))
+        return wrong
+
+
+class PrefixCache(Observation):
+    warmed_cached_tokens: int
+    """Of the second of two equal prompts, before any update: shows that the cache works."""
+    flushed: Scored
+    """Right after an update that flushes: nothing of it may come from the old weights."""
+    unflushed: Scored
+    """The negative control: the same after an update told not to flush."""
+
+
+@register
+class NoStalePrefix(Check[PrefixCache]):
+    id = "weights/stale-prefix"
+    sentence = (
+        "A prefix that was cached before an update is not served after it; one that is (the "
+        "control, told not to flush) is found out."
+    )
+    observation = PrefixCache
+    needs = (*PUSHED, PREFIX_CACHE)
+    changes = True
+
+    def observe(self, context: Context) -> PrefixCache:
+        client, new = context.server.client, variant(context)
+        prompt = " ".join(PROMPTS)
+        ids = new.oracle.encode(prompt)
+
+        def ask() -> Scored:
+            answer = client.generate(ids, sampling=greedy(6), logprobs=True)
+            return Scored.of(prompt, ids, answer, new.oracle, context.dtype)
+
+        with first_weights_afterwards(context) as old_path:
+            ask()
+            warmed = ask().cached_tokens
+            update_from_disk(context, new.inside, NEW_VERSION)
+            flushed = ask()
+            update_from_disk(context, old_path, "harness-old")
+            ask()
+            update_from_disk(context, new.inside, NEW_VERSION, flush=False)
+            unflushed = ask()
+        return PrefixCache(warmed_cached_tokens=warmed, flushed=flushed, unflushed=unflushed)
+
+    def judge(self, seen: PrefixCache) -> list[Mismatch]:
+        wrong = []
+        if seen.warmed_cached_tokens == 0:
+            wrong.append(Mismatch("the same prompt again", "cached tokens", "none"))
+        wrong += expect("cached tokens after the update", 0, seen.flushed.cached_tokens)
+        wrong += not_greedy("after the update", seen.flushed)
+        wrong += wrong_logprobs("after the update", seen.flushed)
+        if seen.unflushed.cached_tokens and not list(wrong_logprobs("control", seen.unflushed)):
+            wrong.append(
+                Mismatch(
+                    "the control, answered from a stale prefix",
+                    "log-probabilities that give it away",
+                    "the new weights' own, so that staleness could not be seen here",
+                )
+            )
+        return wrong
+
+
+class RefusedPath(Observation):
+    status: int
+    reason: str
+    differing_checksums: list[str]
+    before: Tokens
+    after: Tokens
+    model_path_before: str
+    model_path_after: str
+    tolerance: float
+
+
+@register
+class MissingPathIsRefused(Check[RefusedPath]):
+    id = "weights/disk-missing-path"
+    sentence = "An update from a path that does not exist is refused, and nothing has changed."
+    observation = RefusedPath
+    needs = (DISK_UPDATE, FIRST_WEIGHTS, CHECKSUMS)
+    changes = True
+
+    def observe(self, context: Context) -> RefusedPath:
+        client = context.server.client
+
+        def ask() -> Tokens:
+            client.flush_cache()
+            return Tokens.of(client.generate(PROMPTS[0], sampling=greedy(8), logprobs=True))
+
+        path_before, sums, before = (
+            str(client.model_info()["model_path"]),
+            client.checksums(),
+            ask(),
+        )
+        status, reason = 200, ""
+        with first_weights_afterwards(context):
+            try:
+                update = update_from_disk(context, "/exchange/there-is-no-such-folder", NEW_VERSION)
+                reason = f"success {update.success}: {update.message}"
+            except Refused as error:
+                status, reason = error.status, error.reason
+            return RefusedPath(
+                status=status,
+                reason=reason,
+                differing_checksums=client.checksums().changed_since(sums),
+                before=before,
+                after=ask(),
+                model_path_before=path_before,
+                model_path_after=str(client.model_info()["model_path"]),
+                tolerance=oracles.tolerance(context.dtype),
+            )
+
+    def judge(self, seen: RefusedPath) -> list[Mismatch]:
+        wrong = []
+        if not 400 <= seen.status < 500:
+            wrong.append(Mismatch("answer", "a refusal (4xx)", f"{seen.status} {seen.reason}"))
+        wrong += expect("checksums", [], seen.differing_checksums)
+        wrong += unequal("answer afterwards", seen.before, seen.after, seen.tolerance)
+        wrong += expect("model_path", seen.model_path_before, seen.model_path_after)
+        return wrong

@@ -1,0 +1,151 @@
+"""Do new weights arrive on every process of a server that is several, and in every expert?"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from sglang_harness.checkpoint.made.perturb import perturbed
+from sglang_harness.errors import DidNotComeUp, MissingExtra
+from sglang_harness.suite.check import (
+    Check,
+    Context,
+    Mismatch,
+    NotProvided,
+    Observation,
+    expect,
+    register,
+)
+from sglang_harness.suite.checks.weights.disk import pushed
+from sglang_harness.suite.needs import CHECKSUMS, TWO_DEVICES
+from sglang_harness.verdict import Figure
+from sglang_harness.weights import PushReport
+
+
+class PushedByRoutes(Observation):
+    never_came_up: str = ""
+    ranks: int = 0
+    """Processes that state checksums."""
+    pushes: dict[str, PushReport] = Field(default_factory=dict)
+    """By route, each onto the first weights."""
+    changed: dict[str, int] = Field(default_factory=dict)
+    """By route, how many checksums the push changed, on all ranks together."""
+    unlike: dict[str, list[str]] = Field(default_factory=dict)
+    """By route, parameters that are not what the first route made of them."""
+    restored: list[str] = Field(default_factory=list)
+    """Parameters that are not what they were at first, after the first weights came back."""
+
+
+class _Pushed(Check[PushedByRoutes]):
+    observation = PushedByRoutes
+    profile = "full"
+    own_server = True
+    model: ClassVar[str] = "tiny"
+    args: ClassVar[dict[str, int]] = {}
+    routes: ClassVar[tuple[str, ...]] = ("disk", "tensor")
+
+    def observe(self, context: Context) -> PushedByRoutes:
+        seen = PushedByRoutes()
+        try:
+            with context.own_server(model=self.model, server_args=self.args) as server:
+                assert server.model is not None
+                client = server.client
+                folder = context.scratch / f"variant-of-{self.model}"
+                if not folder.exists():
+                    perturbed(server.model, folder, context.seed)
+                first, made = client.checksums(), None
+                seen.ranks = len(first.ranks)
+                for route in self.routes:
+                    push = pushed(server, folder, route=route, version=None, logprobs=True)
+                    seen.pushes[route] = push
+                    if push.outcome == "failed":
+                        continue
+                    now = client.checksums()
+                    made = made or now
+                    seen.changed[route] = len(now.changed_since(first))
+                    seen.unlike[route] = now.changed_since(made)
+                    client.flush_cache()
+                    client.update_weights_from_disk(
+                        server.running.model_path(), weight_version="default"
+                    )
+                    seen.restored += client.checksums().changed_since(first)
+        except DidNotComeUp as error:
+            seen.never_came_up = str(error)
+        except MissingExtra as error:
+            raise NotProvided(str(error)) from None
+        return seen
+
+    def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
+        if seen.never_came_up:
+            return [Mismatch("the server", "one that comes up", seen.never_came_up)]
+        wrong = list(expect("routes", list(self.routes), list(seen.pushes)))
+        for route, push in seen.pushes.items():
+            where = f"push by '{route}'"
+            if push.outcome == "failed":
+                wrong.append(Mismatch(where, "one that arrives", push.reason))
+                continue
+            # Where the layout over the ranks is not written down, the routes witness for one
+            # another; the oracle always can.
+            wrong += expect(f"{where}, log-probabilities", "agrees", push.logprobs.says)
+            if not seen.changed.get(route):
+                wrong.append(Mismatch(f"{where}, checksums", "changed ones", "none"))
+            wrong += expect(f"{where}, unlike the first route", [], seen.unlike.get(route))
+        wrong += expect("checksums after the way back", [], seen.restored)
+        return wrong
+
+    def figures(self, seen: PushedByRoutes) -> list[Figure]:
+        name = self.id.rpartition("/")[2]
+        return [
+            Figure.of(f"{name}, {route}", "s", "lower", push.seconds)
+            for route, push in seen.pushes.items()
+        ]
+
+
+@register
+class OntoTensorParallel(_Pushed):
+    id = "weights/on-tensor-2"
+    alike = "tensor-2"
+    model = "tiny-qwen3-moe"
+    sentence = (
+        "With tensor parallelism of 2 a push by each route gives every rank its part of the new "
+        "weights."
+    )
+    args: ClassVar[dict[str, Any]] = {"tp-size": 2}
+    routes = ("disk", "tensor", "tensor-bucket", "distributed")
+    needs = (TWO_DEVICES, CHECKSUMS)
+
+    def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
+        wrong = super().judge(seen)
+        if not seen.never_came_up:
+            wrong += expect("ranks", 2, seen.ranks)
+        return wrong
+
+
+@register
+class OntoPipelineParallel(_Pushed):
+    id = "weights/on-pipeline-2"
+    alike = "pipeline-2"
+    sentence = (
+        "With pipeline parallelism of 2 a push by each route gives every stage its layers of the "
+        "new weights."
+    )
+    args: ClassVar[dict[str, Any]] = {"pp-size": 2}
+    needs = (TWO_DEVICES, CHECKSUMS)
+
+
+@register
+class OntoExperts(_Pushed):
+    id = "weights/on-experts"
+    alike = "qwen3-moe"
+    sentence = "A push onto a mixture of experts by each route reaches every expert."
+    model = "tiny-qwen3-moe"
+    routes = ("disk", "tensor", "distributed")
+    needs = (CHECKSUMS,)
+
+    def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
+        wrong = super().judge(seen)
+        for route, push in seen.pushes.items():
+            if push.outcome != "failed":
+                wrong += expect(f"push by '{route}', checksums", "agrees", push.checksums.says)
+        return wrong

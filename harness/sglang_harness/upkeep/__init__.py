@@ -1,0 +1,1 @@
+"""What outlives a run and what must not: kept servers, sweep, doctor."""

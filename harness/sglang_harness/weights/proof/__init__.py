@@ -1,0 +1,1 @@
+"""The independent signs that pushed weights arrived, and the conclusion from them."""

@@ -1,0 +1,1 @@
+"""The ways for weights to reach a server: one module each, behind one protocol."""

@@ -1,0 +1,147 @@
+"""By a process group: a trainer of ours beside the server is rank 0, the server's ranks follow.
+
+NCCL (GPU) was not run by this project yet; gloo (CPU) was.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from sglang_harness.client import Update, calls
+from sglang_harness.errors import HarnessError, NoAnswerInTime
+from sglang_harness.peer import Peer, largest, slots
+from sglang_harness.weights.routes.base import Job, Sent, register
+from sglang_harness.weights.routes.buckets import Bucket
+from sglang_harness.weights.routes.in_body import lacks_one_replica
+from sglang_harness.weights.routes.peer import lacks_peer, open_in_peer
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
+
+#: Seconds for all ranks to find each other.
+JOINS_WITHIN = 60.0
+
+#: Seconds for the peer to import SGLang, whose rendezvous it uses.
+IMPORTS_WITHIN = 180.0
+
+
+@register("distributed")
+class Distributed:
+    """``/init_weights_update_group`` and ``/update_weights_from_distributed``.
+
+    Args:
+        joins_within: seconds for the rendezvous. A server that waits for a peer answers nothing
+            else (SGLang 0.5.23); this bounds how long the harness waits beside it.
+    """
+
+    name = "distributed"
+    needs_session = True
+    in_one_piece = False
+
+    def __init__(self, *, joins_within: float = JOINS_WITHIN) -> None:
+        self._joins_within = joins_within
+        self._group = f"sglang-harness-{uuid.uuid4().hex[:8]}"
+        self._joined = False
+        self._peer: Peer | None = None
+
+    def lacking(self, server: Server) -> str | None:
+        for path in ("/init_weights_update_group", "/update_weights_from_distributed"):
+            if not server.client.has_route("POST", path):
+                return f"this SGLang has no POST {path}"
+        return lacks_peer(server) or lacks_one_replica(server)
+
+    def open(self, job: Job) -> None:
+        self._job = job
+        self._peer = peer = open_in_peer(job, shared=False)
+        peer.ask("prepare", timeout=IMPORTS_WITHIN)
+        port = int(peer.ask("port", timeout=10.0)["port"])
+        backend = "nccl" if job.server.device == "gpu" else "gloo"
+        self._join(peer, backend, port)
+        answer: list[Update | HarnessError] = []
+
+        def ask_server() -> None:
+            try:
+                answer.append(
+                    job.server.client.send(
+                        calls.init_weights_update_group(
+                            master_address="127.0.0.1",
+                            master_port=port,
+                            rank_offset=1,
+                            world_size=1 + job.ranks,
+                            group_name=self._group,
+                            backend=backend,
+                            timeout=self._joins_within,
+                        )
+                    )
+                )
+            except HarnessError as error:
+                answer.append(error)
+
+        asking = threading.Thread(target=ask_server, daemon=True, name="join-group")
+        asking.start()
+        asking.join(self._joins_within + 10.0)
+        (told,) = answer or [
+            NoAnswerInTime("POST /init_weights_update_group", "the call did not come back")
+        ]
+        if isinstance(told, HarnessError):
+            raise told
+        self._await_join(peer)
+        self._joined = True
+
+    def _join(self, peer: Peer, backend: str, port: int) -> None:
+        """Rank 0 goes first: it is the one that is looked for."""
+        peer.tell(
+            "join",
+            backend=backend,
+            port=port,
+            world=1 + self._job.ranks,
+            group=self._group,
+            timeout=self._joins_within,
+        )
+
+    def _await_join(self, peer: Peer) -> None:
+        peer.answer(self._joins_within + 10.0)
+
+    def send(self, bucket: Bucket) -> Sent:
+        job, peer = self._job, self._peer
+        assert peer is not None
+        started = time.monotonic()
+        peer.tell("broadcast", slots=slots(bucket), room=largest(job.buckets))
+        update = job.server.client.send(
+            calls.update_weights_from_distributed(
+                names=bucket.names,
+                dtypes=[slot.dtype for slot in bucket.slots],
+                shapes=[slot.shape for slot in bucket.slots],
+                group_name=self._group,
+                weight_version=job.version,
+                abort_all_requests=job.abort_all_requests,
+                timeout=job.timeout,
+            )
+        )
+        sent = peer.answer(job.timeout)
+        whole = time.monotonic() - started
+        read, hand_over = float(sent["seconds_read"]), float(sent["seconds_send"])
+        return Sent(update.message, read, 0.0, hand_over, max(0.0, whole - read - hand_over))
+
+    def close(self) -> list[str]:
+        """Both sides leave the group; a peer that cannot is ended by whoever started it."""
+        left: list[str] = []
+        if not self._joined or self._peer is None:
+            return left
+        for what, do in (
+            ("the peer", lambda peer: peer.ask("leave", timeout=20.0)),
+            (
+                "the server",
+                lambda _: self._job.server.client.send(
+                    calls.destroy_weights_update_group(self._group, timeout=20.0)
+                ),
+            ),
+        ):
+            try:
+                do(self._peer)
+            except HarnessError as error:
+                left.append(f"{what} has not left the process group: {error.message}")
+        return left

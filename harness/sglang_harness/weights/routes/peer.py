@@ -1,0 +1,122 @@
+"""From a peer beside the server: handles to shared memory or to a GPU's, not bytes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sglang_harness.client import calls
+from sglang_harness.peer import Peer, largest, slots
+from sglang_harness.weights.routes.base import Job, Sent, register
+from sglang_harness.weights.routes.buckets import Bucket
+from sglang_harness.weights.routes.in_body import fields, lacks_tensor_update
+from sglang_harness.weights.source.staging import stage
+
+if TYPE_CHECKING:
+    from sglang_harness.server import Server
+
+
+class Text:
+    """A body that is small enough to be held whole."""
+
+    def __init__(self, data: dict[str, object]) -> None:
+        self._text = json.dumps(data).encode()
+
+    def __len__(self) -> int:
+        return len(self._text)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._text
+
+
+def open_in_peer(job: Job, *, shared: bool) -> Peer:
+    """The peer, with the checkpoint open in it and room for the largest bucket.
+
+    Args:
+        shared: the room is to be in ``/dev/shm``.
+    """
+    peer = job.peer()
+    started = time.monotonic()
+    inside, made = stage(job.source, job.server.reach)
+    if made is not None:
+        job.staged.append(made)
+    job.seconds_staged = time.monotonic() - started
+    peer.ask("open", folder=str(inside), timeout=job.timeout)
+    peer.ask("ready", room=largest(job.buckets), shared=shared, timeout=job.timeout)
+    return peer
+
+
+def lacks_peer(server: Server) -> str | None:
+    """Why nothing can be put beside this server; ``None``: it can."""
+    if server.running.runtime == "attach":
+        return "somebody else started this server: nothing can be put beside it"
+    if getattr(server.running, "is_borrowed", False):
+        return "another process keeps this server: nothing can be put beside it from here"
+    return None
+
+
+@register("shared-memory")
+class SharedMemory:
+    """``/update_weights_from_tensor`` with a handle to ``/dev/shm``, one for every rank."""
+
+    name = "shared-memory"
+    needs_session = True
+    in_one_piece = False
+    cuda = False
+
+    def lacking(self, server: Server) -> str | None:
+        return lacks_peer(server) or lacks_tensor_update(server)
+
+    def open(self, job: Job) -> None:
+        self._job = job
+        self._peer = open_in_peer(job, shared=not self.cuda)
+
+    def send(self, bucket: Bucket) -> Sent:
+        job = self._job
+        started = time.monotonic()
+        packed = self._peer.ask(
+            "pack",
+            slots=slots(bucket),
+            extent=bucket.extent,
+            # One buffer for all of them, as large as the largest.
+            room=largest(job.buckets),
+            ranks=job.ranks,
+            cuda=self.cuda,
+            timeout=job.timeout,
+        )
+        ready = time.monotonic()
+        body = {
+            "serialized_named_tensors": packed["payloads"],
+            **fields(job, flattened=True),
+        }
+        update = job.server.client.send(
+            calls.update_weights_from_tensor(Text(body), timeout=job.timeout)
+        )
+        read, pack = float(packed["seconds_read"]), float(packed["seconds_pack"])
+        return Sent(
+            update.message,
+            read,
+            pack,
+            # What it takes to speak to the peer.
+            max(0.0, ready - started - read - pack),
+            time.monotonic() - ready,
+        )
+
+    def close(self) -> list[str]:
+        return []
+
+
+@register("cuda-ipc")
+class CudaIpc(SharedMemory):
+    """The same with a handle to the memory of the GPU that the rank runs on. Written from
+    what is known of it; not run on a GPU by this project yet."""
+
+    name = "cuda-ipc"
+    cuda = True
+
+    def lacking(self, server: Server) -> str | None:
+        if server.device != "gpu":
+            return "the server runs on a CPU"
+        return super().lacking(server)
