@@ -158,6 +158,11 @@ class NoAnswerInTime(RequestFailed):
     """The server took the request and did not answer within the read time-out."""
 
 
+class TimeIsOver(NoAnswerInTime):
+    """The caller's own bound ended the wait (``client.within``), not that of the request: whether
+    the server hangs or was only slow is not known from this."""
+
+
 class Refused(RequestFailed):
     """The server answered with an error, in whichever of its three shapes.
 

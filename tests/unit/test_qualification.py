@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,7 @@ class Running:
         self.report = StartReport(phases=[Phase("create", 1.0), Phase("import", 2.0)])
         self.client = SimpleNamespace(
             retries=[],
-            deadline=None,
+            within=lambda _: nullcontext(),
             server_info=lambda: {"version": "0.5.23"},
             has_route=lambda *_: True,
         )

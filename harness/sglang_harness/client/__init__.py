@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,7 @@ from sglang_harness.errors import (
     Refused,
     RequestFailed,
     ServerDied,
+    TimeIsOver,
     Unreachable,
 )
 from sglang_harness.runtime.death import DeathWatch
@@ -58,11 +60,13 @@ class Client:
         watch: says whether the server still lives; a call that fails because it died raises
             :class:`ServerDied` with the reason instead of a broken connection.
         retry: when a failed call is sent again; by default never.
-        timeout: seconds for an answer where neither the call nor a deadline says less.
+        timeout: seconds for an answer where neither the call nor :meth:`within` says less.
+        cleanup: seconds for all calls of one :meth:`cleanup`.
         read_only: a call that changes the server is not sent, and raises :class:`ReadOnly`.
 
     Raises, for every call: :class:`Refused`, :class:`BadAnswer`, :class:`Unreachable`,
-    :class:`NoAnswerInTime`, and :class:`ServerDied`.
+    :class:`NoAnswerInTime`, and :class:`ServerDied`; inside :meth:`within` also
+    :class:`TimeIsOver`.
     """
 
     def __init__(
@@ -72,18 +76,50 @@ class Client:
         watch: DeathWatch | None = None,
         retry: RetryPolicy | None = None,
         timeout: float = 120.0,
+        cleanup: float = 300.0,
         read_only: bool = False,
     ) -> None:
         self.read_only = read_only
         self._timeout = timeout
+        self._cleanup = cleanup
         self._transport = transport
         self._watch = watch
         self._retry = retry or RetryPolicy()
         self.retries: list[Attempt] = []
-        self.deadline: float | None = None
-        """``time.monotonic()`` after which every call fails; ``None``: no such bound."""
+        self._deadline: float | None = None
+        self._own = threading.local()
         self._routes: frozenset[tuple[str, str]] | None = None
         self._lock = threading.Lock()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Bounds everything inside, whichever thread it is called from.
+
+        A call that is still without its answer after ``seconds`` raises :class:`TimeIsOver`, and
+        none is sent after that, except inside :meth:`cleanup`. Of nested bounds the earlier holds.
+        """
+        before = self._deadline
+        ends = time.monotonic() + seconds
+        self._deadline = ends if before is None else min(before, ends)
+        try:
+            yield
+        finally:
+            self._deadline = before
+
+    @contextmanager
+    def cleanup(self, seconds: float | None = None) -> Iterator[None]:
+        """Calls of this thread that restore the server: exempt from every :meth:`within` around
+        them, and bounded on their own.
+
+        Args:
+            seconds: for all of them; by default what the client was made with.
+        """
+        before: float | None = getattr(self._own, "deadline", None)
+        self._own.deadline = time.monotonic() + (self._cleanup if seconds is None else seconds)
+        try:
+            yield
+        finally:
+            self._own.deadline = before
 
     def send(self, call: Call[T]) -> T:
         """The answer to ``call``; see the class for what it raises."""
@@ -99,7 +135,7 @@ class Client:
                 failed += 1
                 delay = self._retry.delay(call, failed, error)
                 if delay is None:
-                    raise
+                    raise self._blamed(call, error) from None
                 with self._lock:
                     self.retries.append(Attempt(str(call), failed, str(error)))
                 self._pause(delay)
@@ -138,19 +174,33 @@ class Client:
             raise BadAnswer(str(call), f"an event that is no JSON object ({error})") from None
         except RequestFailed as error:
             self._raise_if_dead(error)
-            raise
+            raise self._blamed(call, error) from None
         if not finished:
             self._raise_if_dead(Unreachable(str(call), "the stream ended"))
             raise BadAnswer(str(call), "the stream ended without [DONE]")
 
     def _bounded(self, call: Call[T]) -> Call[T]:
-        """The call with no more time than the deadline leaves; raises when that is over."""
-        if self.deadline is None:
-            return call if call.timeout is not None else replace(call, timeout=self._timeout)
-        left = self.deadline - time.monotonic()
+        """The call with no more time than is left; raises :class:`TimeIsOver` when none is."""
+        timeout = call.timeout or self._timeout
+        left = self._left()
+        if left is None:
+            return replace(call, timeout=timeout)
         if left <= 0:
-            raise NoAnswerInTime(str(call), "the time for this check is over")
-        return replace(call, timeout=min(left, call.timeout or self._timeout))
+            raise TimeIsOver(str(call), "not sent: the time for this was over")
+        return replace(call, timeout=min(left, timeout))
+
+    def _left(self) -> float | None:
+        """Seconds until the bound that holds for this thread; ``None``: there is none."""
+        own: float | None = getattr(self._own, "deadline", None)
+        ends = own if own is not None else self._deadline
+        return None if ends is None else ends - time.monotonic()
+
+    def _blamed(self, call: Call[Any], error: RequestFailed) -> RequestFailed:
+        """``error``, told apart from one that only a bound of the caller's made."""
+        left = self._left()
+        if isinstance(error, NoAnswerInTime) and left is not None and left <= 0:
+            return TimeIsOver(str(call), "no answer when the time for this was over")
+        return error
 
     def _raise_if_dead(self, error: RequestFailed) -> None:
         if self._watch is None or not isinstance(error, Unreachable | BadAnswer | Refused):

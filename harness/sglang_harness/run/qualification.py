@@ -198,9 +198,9 @@ class Qualification:
                 )
                 continue
             self._viewer.begin(check.id, number, len(asked))
-            context.server.client.deadline = time.monotonic() + self._request.spec.limits.check
-            self._record(*run_check(check, context))
-            context.server.client.deadline = None
+            with context.server.client.within(self._request.spec.limits.check):
+                result = run_check(check, context)
+            self._record(*result)
             self._replace_if_dead(context, check)
 
     def _first_server(self) -> tuple[Server, Callable[[Check[Any], Server], str | None]]:

@@ -7,7 +7,6 @@ cannot be put back, and one that died, is never handed on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -75,13 +74,12 @@ class OwnServers:
             environment=environment,
         )
         server, first = self._take(spec) or self._start(spec)
-        server.client.deadline = time.monotonic() + spec.limits.check
         well = False
         try:
-            yield server
+            with server.client.within(spec.limits.check):
+                yield server
             well = True
         finally:
-            server.client.deadline = None
             if not (well and self._keep(spec, server, first)):
                 self._stop(spec, server)
 

@@ -92,6 +92,8 @@ class Server:
             watch=running.watch,
             retry=RetryPolicy(),
             timeout=spec.limits.request,
+            # What restores a server may load its weights again.
+            cleanup=spec.limits.start,
             read_only=not may_change,
         )
         self.lacks: dict[str, str | None] = {}
