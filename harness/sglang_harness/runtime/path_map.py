@@ -24,6 +24,9 @@ MODELS = PurePosixPath("/models")
 class SameMachine:
     """A local path is the server's path."""
 
+    folder: Path | None = None
+    """None is needed."""
+
     def share(self, path: Path) -> PurePosixPath:
         return PurePosixPath(path.resolve())
 
@@ -81,6 +84,9 @@ class FolderReach:
 
 class VolumeReach:
     """A named volume, filled over the engine's API: works for an engine anywhere."""
+
+    folder: Path | None = None
+    """It is on the engine's disk alone."""
 
     def __init__(self, client: docker.DockerClient, image: str, labels: dict[str, str]) -> None:
         self._client = client

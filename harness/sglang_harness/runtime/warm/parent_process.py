@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +28,6 @@ from sglang_harness.runtime.warm.parents import (
     until_it_listens,
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
-from sglang_harness.spec import Argument
 
 
 class ProcessParent(Parent):
@@ -48,8 +47,8 @@ class ProcessParent(Parent):
     def temporary(self, name: str) -> PurePosixPath:
         return PurePosixPath(self.folders.root / "tmp" / name)
 
-    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
-        return cpu_binding.binding(arguments, cpu_binding.cores_here())
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_here()
 
     def share_model(self, model: Path) -> PurePosixPath:
         return PurePosixPath(model.resolve())

@@ -33,7 +33,7 @@ class Disk:
     def open(self, job: Job) -> None:
         self._job = job
         started = time.monotonic()
-        inside, made = stage(job.source, job.server.reach, bin_too=True)
+        inside, made = stage(job.source, job.server.running, bin_too=True)
         job.seconds_staged = time.monotonic() - started
         if made is not None:
             job.staged.append(made)
@@ -61,6 +61,4 @@ class Disk:
 
 def lacks_shared_folder(server: Server) -> str | None:
     """Why this server reads nothing that is put on disk here; ``None``: it does."""
-    if not getattr(server.running, "shares_a_folder", True):
-        return "no folder is shared with this server (--share)"
-    return None
+    return server.running.why_no_files()

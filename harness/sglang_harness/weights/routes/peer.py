@@ -39,7 +39,7 @@ def open_in_peer(job: Job, *, shared: bool) -> Peer:
     """
     peer = job.peer()
     started = time.monotonic()
-    inside, made = stage(job.source, job.server.reach)
+    inside, made = stage(job.source, job.server.running)
     if made is not None:
         job.staged.append(made)
     job.seconds_staged = time.monotonic() - started
@@ -50,11 +50,7 @@ def open_in_peer(job: Job, *, shared: bool) -> Peer:
 
 def lacks_peer(server: Server) -> str | None:
     """Why nothing can be put beside this server; ``None``: it can."""
-    if server.running.runtime == "attach":
-        return "somebody else started this server: nothing can be put beside it"
-    if getattr(server.running, "is_borrowed", False):
-        return "another process keeps this server: nothing can be put beside it from here"
-    return None
+    return server.running.why_no_sidecar()
 
 
 @register("shared-memory")
