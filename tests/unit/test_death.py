@@ -305,11 +305,11 @@ def test_listeners_are_called_once_whether_they_come_before_the_death_or_after()
         calls.append("early")
         heard.set()
 
-    mortal.watch.call_on_death(early)
+    mortal.watch.call_on_end(early)
     assert calls == []
     mortal.die()
     assert heard.wait(BOUND)
-    mortal.watch.call_on_death(lambda: calls.append("late"))
+    mortal.watch.call_on_end(lambda: calls.append("late"))
     assert calls == ["early", "late"]
 
 
@@ -317,7 +317,7 @@ def test_a_listener_can_ask_how_the_server_died():
     mortal = Mortal()
     seen: list[Death | None] = []
     heard = threading.Event()
-    mortal.watch.call_on_death(lambda: (seen.append(mortal.watch.death), heard.set()))
+    mortal.watch.call_on_end(lambda: (seen.append(mortal.watch.death), heard.set()))
     mortal.die()
     assert heard.wait(BOUND)
     assert seen == [A_DEATH]
