@@ -108,10 +108,13 @@ class AttachedContainer:
         threading.Thread(target=self._listen, daemon=True, name=f"{name}-output").start()
 
     def _listen(self) -> None:
-        with suppress(OSError, ValueError, DockerException):
-            for stream, data in frames_iter(self._socket, tty=False):
-                (self._said.errors if stream == 2 else self._said.output)(data)
-        self._said.over()
+        try:
+            with suppress(OSError, ValueError, DockerException):
+                for stream, data in frames_iter(self._socket, tty=False):
+                    (self._said.errors if stream == 2 else self._said.output)(data)
+        finally:
+            # Whatever ended this: whoever waits for a line must not wait for ever.
+            self._said.over()
 
     def write(self, line: bytes) -> None:
         try:
@@ -204,11 +207,13 @@ class AttachedProcess:
             ).start()
 
     def _listen(self, stream: Any, put: Callable[[bytes], None]) -> None:
-        with suppress(OSError, ValueError):
-            while data := stream.read1(1 << 16):
-                put(data)
-        if put == self._said.output:
-            self._said.over()
+        try:
+            with suppress(OSError, ValueError):
+                while data := stream.read1(1 << 16):
+                    put(data)
+        finally:
+            if put == self._said.output:
+                self._said.over()
 
     def write(self, line: bytes) -> None:
         assert self._process.stdin is not None

@@ -93,7 +93,7 @@ class Death:
             return "Raise the container's memory limit or use a smaller model."
         if not self.last_words:
             return "It wrote nothing to its log."
-        return "The end of its log: " + " | ".join(self.last_words[-3:])
+        return "Last output: " + " | ".join(self.last_words[-3:])
 
 
 @dataclass(frozen=True)
