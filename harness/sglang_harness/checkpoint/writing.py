@@ -90,8 +90,8 @@ def write_model(
     return target
 
 
-    """Copies configuration, tokenizer and other small files of a model to the folder ``target``."""
-    """Copies a model's configuration, tokenizer and other small files into the folder ``target``."""
+def copy_all_but_weights(model_folder: Path, target: Path) -> None:
+    """Copies a model's configuration, tokenizer and other small files to ``target``."""
     for file in model_folder.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != ".metadata":
             shutil.copyfile(file, target / file.name)
