@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.spec import Argument, ServerSpec
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Running",
     "Runtime",
     "Started",
+    "Unknown",
 ]
 
 
@@ -81,6 +82,14 @@ class Reach(Protocol):
 
     def share(self, path: Path) -> PurePosixPath:
         """Makes a local file or folder readable for the server; returns its path there."""
+
+    def unshare(self, inside: PurePosixPath) -> None:
+        """Removes the copy that :meth:`share` made and returned as ``inside``. Does nothing where
+        no copy was made, because the server reads the original, or where it was removed already.
+
+        Raises:
+            EngineError: it could not be removed. The end of the server removes it.
+        """
 
 
 class Beside(Protocol):
@@ -168,7 +177,7 @@ class Running(Protocol):
 
     @property
     def watch(self) -> DeathWatch:
-        """Tells within a second that the server ended."""
+        """Tells within a second that the server ended, or that this cannot be observed."""
 
     @property
     def shared_folder(self) -> Path | None:

@@ -111,7 +111,7 @@ class Server:
     def weights(self) -> WeightPusher:
         """Pushes new weights and finds out whether they arrived."""
         if self._weights is None:
-            # Not everybody pushes, and only who does needs what pushing needs.
+            # Imported late: only a push needs what pushing imports.
             from sglang_harness.weights import WeightPusher
 
             self._weights = WeightPusher(self)
@@ -123,7 +123,7 @@ class Server:
         if self._adapters is None:
             from sglang_harness.weights import AdapterPusher
 
-            self._adapters = AdapterPusher(self)
+            self._adapters = AdapterPusher(self, self.weights)
         return self._adapters
 
     @classmethod
@@ -261,9 +261,9 @@ class Server:
         return self.redactor.text(self.running.logs())
 
     def raise_if_dead(self) -> None:
-        """Raises :class:`ServerDied` where the server has ended by itself."""
-        if death := self.running.watch.death:
-            raise ServerDied(death)
+        """Raises :class:`ServerDied` where the server has ended by itself, and
+        :class:`ServerLost` where that is not known."""
+        self.running.watch.raise_if_ended()
 
     def stop(self, *, at_once: bool = False) -> Stopped:
         """Ends the server and removes what belongs to it. Again: the same answer.
