@@ -15,7 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -28,7 +28,16 @@ from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
-from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, engine, images
+from sglang_harness.runtime import (
+    Kind,
+    KindOption,
+    Order,
+    Started,
+    bounded,
+    cpu_binding,
+    engine,
+    images,
+)
 from sglang_harness.runtime import device as devices
 from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
@@ -39,6 +48,9 @@ from sglang_harness.spec import Argument, ServerSpec, command_line
 
 #: Where our compose.yaml mounts the folder that SGLANG_MODEL names.
 SERVED = "/models/served"
+
+#: Seconds for compose to say what it is, or what is in a file.
+LOOKS_WITHIN = 60.0
 
 #: Fields that say how to run a server: of a user's own file, only the file says so.
 SAID_BY_THE_FILE = (
@@ -57,13 +69,9 @@ def compose_command() -> list[str]:
         MissingExtra: neither is here.
     """
     if docker_client := shutil.which("docker"):
-        plugin = subprocess.run(
-            [docker_client, "compose", "version"],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-        )
-        if plugin.returncode == 0:
-            return [docker_client, "compose"]
+        with suppress(subprocess.TimeoutExpired, OSError):
+            if bounded.run([docker_client, "compose", "version"], within=LOOKS_WITHIN).code == 0:
+                return [docker_client, "compose"]
     beside = Path(sys.executable).parent / "docker-compose"
     if found := (str(beside) if beside.is_file() else shutil.which("docker-compose")):
         return [found]
@@ -81,6 +89,7 @@ class Project(DockerCompose):
         command: list[str],
         services: list[str],
         environment: Mapping[str, str],
+        within: float,
     ) -> None:
         super().__init__(
             context=files[0].parent,
@@ -91,6 +100,7 @@ class Project(DockerCompose):
         self.name = name
         self._command = command
         self._environment = dict(environment)
+        self._within = within
 
     @cached_property
     def compose_command_property(self) -> list[str]:
@@ -105,19 +115,31 @@ class Project(DockerCompose):
         of this process would be every server's.
 
         Raises:
-            EngineError: compose failed, in its own last words.
+            EngineError: compose failed, with the end of its output, or took too long.
         """
-        done = subprocess.run(
-            cmd,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            cwd=context or str(self.context),
-            env={**os.environ, **self._environment},
-        )
-        if done.returncode != 0:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no words"]
+        words = [cmd] if isinstance(cmd, str) else cmd
+        what = " ".join(words[len(self.compose_command_property) :][:1])
+        try:
+            done = bounded.run(
+                words,
+                within=self._within,
+                cwd=Path(context or self.context),
+                environment={**os.environ, **self._environment},
+            )
+        except subprocess.TimeoutExpired as error:
+            last = str(error.output).splitlines()[-1:] or ["it wrote nothing"]
+            raise EngineError(
+                f"'compose {what}' took longer than {self._within:g} s: {last[0].strip()[:400]}",
+                advice="Run it by hand to see what it waits for: an image that is pulled or built, "
+                "or a service that another one depends on.",
+            ) from None
+        except OSError as error:
+            raise EngineError(f"{words[0]} cannot be run: {error.strerror}.") from None
+        if done.code != 0:
+            lines = [text for text in done.errors if text.strip()] or ["it wrote nothing"]
             raise EngineError(f"Compose failed: {lines[-1].strip()[:400].rstrip('.')}.")
-        return done
+        output = "\n".join(done.output).encode()
+        return subprocess.CompletedProcess(words, done.code, output, b"")
 
     def described(self) -> dict[str, Any]:
         """The project as compose understands it, with every variable filled in."""
@@ -127,7 +149,7 @@ class Project(DockerCompose):
     def down(self) -> None:
         """Takes down what :meth:`start` brought up, anonymous volumes too, each service within
         the grace period that its file gives it. A volume that the file names itself may be
-        somebody's cache, and stays."""
+        a cache, and stays."""
         self._run_command([*self.compose_command_property, "down", "--remove-orphans"])
 
 
@@ -194,6 +216,7 @@ class ComposeServer(RunningContainer):
             command=command,
             services=[service],
             environment=environment,
+            within=spec.limits.run,
         )
 
     def start(self) -> None:
@@ -445,7 +468,12 @@ class ComposeRuntime:
         if "model" in spec.model_fields_set:
             variables["SGLANG_MODEL"] = str(order.model or spec.model)
         project = Project(
-            [self._file], name="look", command=command, services=[], environment=variables
+            [self._file],
+            name="look",
+            command=command,
+            services=[],
+            environment=variables,
+            within=LOOKS_WITHIN,
         )
         described = project.described()
         services = described["services"]

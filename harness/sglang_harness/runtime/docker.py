@@ -8,11 +8,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import docker
 from docker.errors import APIError, DockerException
 from docker.types import DeviceRequest, Mount, Ulimit
 from testcontainers.core.config import testcontainers_config
@@ -93,6 +94,11 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             **(self._cpu_kwargs() if ours else {}),
             **(self._gpu_kwargs() if device == "gpu" else {}),
         }
+
+    @cached_property
+    def _engine(self) -> docker.DockerClient:
+        # Testcontainers has made one.
+        return self.get_docker_client().client
 
     def _environment(self) -> dict[str, str]:
         key = {"SGLANG_API_KEY": self.api_key or ""}

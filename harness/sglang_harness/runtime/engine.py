@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -190,6 +191,9 @@ def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> boo
 
     It would not on another machine, nor where the harness runs in a container whose paths
     the engine does not share. Found out by making (never starting) a container with it.
+
+    Raises:
+        EngineError: the engine failed in another way, so this is not known.
     """
     mount = docker.types.Mount("/probe", str(folder), type="bind", read_only=True)
     marker = folder / f".probe-{os.getpid()}"
@@ -201,12 +205,32 @@ def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> boo
         )
         container.get_archive(f"/probe/{marker.name}")
         return True
-    except APIError:
-        return False
+    except (DockerException, OSError) as error:
+        if isinstance(error, APIError) and _is_another_disk(error, made=container is not None):
+            return False
+        raise EngineError(
+            f"The Docker engine could not be asked whether it sees the disk of this machine: "
+            f"{error}."
+        ) from None
     finally:
         marker.unlink(missing_ok=True)
         if container is not None:
-            container.remove(force=True)
+            with suppress(DockerException, OSError):
+                container.remove(force=True)
+
+
+#: How engines refuse to make a container whose mount has a source that they do not have: Docker,
+#: Podman, Docker Desktop.
+_NO_SUCH_SOURCE = ("bind source path does not exist", "no such file or directory", "mounts denied")
+
+
+def _is_another_disk(error: APIError, *, made: bool) -> bool:
+    """Whether this refusal means that the engine's disk is not this machine's."""
+    said = str(error.explanation or error).lower()
+    if made:
+        # The folder is there, by chance, and the file in it is not.
+        return error.status_code == 404 and "no such container" not in said
+    return any(words in said for words in _NO_SUCH_SOURCE)
 
 
 def seconds_since(engine_time: str) -> float | None:

@@ -310,7 +310,7 @@ class ProcessRuntime:
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
         python = self._python or Path(
-            images.run_script("embedded.sh", spec.sglang_version, order.say)
+            images.run_script("embedded.sh", spec.sglang_version, order.say, within=spec.limits.run)
         )
         return warm_or(
             lambda: SGLangProcess(
