@@ -88,7 +88,7 @@ def test_a_port_that_something_listens_at_is_not_given(monkeypatch: pytest.Monke
     reserve().release()
 
 
-def process(tmp_path: Path, port: int | None, command: str = "sleep 30") -> SGLangProcess:
+def process(tmp_path: Path, port: int | None, command: str = "exec sleep 30") -> SGLangProcess:
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/sh\n{command}\n")
     fake.chmod(0o755)

@@ -182,7 +182,7 @@ def test_a_worker_knows_of_a_borrowed_server_what_its_owner_knows(
         assert not running.may_change
         assert running.cores() == []
         assert (running.why_no_files() is None) is shares
-        assert running.shared_folder == (tmp_path if shares else None)
+        assert running.shared_folder is None
         assert "xdist" in str(running.why_no_sidecar())
         with pytest.raises(EngineError, match="No sidecar can be started: the workers of"):
             running.beside("")

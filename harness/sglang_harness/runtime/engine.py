@@ -1,4 +1,5 @@
-"""The Docker engine: is one there, is it on this machine, and what of ours does it hold?"""
+"""The Docker engine: whether one answers, whether it runs on this machine, and what the harness
+has made on it."""
 
 from __future__ import annotations
 
@@ -39,13 +40,13 @@ def connect(*, timeout: int = 60) -> docker.DockerClient:
     except (DockerException, OSError) as error:
         if "Permission denied" in str(error):
             raise EngineError(
-                f"This user may not use the Docker engine at {where}.",
+                f"Permission denied: this user may not use the Docker engine at {where}.",
                 advice="Add yourself to the group 'docker' and log in again.",
             ) from None
         raise EngineError(
             f"No Docker engine answers at {where}.",
             advice="Start it (systemctl start docker), or run docker/engine.sh as root; "
-            "'sglang-harness doctor' shows what is there.",
+            "'sglang-harness doctor' shows what was found.",
         ) from None
     return client
 
@@ -62,12 +63,12 @@ def in_container() -> bool:
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that something belongs to: alive, it is left alone by ``sweep``."""
+    """The process that something belongs to; while it lives, ``sweep`` removes nothing of it."""
 
     host: str
     pid: int
     started: int
-    """Start of the process in whole seconds since the epoch: tells a reused pid apart."""
+    """Start of the process in whole seconds since the epoch: distinguishes a reused pid."""
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -91,7 +92,7 @@ class Owner:
             return False
         try:
             process = psutil.Process(self.pid)
-            # Where nobody reaps (process 1 of a CI job's container), the dead stay listed.
+            # Where no parent reaps (process 1 of a CI job's container), the dead stay listed.
             if process.status() == psutil.STATUS_ZOMBIE:
                 return True
             return abs(int(process.create_time()) - self.started) > 1
@@ -110,7 +111,7 @@ def labels(run_id: str, *, held: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something of ours on the engine."""
+    """Something on the engine that the harness has made."""
 
     kind: str
     name: str
@@ -247,7 +248,7 @@ def seconds_since(engine_time: str) -> float | None:
 
 
 def about(client: docker.DockerClient) -> dict[str, Any]:
-    """What the engine says of itself, as the verdict's environment keeps it."""
+    """What the engine reports about itself, for the verdict's environment."""
     info = client.info()
     return {
         "engine": info.get("ServerVersion"),

@@ -1,4 +1,4 @@
-"""Which image a spec means, and how it gets onto the engine."""
+"""Which image a spec selects, and how it gets onto the engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def for_spec(
     """The name of an image that is on the engine when this returns.
 
     Raises:
-        ImageError: it is not there and may not, or cannot, be pulled or built.
+        ImageError: it is missing, and may not or cannot be pulled or built.
     """
     if spec.image is None and device == "cpu":
         return build_cpu_image(spec.sglang_version, say, within=spec.limits.run)

@@ -280,7 +280,7 @@ class ProcessRuntime:
         )
 
     def __reduce__(self) -> tuple[type[ProcessRuntime], tuple[Path | None]]:
-        # Another process that is handed this one has parents of its own.
+        # In another process it has parents of its own.
         return ProcessRuntime, (self._python,)
 
     def keeping_parents(self) -> AbstractContextManager[None]:
