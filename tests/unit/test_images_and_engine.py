@@ -20,7 +20,7 @@ import pytest
 from fake_docker import refusal
 from scripted_server import BOUND, Answer, ScriptedServer
 
-from sglang_harness._base import assets
+from sglang_harness._base import assets, bounded
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import EngineError, ImageError, Interrupted, SpecError
 from sglang_harness.runtime import engine, images
@@ -484,7 +484,10 @@ def test_an_interrupted_build_ends_what_has_a_process_group_of_its_own(script: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_build_within_seconds(script: Path, number: signal.Signals):
+def test_a_signal_ends_a_build_within_seconds(
+    script: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bounded, "ENDS_WITHIN", 0.5)
     # It ignores SIGTERM itself, and what it waits for is in a process group of its own.
     script.write_text("trap '' TERM\necho 'build: begun'\ntimeout 60 sleep 60\n")
     began = time.monotonic()
