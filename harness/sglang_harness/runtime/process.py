@@ -34,7 +34,7 @@ from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
-from sglang_harness.runtime.ports import free_port, is_taken
+from sglang_harness.runtime.ports import ReservedPort, is_taken
 from sglang_harness.runtime.process_family import ProcessFamily, until_gone
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import Parents
@@ -81,7 +81,10 @@ class SGLangProcess:
         self.arguments = spec.arguments(device)
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-harness-process-"))
         self._log = self._folder / "server.log"
-        self._port = spec.port or free_port()
+        self._reserved: ReservedPort | None = None
+        if spec.port is None:
+            self._reserved = ReservedPort()
+        self._port = spec.port if self._reserved is None else self._reserved.number
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: DeathWatch | None = None
         self._family: ProcessFamily | None = None
@@ -218,6 +221,8 @@ class SGLangProcess:
                 down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
                 down.step("torch's shared memory", lambda: remove_segments(family.pids()))
             down.step(str(self._folder), self._remove_folder)
+            if self._reserved is not None:
+                down.step("port", self._reserved.release)
         return self._exit_code
 
     def _end_process(
