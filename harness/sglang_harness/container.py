@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from docker.types import EndpointConfig
 from docker.version import __version__ as docker_version
@@ -21,9 +21,6 @@ from sglang_harness.runtime.device import within_visible
 from sglang_harness.runtime.docker import SGLangServerContainer, prepare
 from sglang_harness.server.readiness import StartReport, wait_until_ready
 from sglang_harness.spec import ServerSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 #: Keywords of ``with_kwargs`` that would take the server apart, with what to use instead.
 REFUSED_KWARGS = {
@@ -172,7 +169,7 @@ class SGLangContainer(SGLangServerContainer):
 
     # --- Testcontainers' builders ---------------------------------------------------------------
 
-    def with_kwargs(self, **kwargs: Any) -> Self:
+    def with_kwargs(self, **kwargs: Any) -> SGLangContainer:
         """Adds arguments of ``docker.containers.create``. Lists and dictionaries are added to the
         harness's own, other values replace them; its labels stay.
 
@@ -193,7 +190,7 @@ class SGLangContainer(SGLangServerContainer):
             self._kwargs[name] = value
         return self
 
-    def with_command(self, command: str | list[str]) -> Self:
+    def with_command(self, command: str | list[str]) -> SGLangContainer:
         """Refused: it would replace SGLang's arguments.
 
         Raises:
@@ -204,13 +201,15 @@ class SGLangContainer(SGLangServerContainer):
             advice="Give flags with server_args, such as server_args={'tp-size': 2}.",
         )
 
-    def with_exposed_ports(self, *ports: str | int) -> Self:
+    def with_exposed_ports(self, *ports: str | int) -> SGLangContainer:
         """Publishes further ports at free ones of ``publish_on``."""
         for port in ports:
             self._publish(str(port), None)
         return self
 
-    def with_bind_ports(self, container: str | int, host: str | int | None = None) -> Self:
+    def with_bind_ports(
+        self, container: str | int, host: str | int | None = None
+    ) -> SGLangContainer:
         """Publishes a port at ``host`` of ``publish_on``; SGLang's own is 30000."""
         before = self.ports
         self.ports = {}
@@ -229,12 +228,12 @@ class SGLangContainer(SGLangServerContainer):
             return  # it is published already, perhaps at a port that was asked for
         self.ports[name] = (self.spec.publish_on, host)  # type: ignore[assignment]
 
-    def with_tmpfs_mount(self, container_path: str, size: str | None = None) -> Self:
+    def with_tmpfs_mount(self, container_path: str, size: str | None = None) -> SGLangContainer:
         """Mounts memory as a folder, of at most ``size`` (``256m``)."""
         plain = size is not None and re.fullmatch(r"\d+[a-zA-Z]*", size)
         return super().with_tmpfs_mount(container_path, f"size={size}" if plain else size)
 
-    def waiting_for(self, strategy: WaitStrategy) -> Self:
+    def waiting_for(self, strategy: WaitStrategy) -> SGLangContainer:
         """Waits for ``strategy``, too, once a token was generated."""
         self._answers.then = strategy
         return self
