@@ -304,7 +304,7 @@ def test_its_client_has_the_limits_of_the_spec_and_is_closed(
     sglang._watch = None
     sglang.end()
     assert closed == [True]
-    assert engine.closed == 2, "the harness's own connection to the engine, and Testcontainers'"
+    assert engine.closed == 1
 
 
 def test_a_key_of_the_users_own_is_the_clients_too(

@@ -16,7 +16,7 @@ from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.path_map import SameMachine
-from sglang_harness.runtime.ports import ReservedPort
+from sglang_harness.runtime.ports import Port, reserve
 from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.runtime.warm.parents import (
     Folders,
@@ -35,13 +35,10 @@ class ProcessParent(Parent):
     def __init__(self, *about: Any, **more: Any) -> None:
         super().__init__(*about, **more)
         self._peers: dict[str, list[AttachedProcess]] = {}
-        self._ports: list[ReservedPort] = []
-        """Of its servers, until it is left."""
 
-    def address_words(self) -> tuple[list[str], int | None]:
-        self._ports.append(ReservedPort())
-        port = self._ports[-1].number
-        return ["--host", "127.0.0.1", "--port", str(port)], port
+    def address_words(self) -> tuple[list[str], Port | None]:
+        port = reserve()
+        return ["--host", "127.0.0.1", "--port", str(port.number)], port
 
     def address(self, port: int) -> str:
         return f"http://127.0.0.1:{port}"
@@ -83,10 +80,6 @@ class ProcessParent(Parent):
 
     def about(self) -> dict[str, Any]:
         return {"name": self.name, "image": None, "python": self.recipe.runs}
-
-    def close_place(self) -> None:
-        while self._ports:
-            self._ports.pop().release()
 
     def end_place(self) -> list[str]:
         with Teardown() as down:
