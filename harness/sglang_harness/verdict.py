@@ -203,12 +203,13 @@ def overall(
         return "error", f"interrupted after {len(checks)} checks"
     if Outcome.ERROR in by_outcome:
         return "error", f"could not be found out: {named(Outcome.ERROR)}"
-    if Outcome.NOT_RUN in by_outcome:
-        return "error", f"not run: {named(Outcome.NOT_RUN)}"
     if not checks:
         return "error", "no check was run"
     if Outcome.FAIL in by_outcome:
+        # What was seen to fail has failed, whatever else could not be asked after it.
         return "fail", f"failed: {named(Outcome.FAIL)}"
+    if Outcome.NOT_RUN in by_outcome:
+        return "error", f"not run: {named(Outcome.NOT_RUN)}"
     if strict_known and Outcome.FIXED in by_outcome:
         return "fail", f"listed as known defects, but did not show: {named(Outcome.FIXED)}"
     return "pass", ""

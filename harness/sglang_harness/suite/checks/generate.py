@@ -45,6 +45,7 @@ class GreedyTokens(Check[ScoredAnswers]):
     id = "generate/greedy-tokens"
     sentence = "At temperature 0 every token is the one that the oracle finds most probable."
     observation = ScoredAnswers
+    gate = True
 
     def observe(self, context: Context) -> ScoredAnswers:
         tokens, oracle = 16, context.oracle
