@@ -19,7 +19,7 @@ Argument = bool | int | float | str | list[str]
 OWN_ARGUMENTS = {"host", "port", "model-path", "model", "api-key", "admin-api-key", "device"}
 
 #: Flags whose value is a secret. ``tokenizer-path`` and ``max-total-tokens`` are none of them.
-SECRET_FLAG = r"(^|-)(key|token|secret|password|credentials?)$"
+SECRET_FLAG = r"(^|-)(key|token|secret|password|credentials?)$"  # noqa: S105
 
 #: Flags a CPU server needs (seen to serve with SGLang 0.5.20 to 0.5.23). ``sleep-on-idle``
 #: keeps an idle scheduler from burning a whole core.

@@ -70,6 +70,8 @@ class CheckResult(_Data):
     """The observation, enough to judge again without a server."""
     known_defect: str | None = None
     """Id of the registry's entry that applies."""
+    because: str | None = None
+    """Id of the failed check that makes this one ``not-run``: it is counted there, not twice."""
     retries: list[str] = Field(default_factory=list)
     """Requests that were sent again, with the reason."""
 
@@ -194,8 +196,11 @@ def overall(
 
     A run that checked nothing is an error: silence is no pass.
     """
+    failed = {check.id for check in checks if check.outcome is Outcome.FAIL}
     by_outcome: dict[Outcome, list[str]] = {}
     for check in checks:
+        if check.outcome is Outcome.NOT_RUN and check.because in failed:
+            continue
         by_outcome.setdefault(check.outcome, []).append(check.id)
 
     def named(outcome: Outcome) -> str:
@@ -207,13 +212,12 @@ def overall(
         return "error", f"interrupted after {len(checks)} checks"
     if Outcome.ERROR in by_outcome:
         return "error", f"could not be found out: {named(Outcome.ERROR)}"
+    if Outcome.NOT_RUN in by_outcome:
+        return "error", f"not run: {named(Outcome.NOT_RUN)}"
     if not checks:
         return "error", "no check was run"
     if Outcome.FAIL in by_outcome:
-        # What was seen to fail has failed, whatever else could not be asked after it.
         return "fail", f"failed: {named(Outcome.FAIL)}"
-    if Outcome.NOT_RUN in by_outcome:
-        return "error", f"not run: {named(Outcome.NOT_RUN)}"
     if strict_known and Outcome.FIXED in by_outcome:
         return "fail", f"listed as known defects, but did not show: {named(Outcome.FIXED)}"
     return "pass", ""

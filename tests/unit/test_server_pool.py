@@ -14,7 +14,7 @@ from sglang_harness import suite
 from sglang_harness._base.secrets import Redactor
 from sglang_harness.errors import DidNotComeUp, MissingExtra, ServerDied
 from sglang_harness.run import server_pool
-from sglang_harness.run.server_pool import OwnServers
+from sglang_harness.run.server_pool import ServerPool
 from sglang_harness.runtime.death import Death
 from sglang_harness.server import Server
 from sglang_harness.server.state import CannotRestore
@@ -139,20 +139,21 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Lives]:
 
 
 @pytest.fixture
-def servers() -> OwnServers:
+def servers() -> ServerPool:
     wanted = ServerSpec.make(model="/models/large", server_args={"quantization": "fp8"})
-    return OwnServers(
+    return ServerPool(
         wanted,
         SimpleNamespace(),  # type: ignore[arg-type]
         image="an/image",
         run_id="r",
         say=lambda _: None,
         started=lambda _, __: None,
+        left=lambda: 3600.0,
     )
 
 
 def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
-    servers: OwnServers, monkeypatch: pytest.MonkeyPatch
+    servers: ServerPool, monkeypatch: pytest.MonkeyPatch
 ):
     died = ServerDied(DEATH)
     died.server_log = "its last words"  # type: ignore[attr-defined]
@@ -172,15 +173,15 @@ def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
 
 
 def test_a_missing_package_is_what_the_harness_lacks(
-    servers: OwnServers, monkeypatch: pytest.MonkeyPatch
+    servers: ServerPool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(server_pool.Server, "start", Starts(MissingExtra("A tiny model", "torch")))
-    with pytest.raises(NotProvided, match=r"sglang-harness\[torch\]"), servers.lent():
+    with pytest.raises(MissingExtra, match=r"sglang-harness\[torch\]"), servers.lent():
         pytest.fail("it cannot be made")
 
 
 def test_the_check_has_its_time_from_when_the_server_is_up(
-    servers: OwnServers, starts: list[Lives]
+    servers: ServerPool, starts: list[Lives]
 ):
     with servers.lent():
         assert starts[0].within == [servers._wanted.limits.check]
@@ -189,7 +190,7 @@ def test_the_check_has_its_time_from_when_the_server_is_up(
 
 
 def test_it_is_stopped_and_its_log_kept_where_the_check_did_not_come_to_its_end(
-    servers: OwnServers, starts: list[Lives]
+    servers: ServerPool, starts: list[Lives]
 ):
     def check() -> None:
         with servers.lent():
@@ -204,7 +205,7 @@ def test_it_is_stopped_and_its_log_kept_where_the_check_did_not_come_to_its_end(
 
 
 def test_one_that_could_be_put_back_is_handed_on_to_whoever_asks_for_the_same(
-    servers: OwnServers, starts: list[Lives]
+    servers: ServerPool, starts: list[Lives]
 ):
     for _ in range(3):
         with servers.lent(model="tiny", server_args={"tp_size": 2}):
@@ -220,7 +221,7 @@ def test_one_that_could_be_put_back_is_handed_on_to_whoever_asks_for_the_same(
 
 
 def test_one_that_died_or_could_not_be_put_back_is_never_handed_on(
-    servers: OwnServers, starts: list[Lives], monkeypatch: pytest.MonkeyPatch
+    servers: ServerPool, starts: list[Lives], monkeypatch: pytest.MonkeyPatch
 ):
     with servers.lent():
         pass

@@ -44,6 +44,7 @@ class MainServer:
         current: the one that checks are asked of; ``None`` before the first came up.
         servers: all of them, in the order of their starts.
         unusable: why no more checks can be asked; empty while they can.
+        because: the check under which it became so, where that is the server's failure.
         caveats: what the verdict has to say about them.
         logs: of those that have ended, and of one that never came up.
     """
@@ -71,6 +72,7 @@ class MainServer:
         self.current: Server | None = None
         self.servers: list[Server] = []
         self.unusable = ""
+        self.because: str | None = None
         self.caveats: list[str] = []
         self.logs: list[str] = []
         self.left_behind: list[str] = []
@@ -119,6 +121,7 @@ class MainServer:
         if server is None or self.unusable:
             return False
         if server.running.watch.death is not None:
+            self.because = check.id
             return self._replace(server, f"died under {check.id}")
         if check.own_server or not server.may_change:
             return False
@@ -174,6 +177,7 @@ class MainServer:
             self.unusable = f"the server {why}, and could not be replaced: {error}"
         else:
             self.caveats.append(f"The server {why} and was replaced.")
+            self.because = None
             return True
         self.caveats.append(f"{self.unusable[0].upper()}{self.unusable[1:]}")
         return False

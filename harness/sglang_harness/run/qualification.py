@@ -15,13 +15,11 @@ from sglang_harness._base.signals import interruptions
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import (
-    AttachError,
     DidNotComeUp,
     HarnessError,
     Interrupted,
     MissingExtra,
     ModelError,
-    NotProvided,
     RequestFailed,
     ServerDied,
     SpecError,
@@ -131,8 +129,8 @@ class Qualification:
             left=self._left,
         )
         self._pool: ServerPool | None = None
-        self._closed_gate = ""
-        """Why what follows would mean nothing; empty while it means something."""
+        self._closed_gate: str | None = None
+        """The check that failed so that what follows means nothing."""
         self._scratch = Path()
         self.kept: kept_servers.Held | None = None
 
@@ -194,8 +192,8 @@ class Qualification:
             if reason := lacks:
                 self._record.leave_out(check.id, reason)
                 continue
-            if reason := self._cannot_ask():
-                self._record.not_run(check.id, reason)
+            if blocked := self._cannot_ask():
+                self._record.not_run(check.id, *blocked)
                 continue
             if context is None or context.server is not server:
                 context = Context(server, self._request.seed, self._own_server, self._scratch)
@@ -204,9 +202,7 @@ class Qualification:
                 seen, figures = run_check(check, context)
             result = self._record.add(seen, figures)
             if check.gate and result.outcome is Outcome.FAIL:
-                self._closed_gate = (
-                    f"{check.id} failed, so what this check would see means nothing"
-                )
+                self._closed_gate = check.id
             if self._main.after(check, result):
                 # The variants of the checkpoint lay where the server before could read them.
                 shutil.rmtree(self._scratch / "variant", ignore_errors=True)
@@ -264,12 +260,16 @@ class Qualification:
                 return None
         return None
 
-    def _cannot_ask(self) -> str:
+    def _cannot_ask(self) -> tuple[str, str | None] | None:
+        """Why no check can be asked any more, and which check's failure that is."""
         if self._closed_gate:
-            return self._closed_gate
+            reason = f"{self._closed_gate} failed, so what this check would see means nothing"
+            return reason, self._closed_gate
+        if self._main.unusable:
+            return self._main.unusable, self._main.because
         if self._left() <= 0:
-            return f"the run's limit of {self._request.spec.limits.run:g} s was over"
-        return self._main.unusable
+            return f"the run's limit of {self._request.spec.limits.run:g} s was over", None
+        return None
 
     def _left(self) -> float:
         """Seconds that are left of ``limits.run``."""
@@ -282,7 +282,7 @@ class Qualification:
         self._record.add(result, [])
         for check in self._checks:
             if check.id != launched:
-                self._record.not_run(check.id, "the server never came up")
+                self._record.not_run(check.id, "the server never came up", launched)
 
     def _failed(self, error: Exception) -> None:
         """An exception of the harness's own: told, kept beside the logs, and no reason to lose
@@ -363,8 +363,8 @@ class Qualification:
         for check in (c for c in self._checks if c.after_stop and c.id not in filed):
             if reason := self._lacking(check, server):
                 record.leave_out(check.id, reason)
-            elif self._closed_gate:
-                record.not_run(check.id, self._closed_gate)
+            elif self._closed_gate and (blocked := self._cannot_ask()):
+                record.not_run(check.id, *blocked)
             elif server.stopped.exit_code is None:
                 record.not_run(check.id, "how the server ended is not known")
             else:

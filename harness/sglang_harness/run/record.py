@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sglang_harness import __version__
 from sglang_harness._base import host
@@ -111,21 +111,27 @@ class RunRecord:
         self.say(result)
         return result
 
-    def not_run(self, check_id: str, reason: str) -> None:
-        self.add(
-            CheckResult(id=check_id, outcome=Outcome.NOT_RUN, seconds=0, message=reason), []
+    def not_run(self, check_id: str, reason: str, because: str | None = None) -> None:
+        """A check that was not asked.
+
+        Args:
+            because: the check whose failure is the reason; ``None``: it is no check's failure.
+        """
+        result = CheckResult(
+            id=check_id, outcome=Outcome.NOT_RUN, seconds=0, message=reason, because=because
         )
+        self.add(result, [])
 
     def leave_out(self, check_id: str, reason: str) -> None:
         """The target lacks what the check needs."""
         self.outside.append(Outside(id=check_id, reason=reason))
 
     @property
-    def state(self) -> str:
+    def state(self) -> Literal["pass", "fail", "error"]:
         """The verdict over what was seen so far."""
         return self._overall()[0]
 
-    def _overall(self) -> tuple[Any, str]:
+    def _overall(self) -> tuple[Literal["pass", "fail", "error"], str]:
         state, reason = overall(
             self.results, interrupted=self.interrupted, strict_known=self.strict_known
         )
@@ -145,8 +151,11 @@ class RunRecord:
             if server and self.started_here
             else []
         )
-        told = self._tried("the host", host.describe, {})
-        told = {**told, "docker": self._tried("the Docker engine", _engine, {})}
+        nothing: dict[str, Any] = {}
+        told = {
+            **self._tried("the host", host.describe, nothing),
+            "docker": self._tried("the Docker engine", _engine, nothing),
+        }
         about_device = self._tried("the GPUs", lambda: _device(device, spec), {"kind": device})
         about = self._tried("the image", server.about, None) if server else None
         caveats = [

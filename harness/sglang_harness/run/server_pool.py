@@ -138,9 +138,9 @@ class ServerPool:
     def _give_back(self, spec: ServerSpec, server: Server, first: State | None) -> None:
         """Keeps the server for the next check, or ends it; whatever interrupts that."""
         try:
-            if first is not None and server.running.watch.death is None:
-                if self._restored(spec, server, first):
-                    self._kept = spec, server, first
+            alive = first is not None and server.running.watch.death is None
+            if first is not None and alive and self._restored(spec, server, first):
+                self._kept = spec, server, first
         finally:
             if self._kept is None or self._kept[1] is not server:
                 self._stop(spec, server)

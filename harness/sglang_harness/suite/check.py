@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness.errors import MissingExtra, NotProvided, SpecError, TimeIsOver
+from sglang_harness.errors import MissingExtra, SpecError, TimeIsOver
+from sglang_harness.errors import NotProvided as NotProvided  # part of this module's interface
 from sglang_harness.server.state import unresponsive
 from sglang_harness.suite.blame import blame, place
 from sglang_harness.verdict import CheckResult, Figure, Outcome
@@ -265,9 +266,7 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
     return _judged(check, seen, result)
 
 
-def _slow_or_stuck(
-    check: Check[Any], context: Context, error: TimeIsOver
-) -> tuple[Outcome, str]:
+def _slow_or_stuck(check: Check[Any], context: Context, error: TimeIsOver) -> tuple[Outcome, str]:
     if check.own_server:
         # Asked where that server is at hand: see ServerPool.
         return blame(error)
