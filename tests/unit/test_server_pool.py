@@ -9,14 +9,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted_runtime import HANGS, ScriptedRuntime
 
 from sglang_harness import suite
 from sglang_harness._base.secrets import Redactor
-from sglang_harness.errors import DidNotComeUp, MissingExtra, ServerDied
+from sglang_harness.client.call import Call
+from sglang_harness.errors import (
+    DidNotComeUp,
+    EngineError,
+    Interrupted,
+    MissingExtra,
+    NoAnswerInTime,
+    ServerDied,
+    TimeIsOver,
+)
 from sglang_harness.run import server_pool
 from sglang_harness.run.server_pool import ServerPool
 from sglang_harness.runtime.death import Death
-from sglang_harness.server import Server
+from sglang_harness.server import Server, state
 from sglang_harness.server.state import CannotRestore
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.check import NotProvided, run_check
@@ -239,3 +249,118 @@ def test_one_that_died_or_could_not_be_put_back_is_never_handed_on(
         pass
     assert len(starts) == 3
     assert [each.ended for each in starts] == [1, 1, 1]
+
+
+# --- over real sockets ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runtime() -> ScriptedRuntime:
+    return ScriptedRuntime()
+
+
+@pytest.fixture
+def pool(runtime: ScriptedRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerPool]:
+    monkeypatch.setattr(state, "ANSWERS_WITHIN", 0.5)
+    made = ServerPool(
+        ServerSpec.make(limits={"check": 0.5, "start": 5.0, "request": 5.0}),
+        runtime,
+        image="an/image",
+        run_id="r",
+        say=lambda _: None,
+        started=lambda _, __: None,
+        left=lambda: 60.0,
+    )
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Interrupted(2), KeyboardInterrupt(), ValueError("a slip of ours"), CannotRestore("no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_goes_wrong_while_it_is_restored_the_server_is_ended_and_not_used_again(
+    pool: ServerPool, runtime: ScriptedRuntime, monkeypatch: pytest.MonkeyPatch, error: Any
+):
+    def goes_wrong(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(server_pool, "restore", goes_wrong)
+    if isinstance(error, Exception):
+        with pool.lent():
+            pass
+    else:
+        with pytest.raises(type(error)), pool.lent():
+            pass
+    assert [r.ends for r in runtime.running] == [1]
+    pool.close()
+    assert [r.ends for r in runtime.running] == [1], "ended once"
+
+
+def test_a_check_that_is_interrupted_leaves_no_server(pool: ServerPool, runtime: ScriptedRuntime):
+    def check() -> None:
+        with pool.lent():
+            raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        check()
+    assert [r.ends for r in runtime.running] == [1]
+
+
+def test_closing_ends_every_server_although_one_of_them_cannot_be_ended(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    with pool.lent():
+        with pool.lent(model="tiny-qwen3"):
+            pass
+        first, second = runtime.running
+        first.fails_to_end = EngineError("409: removal is already in progress")
+        pool.close()
+        assert (first.ends, second.ends) == (1, 1)
+    assert any("removal is already in progress" in line for line in pool.left_behind)
+    first.sglang.http.close()
+
+
+def test_other_weights_are_gone_before_the_next_check_has_the_server(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    with pool.lent() as server:
+        server.client.update_weights_from_disk("/other")
+    with pool.lent() as again:
+        assert again is server
+        assert again.client.checksums().ranks[0]["w"] == "first"
+    assert len(runtime.running) == 1
+
+
+@pytest.mark.parametrize("stuck", [True, False], ids=["stuck", "slow"])
+def test_a_server_that_hangs_until_the_checks_time_is_over_is_told_from_a_slow_one(
+    pool: ServerPool, runtime: ScriptedRuntime, stuck: bool
+):
+    def check() -> None:
+        with pool.lent() as server:
+            if stuck:
+                server.client.pause()
+            runtime.servers[0].http.script["GET /slow"] = HANGS
+            server.client.send(Call("GET", "/slow", lambda _: None))
+
+    with pytest.raises(NoAnswerInTime) as raised:
+        check()
+    assert isinstance(raised.value, TimeIsOver) is not stuck
+    assert ("does not generate any more" in str(raised.value)) is stuck
+    assert [r.ends for r in runtime.running] == [1]
+
+
+def test_after_the_runs_time_no_other_server_is_started(runtime: ScriptedRuntime):
+    pool = ServerPool(
+        ServerSpec.make(),
+        runtime,
+        image=None,
+        run_id="r",
+        say=lambda _: None,
+        started=lambda _, __: None,
+        left=lambda: 0.0,
+    )
+    with pytest.raises(NotProvided, match="limit was over"), pool.lent():
+        pytest.fail("it was started")
+    assert runtime.running == []

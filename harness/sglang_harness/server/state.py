@@ -101,7 +101,9 @@ class State:
         if now.paused:
             found.append("paused")
         if self.checksums is not None and now.checksums is not None:
-            if changed := now.checksums.changed_since(self.checksums):
+            if len(now.checksums.ranks) != len(self.checksums.ranks):
+                found.append(f"{len(now.checksums.ranks)} ranks state checksums")
+            elif changed := now.checksums.changed_since(self.checksums):
                 found.append(f"{len(changed)} tensors ({changed[0]}, ...)")
         elif len(self.fingerprint) != len(now.fingerprint) or any(
             # As reproducible as one batch of one request is on one machine.
