@@ -34,13 +34,14 @@ from sglang_harness.errors import (
     Refused,
     RequestFailed,
     ServerDied,
+    ServerLost,
     SpecError,
     StartTimeout,
     TimeIsOver,
     Unreachable,
 )
 from sglang_harness.oracle import TOLERANCE
-from sglang_harness.runtime.death import Death
+from sglang_harness.runtime.death import Death, Unknown
 from sglang_harness.suite import check as engine
 from sglang_harness.suite.check import (
     Check,
@@ -158,7 +159,7 @@ def test_a_server_that_dies_under_a_check_fails_it_and_its_last_words_are_kept(c
     assert result.outcome is Outcome.FAIL
     assert result.message.startswith("the server died during this check: The server ended")
     assert "IndexError: out of range" in result.message
-    assert "Its last words: loading | out of range" in result.message
+    assert "Last output: loading | out of range" in result.message
     assert (result.evidence, figures) == (None, [])
 
 
@@ -207,6 +208,7 @@ def test_a_package_that_is_missing_makes_a_check_not_run(context):
         RequestFailed("POST /generate", "no usable answer"),
         Refused("POST /generate", 401, "Unauthorized"),
         EngineError("The Docker engine does not answer."),
+        ServerLost(Unknown("its container was removed from outside this run")),
         HarnessError("No usable stop string in the answer ''."),
     ],
     ids=lambda error: type(error).__name__,
