@@ -27,6 +27,7 @@ from sglang_harness.errors import (
 )
 from sglang_harness.run import qualification
 from sglang_harness.run.qualification import Qualification, Request
+from sglang_harness.runtime.death import Unknown
 from sglang_harness.server import state
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation
@@ -501,6 +502,22 @@ def test_a_plain_generation_that_goes_wrong_is_laid_at_the_right_door(
     verdict = run(check("a/one", asks), runtime=ScriptedRuntime())
     assert verdict.checks[0].outcome is outcome
     assert verdict.verdict == outcome.value
+
+
+def test_a_container_that_somebody_removed_is_not_a_death_and_the_rest_is_asked_of_another(
+    run: Run,
+):
+    def removed(context: Context) -> None:
+        server: Any = context.server
+        server.running.sglang.mortal.death = Unknown("its container was removed from outside")
+        server.running.sglang.mortal.die()
+        server.running.watch.wait(5.0)
+
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/one", removed), check("a/two"), runtime=runtime)
+    assert outcomes(verdict) == {"a/one": "error", "a/two": "pass"}
+    assert "removed from outside" in messages(verdict)["a/one"]
+    assert (verdict.verdict, len(runtime.running)) == ("error", 2)
 
 
 def test_a_request_that_the_server_refuses_by_mistake_of_ours_is_an_error(run: Run):

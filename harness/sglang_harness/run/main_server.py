@@ -17,6 +17,7 @@ from sglang_harness.errors import (
 )
 from sglang_harness.runtime import Runtime
 from sglang_harness.runtime.attach import Attachment
+from sglang_harness.runtime.death import Death
 from sglang_harness.server import Server
 from sglang_harness.server.state import State, restore
 from sglang_harness.spec import ServerSpec
@@ -120,9 +121,12 @@ class MainServer:
         server = self.current
         if server is None or self.unusable:
             return False
-        if server.running.watch.death is not None:
+        ended = server.running.watch.ended
+        if isinstance(ended, Death):
             self.because = check.id
             return self._replace(server, f"died under {check.id}")
+        if ended is not None:
+            return self._replace(server, f"was lost under {check.id} ({ended.reason})")
         if check.own_server or not server.may_change:
             return False
         if not check.changes and result.outcome not in SUSPICIOUS:

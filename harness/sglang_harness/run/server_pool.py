@@ -107,7 +107,7 @@ class ServerPool:
     def _take(self, spec: ServerSpec) -> tuple[Server, State] | None:
         if self._kept is not None:
             asked_for, server, first = self._kept
-            if asked_for.model_dump() == spec.model_dump() and server.running.watch.death is None:
+            if asked_for.model_dump() == spec.model_dump() and server.running.watch.ended is None:
                 self._kept = None
                 return server, first
             self.close()
@@ -138,7 +138,7 @@ class ServerPool:
     def _give_back(self, spec: ServerSpec, server: Server, first: State | None) -> None:
         """Keeps the server for the next check, or ends it; whatever interrupts that."""
         try:
-            alive = first is not None and server.running.watch.death is None
+            alive = first is not None and server.running.watch.ended is None
             if first is not None and alive and self._restored(spec, server, first):
                 self._kept = spec, server, first
         finally:
