@@ -107,47 +107,6 @@ class Starts:
         return self.outcome
 
 
-class Lives:
-    """Stands in for a server that is up."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.within: list[float] = []
-        self.bounded = False
-        self.client = SimpleNamespace(within=self._within)
-        self.running = SimpleNamespace(watch=SimpleNamespace(death=None))
-        self.ended = 0
-
-    @contextmanager
-    def _within(self, seconds: float) -> Iterator[None]:
-        self.within.append(seconds)
-        self.bounded = True
-        yield
-        self.bounded = False
-
-    def logs(self) -> str:
-        return f"what {self.name} wrote"
-
-    def stop(self, *, at_once: bool = False) -> None:
-        assert at_once, "nobody judges how it ends"
-        self.ended += 1
-
-
-@pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> list[Lives]:
-    """The servers that were started, in their order."""
-    started: list[Lives] = []
-
-    def start(spec: ServerSpec, **_: Any) -> Any:
-        started.append(Lives(f"server {len(started)}"))
-        return started[-1]
-
-    monkeypatch.setattr(server_pool.Server, "start", start)
-    monkeypatch.setattr(server_pool.State, "of", lambda server: f"first of {server.name}")
-    monkeypatch.setattr(server_pool, "restore", lambda *_: None)
-    return started
-
-
 @pytest.fixture
 def servers() -> ServerPool:
     wanted = ServerSpec.make(model="/models/large", server_args={"quantization": "fp8"})
@@ -166,7 +125,7 @@ def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
     servers: ServerPool, monkeypatch: pytest.MonkeyPatch
 ):
     died = ServerDied(DEATH)
-    died.server_log = "its last words"  # type: ignore[attr-defined]
+    died.log = "its last words"
     monkeypatch.setattr(server_pool.Server, "start", starts := Starts(died))
     with (
         pytest.raises(DidNotComeUp, match="no such flag"),
@@ -188,67 +147,6 @@ def test_a_missing_package_is_what_the_harness_lacks(
     monkeypatch.setattr(server_pool.Server, "start", Starts(MissingExtra("A tiny model", "torch")))
     with pytest.raises(MissingExtra, match=r"sglang-harness\[torch\]"), servers.lent():
         pytest.fail("it cannot be made")
-
-
-def test_the_check_has_its_time_from_when_the_server_is_up(
-    servers: ServerPool, starts: list[Lives]
-):
-    with servers.lent():
-        assert starts[0].within == [servers._wanted.limits.check]
-        assert starts[0].bounded
-    assert not starts[0].bounded, "putting back is not the check's time"
-
-
-def test_it_is_stopped_and_its_log_kept_where_the_check_did_not_come_to_its_end(
-    servers: ServerPool, starts: list[Lives]
-):
-    def check() -> None:
-        with servers.lent():
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        check()
-    assert [each.ended for each in starts] == [1]
-    title = "--- a server of its own: tiny --quantization=fp8 ---"
-    assert servers.logs == [f"{title}\nwhat server 0 wrote"]
-    assert servers.stopped == starts
-
-
-def test_one_that_could_be_put_back_is_handed_on_to_whoever_asks_for_the_same(
-    servers: ServerPool, starts: list[Lives]
-):
-    for _ in range(3):
-        with servers.lent(model="tiny", server_args={"tp_size": 2}):
-            pass
-    with servers.lent(model="tiny", server_args={"tp-size": 2}):
-        pass
-    assert [each.ended for each in starts] == [0]
-    with servers.lent(model="tiny-qwen3"):
-        assert [each.ended for each in starts] == [1, 0], "never two of them at once"
-    servers.close()
-    servers.close()
-    assert [each.ended for each in starts] == [1, 1]
-
-
-def test_one_that_died_or_could_not_be_put_back_is_never_handed_on(
-    servers: ServerPool, starts: list[Lives], monkeypatch: pytest.MonkeyPatch
-):
-    with servers.lent():
-        pass
-    starts[0].running.watch.death = DEATH
-    with servers.lent():
-        pass
-
-    def cannot(*_: Any) -> None:
-        raise CannotRestore("other weights")
-
-    monkeypatch.setattr(server_pool, "restore", cannot)
-    with servers.lent():
-        pass
-    with servers.lent():
-        pass
-    assert len(starts) == 3
-    assert [each.ended for each in starts] == [1, 1, 1]
 
 
 # --- over real sockets ----------------------------------------------------------------------------
@@ -364,3 +262,49 @@ def test_after_the_runs_time_no_other_server_is_started(runtime: ScriptedRuntime
     with pytest.raises(NotProvided, match="limit was over"), pool.lent():
         pytest.fail("it was started")
     assert runtime.running == []
+
+
+def test_it_is_stopped_and_its_log_kept_where_the_check_did_not_come_to_its_end(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    def check() -> None:
+        with pool.lent(server_args={"quantization": "fp8"}):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        check()
+    assert [r.ends for r in runtime.running] == [1]
+    assert runtime.running[0].ended_at_once, "how it ends is not judged"
+    title = "--- a server of its own: tiny --quantization=fp8 ---"
+    assert pool.logs == [f"{title}\nlog of server 0"]
+    assert len(pool.stopped) == 1
+
+
+def test_one_that_could_be_restored_is_handed_on_to_a_check_that_asks_for_the_same(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    for name in ("tp_size", "tp-size", "tp_size"):
+        with pool.lent(model="tiny", server_args={name: 2}):
+            pass
+    assert [r.ends for r in runtime.running] == [0]
+    with pool.lent(model="tiny-qwen3"):
+        assert [r.ends for r in runtime.running] == [1, 0], "never two of them at once"
+    pool.close()
+    pool.close()
+    assert [r.ends for r in runtime.running] == [1, 1]
+
+
+def test_one_that_died_or_could_not_be_restored_is_never_handed_on(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    with pool.lent():
+        pass
+    runtime.servers[0].mortal.die()
+    assert runtime.running[0].watch.wait(5.0) is not None
+    with pool.lent() as server:
+        server.client.update_weights_from_disk("/other")
+        runtime.servers[1].disk_works = False
+    with pool.lent():
+        pass
+    assert [r.ends for r in runtime.running] == [1, 1, 0]
+    assert any("was not used again" in log for log in pool.logs)

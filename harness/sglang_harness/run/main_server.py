@@ -9,6 +9,7 @@ from typing import Any
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import (
     HarnessError,
+    Interrupted,
     MissingExtra,
     ModelError,
     ServerDied,
@@ -16,7 +17,6 @@ from sglang_harness.errors import (
     StartTimeout,
 )
 from sglang_harness.runtime import Runtime
-from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.death import Death
 from sglang_harness.server import Server
 from sglang_harness.server.state import State, restore
@@ -53,7 +53,7 @@ class MainServer:
     def __init__(
         self,
         spec: ServerSpec,
-        runtime: Runtime | Attachment,
+        runtime: Runtime,
         *,
         run_id: str,
         keep: bool,
@@ -80,7 +80,7 @@ class MainServer:
 
     @property
     def _ours(self) -> bool:
-        return not isinstance(self._runtime, Attachment)
+        return self._runtime.starts
 
     def start(self) -> Server:
         """The first one. Its start is judged, so it is cold, as anybody's is."""
@@ -97,8 +97,8 @@ class MainServer:
                 held=self._keep,
                 within=max(self._left(), 1.0),
             )
-        except BaseException as error:
-            self.logs.append(getattr(error, "server_log", ""))
+        except (HarnessError, Interrupted) as error:
+            self.logs.append(error.log)
             raise
         self.servers.append(server)
         self.current = server

@@ -30,8 +30,6 @@ from sglang_harness.run.main_server import MainServer
 from sglang_harness.run.record import RunRecord
 from sglang_harness.run.server_pool import ServerPool
 from sglang_harness.runtime import Runtime
-from sglang_harness.runtime.attach import Attachment
-from sglang_harness.runtime.compose import ComposeRuntime
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
@@ -44,15 +42,6 @@ from sglang_harness.verdict import CheckResult, Outcome, ProfileName, Verdict
 
 #: Seconds in which a server has to state its version.
 STATES_ITSELF_WITHIN = 30.0
-
-PROCESS_CAVEAT = (
-    "No container: the server ran as a process of this machine, with the rights of the harness."
-)
-
-ATTACHED_CAVEAT = (
-    "Attached to a server that this run did not start, {how}: its start, its end and its memory "
-    "were not observed."
-)
 
 #: The mistake of whoever asked, found before any server was started: there is nothing to judge.
 MISTAKES = (SpecError, ModelError, MissingExtra)
@@ -88,7 +77,7 @@ class Request:
 
     spec: ServerSpec
     out: Path
-    runtime: Runtime | Attachment = field(default_factory=DockerRuntime)
+    runtime: Runtime = field(default_factory=DockerRuntime)
     profile: ProfileName = "quick"
     patterns: list[str] = field(default_factory=list)
     seed: int = 0
@@ -228,14 +217,10 @@ class Qualification:
     def _own_server(self, **wanted: Any) -> AbstractContextManager[Server]:
         """See :class:`sglang_harness.suite.check.OwnServer`."""
         if self._pool is None:
-            runtime = self._request.runtime
-            assert not isinstance(runtime, Attachment), "such checks are outside the profile"
-            if isinstance(runtime, ComposeRuntime):
-                runtime = runtime.for_another_server()
             first = self._main.servers[0] if self._main.servers else None
             self._pool = ServerPool(
                 self._request.spec,
-                runtime,
+                self._request.runtime.for_another_server(),
                 image=first.about().get("image") if first else None,
                 run_id=self._record.run_id,
                 say=self._viewer.say,
@@ -246,8 +231,8 @@ class Qualification:
 
     @staticmethod
     def _lacking(check: Check[Any], server: Server) -> str | None:
-        if check.own_server and server.running.runtime == "attach":
-            return "it starts a server of its own, which an attached run does not"
+        if check.own_server and not server.running.owned:
+            return "it starts a server of its own, and this run was given one that runs already"
         if check.changes and not server.may_change:
             return "it modifies the server for a while (--allow-changes was not given)"
         for need in check.needs:
@@ -310,7 +295,7 @@ class Qualification:
             record.logs += [*main.logs, *(self._pool.logs if self._pool else [])]
             left = [*main.left_behind, *(self._pool.left_behind if self._pool else [])]
             record.caveats += [
-                *self._runtime_caveats(),
+                *([self._request.runtime.caveat] if self._request.runtime.caveat else []),
                 *main.caveats,
                 *(f"could not be ended or removed: {line}" for line in [*down.failures, *left]),
             ]
@@ -324,8 +309,7 @@ class Qualification:
         if wanted and record.state != "pass":
             self._keep(running[-1])
             return
-        attached = isinstance(self._request.runtime, Attachment)
-        self._viewer.say("detaching" if attached else "stopping the server")
+        self._viewer.say("stopping the server" if running[0].running.owned else "detaching")
         judged = not record.interrupted and any(check.after_stop for check in self._checks)
         for server in running:
             main.stop(server, at_once=not judged)
@@ -370,13 +354,6 @@ class Qualification:
             else:
                 self._viewer.begin(check.id, len(self._checks), len(self._checks))
                 record.add(*run_check(check, context))
-
-    def _runtime_caveats(self) -> list[str]:
-        how = self._request.runtime
-        if isinstance(how, Attachment):
-            changed = "modified and restored" if how.allow_changes else "read only"
-            return [ATTACHED_CAVEAT.format(how=changed)]
-        return [PROCESS_CAVEAT] if how.name == "process" else []
 
     def _write(self) -> Verdict:
         record, out = self._record, self._request.out

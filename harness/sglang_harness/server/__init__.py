@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,17 @@ from sglang_harness import checkpoint
 from sglang_harness._base.secrets import Redactor
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
-from sglang_harness.errors import ServerDied, StartTimeout, Unresponsive
+from sglang_harness.errors import (
+    HarnessError,
+    Interrupted,
+    ServerDied,
+    StartTimeout,
+    Unresponsive,
+)
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.memory.gpu.guard import Guard, Return
-from sglang_harness.runtime import Reach, Running, Runtime, device
-from sglang_harness.runtime.attach import AttachedServer, Attachment
+from sglang_harness.runtime import Order, Reach, Running, Runtime, device
+from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server.identify import introduce
 from sglang_harness.server.readiness import StartReport, wait_until_ready
@@ -64,7 +69,7 @@ class Server:
         report: how it came up.
         memory: readings at marks; ``before start`` (GPUs), ``started`` and
             ``ready`` are taken already.
-        may_change: false for somebody else's server that is only looked at.
+        may_change: false for an existing server that is only read.
     """
 
     def __init__(
@@ -75,9 +80,8 @@ class Server:
         report: StartReport,
         memory: MemoryLedger,
         guard: Guard | None = None,
-        may_change: bool = True,
     ) -> None:
-        self.may_change = may_change
+        self.may_change = running.may_change
         self._guard = guard
         self.spec = spec
         self.model = running.model
@@ -95,7 +99,7 @@ class Server:
             timeout=spec.limits.request,
             # What restores a server may load its weights again.
             cleanup=spec.limits.start,
-            read_only=not may_change,
+            read_only=not running.may_change,
         )
         self.lacks: dict[str, str | None] = {}
         """What was asked of the server once: why it lacks something, or ``None``."""
@@ -128,7 +132,7 @@ class Server:
         cls,
         spec: ServerSpec,
         *,
-        runtime: Runtime | Attachment | None = None,
+        runtime: Runtime | None = None,
         say: Say = _quietly,
         run_id: str | None = None,
         held: bool = False,
@@ -138,26 +142,38 @@ class Server:
 
         Args:
             within: seconds until it answers, where there are fewer than ``limits.start``.
-            runtime: how it comes to be; by default in a container. An attachment starts
-                nothing: see :meth:`attach`.
+            runtime: how it comes to be; by default in a container. One that starts nothing
+                gives the server that runs already: see :meth:`attach`.
 
         Raises:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
+            AttachError: see :meth:`attach`.
             LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are somebody else's, do not
                 answer, or are not idle. Nothing was started.
             ServerDied, StartTimeout: it was started and never answered.
         """
-        if isinstance(runtime, Attachment):
-            return cls.attach(runtime, spec, say=say, run_id=run_id)
         runtime = runtime or DockerRuntime()
-        if runtime.name != "compose":  # whose GPUs are in its file
+        if not runtime.decides_gpus:
             spec = device.within_visible(spec)
-        running = runtime.prepare(spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say)
+        counts = not runtime.decides_model or "model" in spec.model_fields_set
+        running = runtime.prepare(
+            Order(
+                spec,
+                model=checkpoint.locate(spec.model, say) if counts else None,
+                run_id=run_id or uuid.uuid4().hex[:12],
+                held=held,
+                say=say,
+                identify=introduce,
+            )
+        )
+        if not running.owned:
+            return cls._attached(spec, running)
         guard = _guard(spec, running, say)
         devices: list[MemorySource] = [guard.source] if guard else []
-        ledger = MemoryLedger([*devices, *running.memory()])
+        ledger = MemoryLedger(devices)
         redactor = Redactor(running.api_key or "", *spec.secret_values())
         try:
+            ledger = MemoryLedger([*devices, *running.memory()])
             ledger.mark("before start", only=devices)
             started = time.monotonic()
             running.start()
@@ -181,7 +197,8 @@ class Server:
             with Teardown() as down:
                 # The log would be gone with the server; whoever reports the failure needs it.
                 log = down.step("log", running.logs) or ""
-                error.server_log = redactor.text(log)  # type: ignore[attr-defined]
+                if isinstance(error, (HarnessError, Interrupted)):
+                    error.log = redactor.text(log)
                 down.step("memory readings", ledger.close)
                 down.step("server", running.end)
                 for each in (down.step("GPUs", guard.close) or ()) if guard else ():
@@ -205,27 +222,17 @@ class Server:
 
         Args:
             spec: of its fields only ``limits`` and, where it is set, ``model`` (the served
-                checkpoint on this machine) mean anything.
+                checkpoint on this machine) are used.
 
         Raises:
             AttachError: nothing answers there, it requires another key, or it is not SGLang.
             Unresponsive: it is SGLang and does not generate.
             ModelError: ``model`` was given and is not there.
         """
-        spec = spec or ServerSpec()
-        given = "model" in spec.model_fields_set
-        model = checkpoint.locate(spec.model, say) if given else attachment.model
-        about = introduce(attachment)
-        if model is None and not given and Path(about.model_path).is_dir():
-            model = Path(about.model_path)
-        running = AttachedServer(
-            attachment,
-            run_id=run_id or uuid.uuid4().hex[:12],
-            device=about.device,
-            model_path=about.model_path,
-            model=model,
-        )
-        say(f"attached to SGLang {about.version} at {running.address} ({about.device})")
+        return cls.start(spec or ServerSpec(), runtime=attachment, say=say, run_id=run_id)
+
+    @classmethod
+    def _attached(cls, spec: ServerSpec, running: Running) -> Server:
         try:
             wait_until_ready(
                 running.address,
@@ -236,18 +243,14 @@ class Server:
         except (ServerDied, StartTimeout) as error:
             running.end()
             raise Unresponsive(
-                f"The server at {running.address} states its model, but does not generate: "
-                f"{error.message}",
+                f"The server at {running.address} answers, but does not generate: {error.message}",
                 advice="It may be paused, loading or stuck; look at its log.",
             ) from None
-        named = spec.model_copy(update={"model": str(model or about.model_path)})
-        return cls(
-            named,
-            running,
-            report=StartReport(),
-            memory=MemoryLedger([]),
-            may_change=attachment.allow_changes,
-        )
+        except BaseException:
+            running.end()
+            raise
+        named = spec.model_copy(update={"model": str(running.model or running.model_path())})
+        return cls(named, running, report=StartReport(), memory=MemoryLedger([]))
 
     @property
     def reach(self) -> Reach:

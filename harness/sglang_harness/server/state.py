@@ -226,7 +226,7 @@ def _undo(server: Server, first: State) -> tuple[Restored, list[str]]:
 
 
 def _load_again(server: Server, first: State, differing: list[str]) -> None:
-    if server.running.runtime == "attach" and first.labels["weight_version"] != "default":
+    if not server.running.owned and first.labels["weight_version"] != "default":
         raise CannotRestore(
             f"These differ from the baseline: {', '.join(differing)}. The weights served at "
             f"first had been pushed ({first.labels['weight_version']}) and are on no disk."
