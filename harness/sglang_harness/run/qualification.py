@@ -120,6 +120,8 @@ class Qualification:
         self._pool: ServerPool | None = None
         self._closed_gate: str | None = None
         """The check that failed so that what follows means nothing."""
+        self._no_server: HarnessError | None = None
+        """Why there was no first server, where that is no fault of its own."""
         self._scratch = Path()
         self.kept: kept_servers.Held | None = None
 
@@ -129,6 +131,8 @@ class Qualification:
         Raises:
             SpecError, ModelError, MissingExtra: what was asked for is invalid or not here. Nothing
                 was started, there is no verdict, and earlier results are left as they are.
+            EngineError, ImageError, AttachError, TelemetryError, ...: the first server could not
+                be started for no fault of its own; after the verdict ``error`` has been written.
             Interrupted: after what was seen has been written, with the verdict ``error``.
         """
         _can_be_written(self._request.out)
@@ -156,6 +160,8 @@ class Qualification:
             verdict = self._write()
         if signals.seen is not None:
             raise signals.seen
+        if self._no_server is not None:
+            raise self._no_server
         return verdict
 
     # --- asking -----------------------------------------------------------------------------
@@ -171,6 +177,7 @@ class Qualification:
         except HarnessError as error:
             # The engine, the image, a GPU or the address: nothing was seen of the server.
             self._never_came_up(str(error), Outcome.ERROR)
+            self._no_server = error
             return
         asked = [c for c in self._checks if not c.after_stop]
         context: Context | None = None
@@ -264,7 +271,9 @@ class Qualification:
         launched = "launch/phases"
         seconds = self._record.seconds
         result = CheckResult(id=launched, outcome=outcome, seconds=seconds, message=message)
-        self._record.add(result, [])
+        self._record.file(result)
+        if outcome is Outcome.FAIL:
+            self._viewer.end(result)
         for check in self._checks:
             if check.id != launched:
                 self._record.not_run(check.id, "the server never came up", launched)
@@ -357,6 +366,8 @@ class Qualification:
 
     def _write(self) -> Verdict:
         record, out = self._record, self._request.out
+        for reason, number in record.not_asked.items():
+            self._viewer.say(f"{number} {'check' if number == 1 else 'checks'} not run: {reason}")
         # 'auto' says only now what it turned out to be.
         record.runtime = self._request.runtime.name
         verdict = record.verdict()

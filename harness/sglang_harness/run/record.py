@@ -57,6 +57,7 @@ class RunRecord:
         failure: what the harness itself did wrong, in one line; the verdict is then ``error``.
         shown: the server that the verdict names.
         started_here: this run's first server came up and was judged, so its phases count.
+        not_asked: how many checks were not asked, by the reason: one line for a viewer, not many.
         caveats: what a reader has to know beside the outcomes.
         logs: what servers wrote, with secrets removed.
     """
@@ -81,6 +82,7 @@ class RunRecord:
     version: str | None = None
     shown: Server | None = None
     started_here: bool = False
+    not_asked: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
     failure: str = ""
 
@@ -111,6 +113,10 @@ class RunRecord:
         self.say(result)
         return result
 
+    def file(self, result: CheckResult) -> None:
+        """Files a result that follows from another one, without a line of its own for a viewer."""
+        self.results.append(result)
+
     def not_run(self, check_id: str, reason: str, because: str | None = None) -> None:
         """A check that was not asked.
 
@@ -120,7 +126,8 @@ class RunRecord:
         result = CheckResult(
             id=check_id, outcome=Outcome.NOT_RUN, seconds=0, message=reason, because=because
         )
-        self.add(result, [])
+        self.file(result)
+        self.not_asked[reason] = self.not_asked.get(reason, 0) + 1
 
     def leave_out(self, check_id: str, reason: str) -> None:
         """The target lacks what the check needs."""
