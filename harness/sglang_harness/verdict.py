@@ -71,7 +71,7 @@ class CheckResult(_Data):
     known_defect: str | None = None
     """Id of the registry's entry that applies."""
     retries: list[str] = Field(default_factory=list)
-    """Requests that were sent again, with the reason."""
+    """Empty: every request is sent once. Kept so that older verdicts stay readable."""
 
 
 class Outside(_Data):

@@ -38,7 +38,6 @@ class Running:
         )
         self.report = StartReport(phases=[Phase("create", 1.0), Phase("import", 2.0)])
         self.client = SimpleNamespace(
-            retries=[],
             within=lambda _: nullcontext(),
             server_info=lambda: {"version": "0.5.23"},
             has_route=lambda *_: True,
