@@ -1,4 +1,4 @@
-"""An abort says something of a neighbour only where that still ran when it was answered."""
+"""An abort is evidence about a neighbouring request only if that still ran when it was answered."""
 
 from __future__ import annotations
 

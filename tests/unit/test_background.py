@@ -1,4 +1,4 @@
-"""Streams in the background: what came of them, and that none outlives its owner."""
+"""Streams in the background: their results, and that none outlives its owner."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_stream_is_read_to_its_end(opened) -> None:
 
 
 @pytest.mark.parametrize("wait", [True, False], ids=["in the wait for events", "at its end"])
-def test_what_ended_a_stream_is_told_and_not_that_events_were_missing(opened, wait: bool) -> None:
+def test_the_error_that_ended_a_stream_is_raised(opened, wait: bool) -> None:
     refused = Answer(400, {"error": {"message": "the prompt is too long"}})
     _, client = opened({"POST /generate": refused})
     with stream(client) as running, pytest.raises(Refused, match="too long"):
@@ -77,7 +77,7 @@ def test_an_error_of_the_harness_in_a_stream_is_raised_as_it_is(opened) -> None:
             running.end(BOUND)
 
 
-def test_a_dead_server_is_told_as_such(opened) -> None:
+def test_a_dead_server_is_reported_as_dead(opened) -> None:
     mortal = Mortal()
     dying = Answer(pieces=(piece(1),), before=mortal.die, ending="reset")
     _, client = opened({"POST /generate": dying}, mortal)
@@ -111,7 +111,7 @@ def broken_off_late(client: Client, streams: list[BackgroundStream]) -> None:
             raise Broken
 
 
-def test_a_stream_ends_with_its_owner_and_the_server_is_told(opened) -> None:
+def test_a_stream_is_aborted_where_its_owner_raises(opened) -> None:
     endless = Answer(pieces=(piece(1), *(0.02, piece(2)) * 1000))
     server, client = opened({"POST /generate": endless, "POST /abort_request": Answer()})
     running = stream(client)

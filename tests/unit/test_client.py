@@ -215,7 +215,7 @@ def test_a_server_that_was_stopped_on_purpose_is_unreachable_and_not_dead(
         make_client(server, watch=mortal.watch).send(ASK)
 
 
-def test_a_refusal_of_a_server_that_lives_is_told_at_once(make_client: MakeClient):
+def test_a_refusal_by_a_live_server_is_raised_at_once(make_client: MakeClient):
     # Waiting here for a death would make every check of a 400 or 503 slower by seconds.
     script = {"GET /a": [Answer(400, {"error": "no"}), Answer(503, {"error": "busy"})]}
     with ScriptedServer(script) as server:
@@ -325,7 +325,7 @@ def test_a_streamed_chat_is_put_together_from_its_deltas(make_client: MakeClient
     assert server.seen[0].json()["stream_options"] == {"include_usage": True}
 
 
-def test_a_changed_tensor_is_found_on_whichever_rank_it_is():
+def test_a_changed_tensor_is_found_on_any_rank():
     before = Checksums(({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "2"}), "x")
     after = Checksums(({"a": "1", "b": "9", "new": "3"}, {"a": "8", "b": "2"}), "y")
     assert after.changed_since(before) == ["b", "gone", "new", "rank1:a"]
@@ -348,7 +348,7 @@ def test_every_tensor_of_every_rank_has_a_name_and_every_rank_a_place():
     assert got.places == ({}, *[{"tp_rank": 1, "tp_size": 2, "pp_rank": 0}] * 2)
 
 
-def test_ranks_stand_in_their_order_in_whichever_they_answered():
+def test_ranks_are_in_order_whatever_the_order_of_the_answer():
     def rank(dp: int, tp: int) -> dict[str, Any]:
         place = {"dp_rank": dp, "tp_rank": tp, "pp_rank": 0}
         return {"checksums": {"a": f"{dp}{tp}"}, "parallelism_info": [place]}
@@ -422,7 +422,7 @@ def test_adapters_are_loaded_and_unloaded_as_the_server_takes_it(make_client: Ma
     ]
 
 
-def test_somebody_elses_server_is_given_no_adapter():
+def test_loading_an_adapter_counts_as_a_change_of_the_server():
     for call in (
         calls.load_lora_adapter("a", "/a"),
         calls.load_lora_adapter_from_tensors("a", {}, []),

@@ -89,7 +89,7 @@ class Client:
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Bounds every call inside, from whichever thread.
+        """Bounds every call inside, from any thread.
 
         A call that is still unanswered after ``seconds`` raises :class:`TimeIsOver`, and none is
         sent after that, except inside :meth:`cleanup`. Of nested bounds the earlier one holds.
@@ -128,7 +128,7 @@ class Client:
             raise self._blamed(call, error) from None
 
     def events(self, call: Call[T]) -> Generator[T, None, None]:
-        """What each event of a streamed answer says.
+        """The events of a streamed answer, each as ``call.read`` reads it.
 
         Raises what :meth:`send` raises; :class:`Refused` also for an error inside the
         stream, which SGLang sends as an event after 200, and :class:`BadAnswer` for a

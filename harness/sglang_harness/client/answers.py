@@ -84,7 +84,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One event of a streamed generation: the text and the ids so far."""
+    """One event of a streamed generation.
+
+    Attributes:
+        text: all text so far.
+        output_ids: all token ids so far, or only the new ones (SGLang 0.5.23 does both).
+    """
 
     text: str
     output_ids: tuple[int, ...]
@@ -227,7 +232,7 @@ def _on(rank: int) -> str:
 
 def _place(info: Any) -> dict[str, int]:
     """Position of a rank; newer servers list one per role, the target's first."""
-    told = info[0] if isinstance(info, list) and info else info
-    if not isinstance(told, dict):
+    place = info[0] if isinstance(info, list) and info else info
+    if not isinstance(place, dict):
         return {}
-    return {name: value for name, value in told.items() if isinstance(value, int)}
+    return {name: value for name, value in place.items() if isinstance(value, int)}

@@ -2,7 +2,7 @@
 
 The one place where a call's parameters are written: the methods of
 :class:`sglang_harness.client.Client` take their signatures from here. Facts about the endpoints
-are from SGLang 0.5.23 (docs/sglang.md says which were observed on a running server).
+are from SGLang 0.5.23 (docs/sglang.md marks those that were observed on a running server).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def generate_stream(
     logprobs: bool = False,
     request_id: str | None = None,
 ) -> Call[Chunk]:
-    """A generation as a stream of events; text and ids are cumulative."""
+    """A generation as a stream of events; see :class:`Chunk` for what is cumulative."""
     body = {**_generate_body(prompt, sampling, logprobs, None), "stream": True}
     if request_id is not None:
         body["rid"] = request_id

@@ -35,7 +35,7 @@ def sends(make: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
 def streams(
     make: Callable[P, Call[T]],
 ) -> Callable[Concatenate[Client, P], Generator[T, None, None]]:
-    """A method that sends the call, and yields what each event of the answer says.
+    """A method that sends the call, and yields the events of the answer.
 
     Nothing is sent before the first event is asked for. Closing the generator closes the
     connection, upon which the server ends the request.

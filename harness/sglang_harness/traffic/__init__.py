@@ -217,7 +217,7 @@ class Traffic(Background):
 
         Raises:
             Exception: an error of the harness itself, or its time limit, ended the traffic: then
-                the record says nothing about the server.
+                the record is not evidence about the server.
         """
         if not isinstance(self._failure, ServerDied):
             self._raise_failure()

@@ -14,14 +14,14 @@ R = TypeVar("R")
 
 
 def at_once(ask: Callable[[A], R], arguments: Sequence[A], *, seconds: float = 60.0) -> list[R]:
-    """The answers to all ``arguments``, in their order; each is asked for by a thread of its own,
+    """The answers to all ``arguments``, in their order. Each is asked for by a thread of its own,
     and none before all threads run.
 
     Args:
         seconds: until all threads must run.
 
     Raises:
-        HarnessError: the threads did not all run in time; nothing was asked.
+        HarnessError: the threads did not all run in time; nothing was sent.
         Exception: what the first that failed, in the order of the arguments, raised.
     """
     together = threading.Barrier(len(arguments))
@@ -33,7 +33,7 @@ def at_once(ask: Callable[[A], R], arguments: Sequence[A], *, seconds: float = 6
             raise HarnessError(
                 f"{len(arguments)} requests could not be sent at the same time: their threads did "
                 f"not all run within {seconds:g} s.",
-                advice="This machine is overloaded; run less beside the harness.",
+                advice="This machine is overloaded: stop other work on it.",
             ) from None
         return ask(argument)
 

@@ -77,7 +77,7 @@ class BackgroundStream(Background):
 
     @property
     def is_over(self) -> bool:
-        """Whether the stream has ended, in whichever way."""
+        """Whether the stream has ended, for whatever reason."""
         return self._working == 0
 
     @property
@@ -97,7 +97,7 @@ class BackgroundStream(Background):
         return self.count >= chunks
 
     def wait_until_over(self, seconds: float) -> bool:
-        """Whether it ended within ``seconds``, in whichever way."""
+        """Whether it ended within ``seconds``, for whatever reason."""
         with self._news:
             return self._news.wait_for(lambda: self.is_over, seconds)
 

@@ -20,11 +20,12 @@ B = TypeVar("B", bound="Background")
 
 
 class Background(ABC):
-    """Requests in threads: what came of them is read by whoever started them.
+    """Requests in threads, whose owner reads the results.
 
-    Whatever a thread raises is kept and raised to the reader, so that an error of the harness is
-    never taken for a request that the server lost. Leaving the ``with`` block ends the threads and
-    the requests, also when a check raises inside it: they must not go on while the next check runs.
+    An exception that ends a thread is recorded and raised to the reader of the results, so that
+    an error of the harness is never mistaken for a request that the server lost. Leaving the
+    ``with`` block ends the threads and aborts the requests, also when a check raises inside it:
+    they must not go on while the next check runs.
     """
 
     def __init__(self, client: Client, *, threads: int, name: str) -> None:
@@ -85,7 +86,7 @@ class Background(ABC):
                 self._news.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        """Ends all threads, and raises ``error`` to whoever reads what came of them."""
+        """Ends all threads; ``error`` is raised to the reader of the results."""
         with self._news:
             if self._failure is None:
                 self._failure = error
