@@ -65,8 +65,8 @@ class Client:
         read_only: a call that changes the server is not sent, and raises :class:`ReadOnly`.
 
     Raises, for every call: :class:`Refused`, :class:`BadAnswer`, :class:`Unreachable`,
-    :class:`NoAnswerInTime`, and :class:`ServerDied`; inside :meth:`within` also
-    :class:`TimeIsOver`.
+    :class:`NoAnswerInTime`, :class:`ServerDied` and :class:`ServerLost`; inside :meth:`within`
+    also :class:`TimeIsOver`.
     """
 
     def __init__(

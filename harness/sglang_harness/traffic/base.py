@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from sglang_harness.client import Client
-from sglang_harness.errors import RequestFailed, ServerDied
+from sglang_harness.errors import RequestFailed, ServerDied, ServerLost
 
 #: Seconds for what is cancelled to end.
 CANCELLED_WITHIN = 5.0
@@ -115,7 +115,7 @@ class Background(ABC):
             with self._client.cleanup(seconds):
                 for request_id in self._under_way():
                     self._client.abort(request_id)
-        except (RequestFailed, ServerDied):
+        except (RequestFailed, ServerDied, ServerLost):
             return
 
     def _join(self, seconds: float) -> None:
