@@ -218,6 +218,7 @@ def chat(
     seed: int | None = None,
     frequency_penalty: float | None = None,
     response_format: Mapping[str, Any] | None = None,
+    repetition_penalty: float | None = None,
     ignore_eos: bool | None = None,
     extra: Mapping[str, Any] | None = None,
     timeout: float | None = None,
@@ -228,6 +229,8 @@ def chat(
         messages: such as ``[{"role": "user", "content": "Hello"}]``.
         max_tokens: of the answer.
         response_format: such as ``{"type": "json_schema", "json_schema": {...}}``.
+        repetition_penalty: SGLang's own field; without it that of the model's
+            ``generation_config.json`` holds on this route (0.5.23).
         ignore_eos: go on after an end-of-sequence token (SGLang's own field).
         extra: further fields of the request body, sent as they are.
         timeout: seconds for the answer; ``None``: the client's.
@@ -243,6 +246,7 @@ def chat(
         seed=seed,
         frequency_penalty=frequency_penalty,
         response_format=response_format,
+        repetition_penalty=repetition_penalty,
         ignore_eos=ignore_eos,
     )
 
@@ -282,6 +286,7 @@ def completions(
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
+    repetition_penalty: float | None = None,
     ignore_eos: bool | None = None,
     extra: Mapping[str, Any] | None = None,
     timeout: float | None = None,
@@ -290,6 +295,8 @@ def completions(
 
     Args:
         max_tokens: of the answer; SGLang's default is 16 (0.5.23).
+        repetition_penalty: SGLang's own field; without it that of the model's
+            ``generation_config.json`` holds on this route (0.5.23).
         ignore_eos: go on after an end-of-sequence token (SGLang's own field).
         extra: further fields of the request body, sent as they are.
         timeout: seconds for the answer; ``None``: the client's.
@@ -303,6 +310,7 @@ def completions(
         max_tokens=max_tokens,
         stop=stop,
         seed=seed,
+        repetition_penalty=repetition_penalty,
         ignore_eos=ignore_eos,
     )
 
