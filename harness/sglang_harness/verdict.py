@@ -73,7 +73,7 @@ class CheckResult(_Data):
     because: str | None = None
     """Id of the failed check that makes this one ``not-run``: it is counted there, not twice."""
     retries: list[str] = Field(default_factory=list)
-    """Requests that were sent again, with the reason."""
+    """Empty: every request is sent once. Kept so that older verdicts stay readable."""
 
 
 class Outside(_Data):

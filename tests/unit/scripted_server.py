@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self._play(self.owner._next(seen))
 
-    do_GET = do_POST = do_PUT = do_DELETE = _any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PROPFIND = _any  # noqa: N815
 
     def _play(self, answer: Answer) -> None:
         if answer.before is not None:

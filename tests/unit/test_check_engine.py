@@ -22,7 +22,6 @@ from scripted_server import BOUND, Answer, ScriptedServer
 from sglang_harness import suite
 from sglang_harness._base.secrets import REDACTED, Redactor
 from sglang_harness.client import Client, RequestsTransport
-from sglang_harness.client.call import Attempt
 from sglang_harness.errors import (
     BadAnswer,
     DidNotComeUp,
@@ -118,7 +117,7 @@ def raising(error: BaseException) -> AllTwos:
 @pytest.fixture
 def context() -> Any:
     """Of a context, what the engine itself touches."""
-    server = SimpleNamespace(client=SimpleNamespace(retries=[]), redactor=Redactor(SECRET))
+    server = SimpleNamespace(client=SimpleNamespace(), redactor=Redactor(SECRET))
     return SimpleNamespace(server=server)
 
 
@@ -243,27 +242,6 @@ def test_an_unexpected_exception_is_an_error_that_names_its_place_and_shows_no_t
 def test_an_interruption_is_not_mistaken_for_a_finding(context):
     with pytest.raises(Interrupted):
         run_check(raising(Interrupted(2)), context)
-
-
-def test_only_the_retries_of_this_check_are_counted_to_it(context):
-    retries = context.server.client.retries
-    retries.append(Attempt("GET /ready", 1, "before this check"))
-
-    def observe(_: Any) -> Seen:
-        retries.append(Attempt("POST /flush_cache", 1, f"refused with {SECRET}"))
-        return Seen(answers=[2])
-
-    result, _ = run_check(AllTwos(observe), context)
-    assert result.retries == [f"POST /flush_cache: try 1: refused with {REDACTED}"]
-
-
-def test_retries_of_a_check_that_found_nothing_out_are_counted_too(context):
-    def observe(_: Any) -> Seen:
-        context.server.client.retries.append(Attempt("GET /ready", 1, "refused"))
-        raise Unreachable("GET /ready", "refused")
-
-    result, _ = run_check(AllTwos(observe), context)
-    assert result.retries == ["GET /ready: try 1: refused"]
 
 
 # --- secrets ----------------------------------------------------------------------------------

@@ -47,9 +47,7 @@ def context(error: BaseException, device: str = "cpu") -> Any:
         yield
 
     seen: dict[str, Any] = {}
-    server = SimpleNamespace(
-        client=SimpleNamespace(retries=[]), redactor=Redactor(""), device=device
-    )
+    server = SimpleNamespace(client=SimpleNamespace(), redactor=Redactor(""), device=device)
     return SimpleNamespace(
         server=server, own_server=own_server, asked=seen, scratch=Path("/nowhere"), seed=0
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_harness import checkpoint
 from sglang_harness._base.secrets import Redactor
 from sglang_harness._base.teardown import Teardown
-from sglang_harness.client import Client, RequestsTransport, RetryPolicy
+from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import (
     HarnessError,
     Interrupted,
@@ -95,7 +95,6 @@ class Server:
                 running.address, api_key=running.api_key, read_timeout=spec.limits.request
             ),
             watch=running.watch,
-            retry=RetryPolicy(),
             timeout=spec.limits.request,
             # What restores a server may load its weights again.
             cleanup=spec.limits.start,

@@ -240,21 +240,15 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
     """Observes and judges. Never raises for what a server or the harness does wrong; whose
     fault an error is: see :func:`sglang_harness.suite.blame.blame`."""
     started = time.monotonic()
-    retries_before = len(context.server.client.retries)
 
     def result(outcome: Outcome, message: str = "", seen: Observation | None = None) -> CheckResult:
         redactor = context.server.redactor
-        retries = [
-            f"{a.call}: try {a.number}: {a.reason}"
-            for a in context.server.client.retries[retries_before:]
-        ]
         return CheckResult(
             id=check.id,
             outcome=outcome,
             seconds=time.monotonic() - started,
             message=redactor.text(message),
             evidence=None if seen is None else redactor.data(seen.model_dump()),
-            retries=[redactor.text(r) for r in retries],
         )
 
     try:
