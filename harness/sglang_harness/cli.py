@@ -327,12 +327,19 @@ def doctor() -> None:
 @app.command()
 def judge(
     out: Annotated[Path, typer.Argument(help="Folder of a saved run, or its verdict.json.")],
+    strict_known: Annotated[
+        bool,
+        typer.Option(
+            "--strict-known",
+            help="Fail if a known defect no longer reproduces; implied if the run was strict.",
+        ),
+    ] = False,
 ) -> None:
     """Judge a saved run again, without server, model or torch. Writes nothing."""
     saved = Verdict.read(out / "verdict.json" if out.is_dir() else out)
     from sglang_harness.run.rejudge import judge_saved
 
-    again, changed = judge_saved(saved)
+    again, changed = judge_saved(saved, strict_known=strict_known)
     for before, after in changed:
         console.print(
             f"{escape(after.id)}: was {before.outcome.value}, is now {after.outcome.value}"

@@ -19,7 +19,6 @@ from rich.console import Console
 from sglang_harness import report
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import SpecError
-from sglang_harness.memory import Reading
 from sglang_harness.report import terminal
 from sglang_harness.verdict import (
     CheckResult,
@@ -27,6 +26,7 @@ from sglang_harness.verdict import (
     Outcome,
     Outside,
     PhaseTime,
+    Reading,
     Verdict,
     json_schema,
     overall,
@@ -281,7 +281,7 @@ def test_a_run_with_everything_outside_is_no_green_page_either(tmp_path: Path):
         ),
         pytest.param(
             result(Outcome.FIXED, known_defect="d-1"),
-            {"verdict": "fail", "reason": "listed as known defects, but did not show: a/b"},
+            {"verdict": "fail", "reason": "known defects no longer reproduce (strict): a/b"},
             id="--strict-known",
         ),
     ],
@@ -362,21 +362,11 @@ def test_the_schema_refuses_what_the_reader_refuses(tmp_path: Path, change: dict
 def test_a_file_that_is_cut_short_is_told_as_such(tmp_path: Path, length: int):
     path = tmp_path / "verdict.json"
     path.write_bytes(RECORDED.read_bytes()[:length])
-    with pytest.raises(SpecError, match="no verdict of this harness") as caught:
+    with pytest.raises(SpecError, match="not a verdict of this harness") as caught:
         Verdict.read(path)
     assert str(path) in str(caught.value)
     assert "cut short" in caught.value.advice
     assert "\n" not in str(caught.value)
-
-
-def test_a_verdict_of_another_generation_is_not_guessed_at(tmp_path: Path):
-    path = tmp_path / "verdict.json"
-    verdict = full_verdict()
-    verdict.model_copy(update={"schema_version": "1.9"}).write(path)
-    Verdict.read(path)
-    verdict.model_copy(update={"schema_version": "2.0"}).write(path)
-    with pytest.raises(SpecError, match=r"2\.0"):
-        Verdict.read(path)
 
 
 def test_a_verdict_that_is_not_there_is_told_in_one_line(tmp_path: Path):
@@ -466,7 +456,7 @@ def test_a_person_reads_the_verdict_its_reason_and_every_figure():
     text = console.export_text()
     for part in (
         "ERROR",
-        "could not be found out: weights/a-b-a",
+        "inconclusive (harness error): weights/a-b-a",
         "profile quick",
         "2 pass, 1 fail, 1 error, 1 known, 1 fixed, 1 not-run, 1 outside",
         "SGLang 0.5.23, tiny, cpu, runtime docker",

@@ -5,37 +5,11 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from sglang_harness.memory.sampler import RATE, Sampler
 from sglang_harness.memory.timeline import Sample, Timeline
+from sglang_harness.verdict import Reading
 
-__all__ = ["MemoryLedger", "MemorySource", "Reading", "Sample", "Timeline"]
-
-
-class Reading(BaseModel):
-    """Memory at one moment, all figures in bytes.
-
-    Attributes:
-        source: ``nvml`` (whole GPUs, by UUID), ``container`` (host memory of the server's
-            container as the kernel counts it) or ``process`` (host memory of its processes).
-        used_bytes: the figure to compare: device memory in use for ``nvml``; anonymous plus
-            shared memory for the others (page cache is not counted: the kernel takes it
-            back by itself).
-        parts: what it is made of.
-        peak_bytes: the highest that was sampled since the mark before, this one included;
-            ``None`` where nothing samples.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    mark: str
-    seconds: float
-    """Since the ledger began."""
-    source: str
-    used_bytes: int
-    parts: dict[str, int]
-    peak_bytes: int | None = None
+__all__ = ["MemoryLedger", "MemorySource", "Sample", "Timeline"]
 
 
 class MemorySource(Protocol):

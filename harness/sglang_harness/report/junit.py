@@ -65,7 +65,7 @@ def _case(check: CheckResult) -> TestCase:
     elif check.outcome is Outcome.KNOWN:
         case.result = [Skipped(f"known defect {check.known_defect}: {message}")]
     elif check.outcome is Outcome.FIXED:
-        case.system_out = f"known defect {check.known_defect} did not show"
+        case.system_out = f"known defect {check.known_defect} did not reproduce"
     return case
 
 
