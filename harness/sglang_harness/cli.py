@@ -387,6 +387,28 @@ def checks(
 
 
 @app.command()
+def known(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="As the table of docs/track-record.md.")
+    ] = False,
+) -> None:
+    """List the known defects of SGLang, each with the command that shows it again."""
+    from sglang_harness.suite import known_defects
+
+    defects = known_defects.load(set(suite.registered()))
+    if as_markdown:
+        print(known_defects.as_markdown(defects))
+        return
+    for defect in defects:
+        console.print(
+            f"[bold]{escape(defect.id)}[/bold] (SGLang {', '.join(defect.versions)}): "
+            f"{escape(defect.notice)}\n  {escape(defect.issue)}\n  {escape(defect.command)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
 def model(
     name: Annotated[
         str, typer.Argument(help="'smollm2', or 'tiny[-ARCHITECTURE][:SEED]'.")
