@@ -1,4 +1,4 @@
-"""Where a server's memory is read, and what was read when."""
+"""The memory of a server: where it is read, and the readings at named marks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["MemoryLedger", "MemorySource", "Sample", "Timeline"]
 
 
 class MemorySource(Protocol):
-    """Something that can be asked how much memory is in use now."""
+    """Something that reports how much memory is in use now."""
 
     name: str
 
     def read(self) -> tuple[int, dict[str, int]]:
-        """Bytes in use, and the parts; raises :class:`HarnessError` when it cannot."""
+        """Bytes in use, and the parts; raises :class:`HarnessError` if they cannot be read."""
 
 
 class MemoryLedger:
     """Reads every source at named marks and keeps the readings in order.
 
-    Between the marks :meth:`watch` has a thread read a source at its own rate.
+    :meth:`watch` samples a source between the marks, in a thread and at its own rate.
     """
 
     def __init__(self, sources: list[MemorySource]) -> None:
@@ -33,7 +33,7 @@ class MemoryLedger:
         self._samplers: dict[str, Sampler] = {}
         self.readings: list[Reading] = []
         self.timelines: dict[str, Timeline] = {}
-        """By source: what was sampled, where it is watched."""
+        """By source: its samples, where it is watched."""
 
     @property
     def source_names(self) -> list[str]:
@@ -41,15 +41,15 @@ class MemoryLedger:
 
     @property
     def first_call_only(self) -> bool:
-        """The driver counts what it reserves as used: it has only the first version of the
-        memory call."""
+        """The driver has only the first version of the memory call, which counts memory that the
+        driver reserves as used."""
         return any(getattr(source, "first_call_only", False) for source in self._sources)
 
     def source(self, name: str) -> MemorySource:
         """The source of that name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no source has that name.
         """
         for source in self._sources:
             if source.name == name:
@@ -91,8 +91,8 @@ class MemoryLedger:
         return max([used, *(s.used for s in timeline.between(since, seconds))])
 
     def watch(self, source: MemorySource, *, rate: float = RATE) -> Sampler:
-        """Samples ``source`` from now on, ``rate`` times a second, until :meth:`close`. A device
-        that falls off is a gap in the samples, and the others go on."""
+        """Samples ``source`` from now on, ``rate`` times a second, until :meth:`close`. A lost
+        device is a gap in the samples, and the others continue."""
         timeline = self.timelines.setdefault(source.name, Timeline())
         partly = getattr(source, "read_partly", None)
 
@@ -108,10 +108,10 @@ class MemoryLedger:
 
     @property
     def samplers(self) -> dict[str, Sampler]:
-        """By source: what watches it, or did."""
+        """By source: the sampler that watches it, or watched it."""
         return dict(self._samplers)
 
     def close(self) -> None:
-        """Ends the sampling. What was read stays."""
+        """Stops the sampling and keeps the readings."""
         for sampler in self._samplers.values():
             sampler.stop()
