@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sglang_harness.runtime.death import Death
+    from sglang_harness.runtime.death import Death, Unknown
 
 
 class HarnessError(Exception):
@@ -128,6 +128,18 @@ class ServerDied(HarnessError):
     def __init__(self, death: Death) -> None:
         super().__init__(death.sentence(), advice=death.advice())
         self.death = death
+
+
+class ServerLost(EngineError):
+    """Whether the server still runs, or how it ended, cannot be observed any more.
+
+    Attributes:
+        unknown: why.
+    """
+
+    def __init__(self, unknown: Unknown) -> None:
+        super().__init__(unknown.sentence(), advice=unknown.advice())
+        self.unknown = unknown
 
 
 class StartTimeout(HarnessError):

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.spec import Argument, ServerSpec
 
-__all__ = ["Beside", "Death", "DeathWatch", "Reach", "Running", "Runtime", "Started"]
+__all__ = ["Beside", "Death", "DeathWatch", "Reach", "Running", "Runtime", "Started", "Unknown"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Running(Protocol):
 
     @property
     def watch(self) -> DeathWatch:
-        """Tells within a second that the server ended."""
+        """Tells within a second that the server ended, or that this cannot be observed."""
 
     @property
     def reach(self) -> Reach: ...

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.runtime import Beside, Started
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.runtime.path_map import copy_readable, remove_copy
 from sglang_harness.spec import Argument
 
@@ -152,7 +152,7 @@ class AttachedServer:
     def start(self) -> None:
         """Nothing: it runs."""
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         parts = urlsplit(self.address)
         where = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         refused = 0
@@ -168,7 +168,7 @@ class AttachedServer:
             if refused >= 2:
                 why = f"nothing listens at {self.address} any more (not ours: no log to look at)"
                 return Death(None, False, why, "", ())
-        return Death(None, False, "no longer looked at", "", ())
+        return Unknown("this run has detached from it")
 
     def memory(self) -> list[MemorySource]:
         return []

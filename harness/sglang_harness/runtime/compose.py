@@ -15,7 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.runtime import Started, cpu_binding, engine, images
 from sglang_harness.runtime import device as devices
@@ -278,21 +279,23 @@ class ComposeServer(RunningContainer):
             ]
         finally:
             client.close()
-        return [*found, *([str(self.reach.folder)] if self.reach.folder.exists() else [])]
+        folder = [str(self.reach.folder)] if self.reach.folder.exists() else []
+        return list(dict.fromkeys([*self._failures, *found, *folder]))
 
-    def _clear_away(self) -> None:
+    def _clear_away(self) -> list[str]:
         if not self._second.exists():
-            return
-        with suppress(EngineError):
-            self._project.down()
-            self._remove_volumes()
-        self.reach.close()
+            return []
+        with Teardown() as down:
+            down.step(f"compose project {self.name}", self._project.down)
+            down.collect(f"volumes of the compose project {self.name}", self._remove_volumes)
+            down.collect("exchange folder", self.reach.close)
+        return down.failures
 
-    def _remove_volumes(self) -> None:
+    def _remove_volumes(self) -> list[str]:
         client = engine.connect()
         try:
             volumes = (t for t in engine.ours(client) if t.kind == "volume")
-            engine.remove(client, [t for t in volumes if t.name.startswith(self.name)])
+            return engine.remove(client, [t for t in volumes if t.name.startswith(self.name)])
         finally:
             client.close()
 

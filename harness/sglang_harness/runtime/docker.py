@@ -272,11 +272,10 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             client.close()
         if isinstance(self._reach, FolderReach) and self._reach.folder.exists():
             found.append(str(self._reach.folder))
-        return found
+        return list(dict.fromkeys([*self._failures, *found]))
 
-    def _clear_away(self) -> None:
-        if self._reach is not None:
-            self._reach.close()
+    def _clear_away(self) -> list[str]:
+        return self._reach.close() if self._reach is not None else []
 
     def stop(self, force: bool = True, delete_volume: bool = True) -> None:
         """Testcontainers' word for :meth:`end`. A server always ends politely first."""

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ import psutil
 from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.secrets import Redactor, new_api_key
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.process import ProcessMemory
@@ -34,6 +36,7 @@ from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.runtime.ports import free_port, is_taken
+from sglang_harness.runtime.process_family import ProcessFamily, until_gone
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import Parents
 from sglang_harness.runtime.warm.protocol import Recipe
@@ -78,7 +81,9 @@ class SGLangProcess:
         self._port = spec.port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: DeathWatch | None = None
-        self._family: dict[int, psutil.Process] = {}
+        self._family: ProcessFamily | None = None
+        self._exit_code: int | None = None
+        self._failures: list[str] = []
         self._logs_at_end: str | None = None
         self._beside: list[AttachedProcess] = []
         self.reach = SameMachine()
@@ -123,6 +128,7 @@ class SGLangProcess:
         except OSError as error:
             self._remove_folder()
             raise EngineError(f"{self._python} cannot be run: {error.strerror}.") from None
+        self._family = ProcessFamily(self._process.pid)
         self._watch = DeathWatch(self._wait_for_death)
 
     def _environment(self) -> dict[str, str]:
@@ -152,7 +158,7 @@ class SGLangProcess:
         # A shell's way of writing a death by signal, as containers do.
         log = Redactor(self.api_key).text(self.logs())
         death = read_death(code if code >= 0 else 128 - code, False, log)
-        return Death(**{**vars(death), "noticed_after": max(0.0, time.time() - seen)})
+        return replace(death, noticed_after=max(0.0, time.time() - seen))
 
     @property
     def address(self) -> str:
@@ -177,48 +183,52 @@ class SGLangProcess:
 
     def processes(self) -> list[psutil.Process]:
         """The server's processes that live, its main process first."""
-        if self._process is None:
-            return []
-        with suppress(psutil.NoSuchProcess):
-            main = psutil.Process(self._process.pid)
-            for each in [main, *main.children(recursive=True)]:
-                self._family[each.pid] = each
-        return [p for p in self._family.values() if p.is_running() and p.status() != "zombie"]
+        return self._family.living() if self._family is not None else []
 
     def host_pids(self) -> list[int]:
         return [p.pid for p in self.processes()]
 
     def end(self, *, at_once: bool = False) -> int | None:
-        """SIGTERM, ``limits.stop`` seconds, then SIGKILL for whatever of it is left."""
-        if self._watch is not None and self._watch.death is None:
+        """SIGTERM, ``limits.stop`` seconds, then SIGKILL for what is left of it; then its files.
+        Every step is tried; what failed is in ``left_behind``."""
+        if self._watch is not None and self._watch.ended is None:
             self._watch.expected = True
-        while self._beside:
-            self._beside.pop().end()
-        if self._process is None:
-            self._remove_folder()
-            return None
-        family = self.processes()
-        if self._process.poll() is None:
+        with Teardown(self._failures) as down:
+            while self._beside:
+                peer = self._beside.pop()
+                down.collect(f"sidecar {peer.name}", peer.end)
+            process, family = self._process, self._family
+            if process is not None and family is not None:
+                down.step("server process", lambda: self._end_process(process, family, at_once))
+                down.step("server process", lambda: family.kill(within=5.0))
+                self._exit_code = down.step("exit code", lambda: process.wait(timeout=5))
+                down.step("log", self._keep_log)
+                down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
+                down.step("torch's shared memory", lambda: remove_segments(family.pids()))
+            down.step(str(self._folder), self._remove_folder)
+        return self._exit_code
+
+    def _end_process(
+        self, process: subprocess.Popen[bytes], family: ProcessFamily, at_once: bool
+    ) -> None:
+        living = family.living()
+        if process.poll() is None:
             if at_once:
-                self._process.kill()
+                process.kill()
             else:
-                self._process.terminate()
+                process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=self.spec.limits.stop)
-        _, alive = psutil.wait_procs(family, timeout=2)
-        for each in alive:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(alive, timeout=5)
+            process.wait(timeout=self.spec.limits.stop)
+        # The others end a moment after it.
+        until_gone(living, within=2.0)
+
+    def _keep_log(self) -> None:
         self._logs_at_end = self.logs()
-        self._remove_folder()
-        _remove_shared_memory(p.pid for p in family)
-        remove_segments(p.pid for p in family)
-        return self._process.wait(timeout=5)
 
     def left_behind(self) -> list[str]:
-        found = [f"process {p.pid}" for p in self._family.values() if p.is_running()]
-        return [*found, *([str(self._folder)] if self._folder.exists() else [])]
+        running = [f"process {p.pid}" for p in self.processes()]
+        folder = [str(self._folder)] if self._folder.exists() else []
+        return [*self._failures, *running, *folder]
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

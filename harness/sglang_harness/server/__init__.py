@@ -259,9 +259,9 @@ class Server:
         return self.redactor.text(self.running.logs())
 
     def raise_if_dead(self) -> None:
-        """Raises :class:`ServerDied` where the server has ended by itself."""
-        if death := self.running.watch.death:
-            raise ServerDied(death)
+        """Raises :class:`ServerDied` where the server has ended by itself, and
+        :class:`ServerLost` where that is not known."""
+        self.running.watch.raise_if_ended()
 
     def stop(self, *, at_once: bool = False) -> Stopped:
         """Ends the server and removes what belongs to it. Again: the same answer.

@@ -18,7 +18,7 @@ from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.runtime import Beside, Runtime, Started
 from sglang_harness.runtime.attach import Attachment
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.server import Server
 from sglang_harness.server.readiness import StartReport
 from sglang_harness.server.state import State
@@ -136,14 +136,14 @@ class Lender:
         sources = self._current(run_id).running.memory()
         return next(source for source in sources if source.name == name).read()
 
-    def death(self, run_id: str) -> Death:
-        """Waits until the server has ended."""
+    def death(self, run_id: str) -> Death | Unknown:
+        """Waits until the server has ended, or was replaced."""
         watch = self._current(run_id).running.watch
         over = threading.Event()
-        watch.call_on_death(over.set)
+        watch.call_on_end(over.set)
         while not over.wait(1.0) and not self._closed.is_set():
             pass
-        return watch.death or Death(None, False, "it was replaced or put away", "", ())
+        return watch.ended or Unknown("the process that keeps it has replaced or stopped it")
 
     def _current(self, run_id: str) -> Server:
         server = None if self._keeper is None else self._keeper.current
@@ -174,11 +174,11 @@ class BorrowedServer:
     def _ask(self, question: str, *arguments: Any) -> Any:
         return self._counter.ask(question, self.run_id, *arguments)
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         try:
             return self._ask("death")  # type: ignore[no-any-return]
         except HarnessError as error:
-            return Death(None, False, error.message, "", ())
+            return Unknown(error.message)
 
     def start(self) -> None:
         """Nothing: it runs."""

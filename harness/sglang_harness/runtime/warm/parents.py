@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Beside, Reach, Started
 from sglang_harness.runtime.engine import Owner
@@ -61,6 +62,11 @@ class Folders:
             folder = self.root / part
             folder.mkdir(exist_ok=True)
             folder.chmod(mode)
+
+    def remove(self) -> list[str]:
+        """Removes all of it; returns what could not be removed."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        return [str(self.root)] if self.root.exists() else []
 
     @property
     def socket(self) -> Path:
@@ -210,12 +216,16 @@ class Parent(ABC):
 
     def end(self) -> list[str]:
         """Ends it, or leaves it where it is kept; returns what could not be removed."""
-        left = self.preloaded.close()
-        if self.kept:
-            return left
-        left += self.end_place()
-        shutil.rmtree(self.folders.root, ignore_errors=True)
-        return [*left, *([str(self.folders.root)] if self.folders.root.exists() else [])]
+        with Teardown() as down:
+            down.collect(f"connection to {self.name}", self.preloaded.close)
+            if not self.kept:
+                down.collect(self.name, self.end_place)
+                down.collect("shared folder", self.folders.remove)
+            down.step("the place's connections", self.close_place)
+        return down.failures
+
+    def close_place(self) -> None:  # noqa: B027 -- not every place has connections
+        """Closes what this object has open to where the parent runs."""
 
 
 class Parents:
@@ -346,21 +356,19 @@ class Parents:
 
     def close(self) -> list[str]:
         """Ends all that no server uses any more."""
-        left: list[str] = []
-        with self._lock:
+        with self._lock, Teardown() as down:
             for parent in [p for p in self._have if not p.users]:
                 self._have.remove(parent)
-                left += _ended(parent)
-        return left
+                down.collect(parent.name, parent.end)
+        return down.failures
 
 
 def _ended(parent: Parent) -> list[str]:
-    """Ends it. Whatever fails there is told, and stands in nobody's way: a verdict is still to be
-    written, and others are to be ended."""
-    try:
-        return parent.end()
-    except Exception as error:
-        return [f"{parent.name}: {type(error).__name__}: {error}"]
+    """Ends it; returns what could not be removed, and raises nothing for it: a verdict is still
+    to be written."""
+    with Teardown() as down:
+        down.collect(parent.name, parent.end)
+    return down.failures
 
 
 def place(model: Path, models: Path) -> str:

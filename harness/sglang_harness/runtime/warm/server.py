@@ -7,15 +7,17 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from sglang_harness._base.secrets import Redactor, new_api_key
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.proportional import ProportionalMemory
 from sglang_harness.runtime import Beside, Reach, Started, log_file
-from sglang_harness.runtime.death import Death, DeathWatch, read_death
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
 from sglang_harness.runtime.warm.parents import Parent, Parents, Say
 from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.spec import ServerSpec, command_line
@@ -124,15 +126,15 @@ class WarmServer:
         self._address = self._parent.address(chosen)
         self._watch = DeathWatch(self._wait_for_death)
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         ended = self._parent.preloaded.wait_for_end(self.name)
         noticed = max(0.0, time.time() - ended.at)
+        if ended.parent_gone:
+            # It alone knew how the server ended, and none of its servers outlives it.
+            return Unknown("its preloaded parent ended, and every server of it with it")
         log = Redactor(self.api_key).text(self.logs())
         death = read_death(ended.exit_code, ended.out_of_memory, log)
-        if ended.parent_gone:
-            cause = "its preloaded parent ended, and took every server along"
-            return Death(**{**vars(death), "cause": cause, "noticed_after": noticed})
-        return Death(**{**vars(death), "noticed_after": noticed})
+        return replace(death, noticed_after=noticed)
 
     @property
     def watch(self) -> DeathWatch:
@@ -183,21 +185,28 @@ class WarmServer:
         if self._ended:
             return self._exit_code
         self._ended = True
-        if self._watch is not None and self._watch.death is None:
+        if self._watch is not None and self._watch.ended is None:
             self._watch.expected = True
-        for peer in self._beside:
-            self._left += peer.end()
-        if self._forked:
-            within = 0.0 if at_once else self.spec.limits.stop
-            ended, left = self._parent.preloaded.end(self.name, within=within)
-            self._exit_code = ended.exit_code if ended else None
-            self._left += left
+        with Teardown(self._left) as down:
+            for peer in self._beside:
+                down.collect(f"sidecar {peer.name}", peer.end)
+            if self._forked:
+                within = 0.0 if at_once else self.spec.limits.stop
+                down.collect(f"server {self.name}", lambda: self._end_fork(within))
+            down.step("log", self._keep_log)
+            if (folder := self._exchange) is not None:
+                down.step(str(folder), lambda: shutil.rmtree(folder, ignore_errors=True))
+            down.collect(self._parent.name, lambda: self._give_back(self._parent))
+        return self._exit_code
+
+    def _end_fork(self, within: float) -> list[str]:
+        ended, left = self._parent.preloaded.end(self.name, within=within)
+        self._exit_code = ended.exit_code if ended else None
+        return left
+
+    def _keep_log(self) -> None:
         self._logs_at_end = self.logs()
         self._log.unlink(missing_ok=True)
-        if (folder := self._exchange) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._left += self._give_back(self._parent)
-        return self._exit_code
 
     @property
     def _exchange(self) -> Path | None:
