@@ -105,19 +105,23 @@ def test_a_driver_that_hangs_does_not_keep_whoever_stops_the_sampler():
 
 
 @pytest.mark.parametrize("rate", [0, -1, 1001])
-def test_a_rate_that_cannot_be_meant(rate: float):
+def test_a_rate_outside_its_bounds_is_refused(rate: float):
     with pytest.raises(ValueError, match="a rate of"):
         Sampler(lambda: (0, {}, []), lambda _: None, rate=rate)
 
 
 class Rising:
     name = "nvml"
+    first_call_only = False
 
     def __init__(self) -> None:
         self.used = 10
 
     def read(self) -> tuple[int, dict[str, int]]:
         return self.used, {"GPU-a": self.used}
+
+    def read_partly(self) -> tuple[int, dict[str, int], list[str]]:
+        return (*self.read(), [])
 
 
 def test_a_mark_of_a_watched_source_knows_the_peak_since_the_last():
@@ -140,6 +144,9 @@ def test_a_mark_of_a_watched_source_knows_the_peak_since_the_last():
     assert last.peak_bytes == 20
     ledger.close()
     assert not sampler.alive
+    assert not ledger.first_call_only
+    source.first_call_only = True
+    assert ledger.first_call_only
     assert (ready.seconds, "ready") in ledger.timelines["nvml"].marks
 
 

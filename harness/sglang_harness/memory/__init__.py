@@ -9,7 +9,7 @@ from sglang_harness.memory.sampler import RATE, Sampler
 from sglang_harness.memory.timeline import Sample, Timeline
 from sglang_harness.verdict import Reading
 
-__all__ = ["MemoryLedger", "MemorySource", "Sample", "Timeline"]
+__all__ = ["MemoryLedger", "MemorySource", "Sample", "Timeline", "WatchedSource"]
 
 
 class MemorySource(Protocol):
@@ -21,6 +21,21 @@ class MemorySource(Protocol):
         """Bytes in use, and the parts; raises :class:`HarnessError` if they cannot be read."""
 
 
+class WatchedSource(MemorySource, Protocol):
+    """A source that can be sampled: an error of one part does not hide the others.
+
+    Attributes:
+        first_call_only: the driver has only the first version of the memory call, which counts
+            memory that the driver reserves as used.
+    """
+
+    first_call_only: bool
+
+    def read_partly(self) -> tuple[int, dict[str, int], list[str]]:
+        """Bytes in use, the parts that could be read, and the reasons for those that could not;
+        raises :class:`HarnessError` if nothing could be read."""
+
+
 class MemoryLedger:
     """Reads every source at named marks and keeps the readings in order.
 
@@ -30,6 +45,7 @@ class MemoryLedger:
     def __init__(self, sources: list[MemorySource]) -> None:
         self._sources = sources
         self._began = time.monotonic()
+        self._watched: list[WatchedSource] = []
         self._samplers: dict[str, Sampler] = {}
         self.readings: list[Reading] = []
         self.timelines: dict[str, Timeline] = {}
@@ -41,9 +57,8 @@ class MemoryLedger:
 
     @property
     def first_call_only(self) -> bool:
-        """The driver has only the first version of the memory call, which counts memory that the
-        driver reserves as used."""
-        return any(getattr(source, "first_call_only", False) for source in self._sources)
+        """See :class:`WatchedSource`; true where one of them says so."""
+        return any(source.first_call_only for source in self._watched)
 
     def source(self, name: str) -> MemorySource:
         """The source of that name.
@@ -90,19 +105,12 @@ class MemoryLedger:
         since = marks[-1][0] if marks else 0.0
         return max([used, *(s.used for s in timeline.between(since, seconds))])
 
-    def watch(self, source: MemorySource, *, rate: float = RATE) -> Sampler:
+    def watch(self, source: WatchedSource, *, rate: float = RATE) -> Sampler:
         """Samples ``source`` from now on, ``rate`` times a second, until :meth:`close`. A lost
         device is a gap in the samples, and the others continue."""
         timeline = self.timelines.setdefault(source.name, Timeline())
-        partly = getattr(source, "read_partly", None)
-
-        def read() -> tuple[int, dict[str, int], list[str]]:
-            if partly is not None:
-                used, parts, reasons = partly()
-                return used, parts, reasons
-            return (*source.read(), [])
-
-        sampler = Sampler(read, timeline.add, rate=rate, clock=self.now)
+        sampler = Sampler(source.read_partly, timeline.add, rate=rate, clock=self.now)
+        self._watched.append(source)
         self._samplers[source.name] = sampler
         return sampler.start()
 
