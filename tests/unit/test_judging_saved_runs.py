@@ -183,7 +183,7 @@ def test_a_check_that_saw_nothing_keeps_its_outcome(recorded, outcome, verdict):
     assert result_of(again, "weights/disk") == unseen
 
 
-def test_an_interrupted_run_is_no_pass_however_good_its_evidence(recorded):
+def test_an_interrupted_run_is_never_a_pass_however_good_its_evidence(recorded):
     recorded.interrupted = True
     again, changed = judge_saved(recorded)
     assert changed == []
@@ -238,7 +238,7 @@ print(again.verdict, len(again.checks))
     assert run.stdout.split() == ["pass", str(len(json.loads(RECORDING.read_text())["checks"]))]
 
 
-# --- files that are no verdict ----------------------------------------------------------------
+# --- files that are not a verdict ----------------------------------------------------------------
 
 
 def refused(path: Path) -> str:
@@ -267,7 +267,7 @@ def test_another_file_is_not_taken_for_a_verdict(tmp_path, content):
     assert "not a verdict of this harness" in refused(path)
 
 
-def test_a_file_that_is_no_text_is_not_taken_for_a_verdict(tmp_path):
+def test_a_binary_file_is_not_taken_for_a_verdict(tmp_path):
     path = tmp_path / "verdict.json"
     path.write_bytes(b"\xff\xfe\x00{}")
     assert "not text" in refused(path)
@@ -386,7 +386,7 @@ SEVERITY = ["pass", "fail", "error"]
 def test_each_outcome_alone_makes_its_verdict(outcome):
     state, reason = overall(ended(outcome))
     assert state == ALONE[outcome]
-    # Whatever is no pass says why, and names the check.
+    # A verdict other than pass says why, and names the check.
     assert ("example/0" in reason) == (state != "pass")
 
 
@@ -408,7 +408,7 @@ def test_one_more_check_never_makes_a_verdict_better(found, more, strict):
     assert SEVERITY.index(after) >= SEVERITY.index(before)
 
 
-def test_a_run_that_checked_nothing_is_an_error_because_silence_is_no_pass():
+def test_a_run_that_checked_nothing_is_an_error():
     assert overall([]) == ("error", "no check was run")
 
 
@@ -418,13 +418,13 @@ def test_an_interrupted_run_is_an_error_whatever_it_had_found(found):
     assert (state, reason) == ("error", f"interrupted after {len(found)} checks")
 
 
-def test_a_defect_that_is_fixed_is_red_only_where_that_was_asked_for():
+def test_a_fixed_defect_fails_a_run_only_where_it_is_strict():
     found = ended(Outcome.PASS, Outcome.FIXED, Outcome.KNOWN)
     assert overall(found) == ("pass", "")
     state, reason = overall(found, strict_known=True)
     assert state == "fail"
     assert "example/1-fixed" in reason
-    # Known defects that still show are never red.
+    # Known defects that still reproduce never fail a run.
     assert overall(ended(Outcome.PASS, Outcome.KNOWN), strict_known=True) == ("pass", "")
 
 

@@ -52,6 +52,6 @@ def judge_saved(
 
 
 def _was_strict(saved: Verdict) -> bool:
-    # Schema 1.0 has no field for it, but there a strict run shows: it failed without a failure.
+    # Schema 1.0 has no field for it, but a strict run is recognisable: it failed without a failure.
     failed = saved.verdict == "fail" and not saved.interrupted
     return saved.strict_known or (failed and overall(saved.checks)[0] == "pass")
