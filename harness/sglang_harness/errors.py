@@ -14,11 +14,14 @@ class HarnessError(Exception):
 
     Attributes:
         advice: what the reader can do about it, one sentence; may be empty.
+        log: the output of a server whose start failed and that is gone by now, without secrets;
+            empty where none was started.
     """
 
-    def __init__(self, message: str, *, advice: str = "") -> None:
+    def __init__(self, message: str, *, advice: str = "", log: str = "") -> None:
         super().__init__(message)
         self.advice = advice
+        self.log = log
 
     @property
     def message(self) -> str:
@@ -210,9 +213,11 @@ class Interrupted(BaseException):
 
     Attributes:
         signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus it.
+        log: as of :class:`HarnessError`.
     """
 
     def __init__(self, signal_number: int) -> None:
         name = {2: "Ctrl-C (SIGINT)", 15: "SIGTERM"}.get(signal_number, f"signal {signal_number}")
         super().__init__(f"interrupted by {name}")
         self.signal_number = signal_number
+        self.log = ""

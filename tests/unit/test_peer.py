@@ -270,14 +270,15 @@ def test_a_folder_is_taken_as_it_lies_only_under_the_same_names(folder: Path):
 
 
 class Exchange:
-    """A reach with a folder of its own, as a container's."""
+    """A server with an exchange folder of its own, as a container's."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.shared_folder = folder
+        self.reach = self
 
     def share(self, path: Path) -> Path:
-        assert path.is_relative_to(self.folder), "nothing is copied twice"
-        return Path("/exchange") / path.relative_to(self.folder)
+        assert path.is_relative_to(self.shared_folder), "nothing is copied twice"
+        return Path("/exchange") / path.relative_to(self.shared_folder)
 
 
 def test_staged_weights_cost_no_second_copy_and_can_be_read_by_others(folder: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.container import ContainerMemory
-from sglang_harness.runtime import Started, engine, images
+from sglang_harness.runtime import Started, cpu_binding, engine, images
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
 from sglang_harness.runtime.sidecar import ContainerBeside, make_temporary_volume
 from sglang_harness.spec import ServerSpec
@@ -49,6 +49,8 @@ class RunningContainer:
     device: Literal["cpu", "gpu"]
     run_id: str
     started: Started = Started("cold")
+    owned = True
+    may_change = True
     _temporary: Any = None
     """The volume of :func:`make_temporary_volume`, where the server got one."""
     _container: Container | None = None
@@ -196,16 +198,30 @@ class RunningContainer:
         if volume is not None:
             engine.discard(lambda: volume.remove(force=True))
 
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_of(self._engine)
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        try:
+            host = self._engine.api.inspect_container(self._id)["HostConfig"]
+        except (DockerException, OSError):
+            return None  # starting one will tell
+        if host["IpcMode"] in ("private", "none"):
+            return f"the server's container does not share its memory (ipc: {host['IpcMode']})"
+        return None
+
     def beside(self, script: str) -> ContainerBeside:
         """A second container of this image beside the server: see
         :class:`sglang_harness.runtime.Running`."""
-        attributes = self._engine.api.inspect_container(self._id)
-        if attributes["HostConfig"]["IpcMode"] in ("private", "none"):
+        if reason := self.why_no_sidecar():
             raise EngineError(
-                "The server's container has private shared memory (ipc: private), so no sidecar "
-                "can join it.",
+                f"No sidecar can be started: {reason}.",
                 advice="Set 'ipc: shareable' for the service in your compose file.",
             )
+        attributes = self._engine.api.inspect_container(self._id)
         made = ContainerBeside(
             attributes,
             script,

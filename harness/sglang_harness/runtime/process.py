@@ -23,14 +23,13 @@ from typing import Any, Literal
 
 import psutil
 
-from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.secrets import Redactor, new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.process import ProcessMemory
-from sglang_harness.runtime import Started, cpu_binding, images, log_file
+from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, images, log_file
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
@@ -58,6 +57,10 @@ class SGLangProcess:
 
     runtime = "process"
     started = Started("cold")
+    owned = True
+    may_change = True
+    shared_folder: Path | None = None
+    """A local path is the server's."""
 
     def __init__(
         self,
@@ -137,6 +140,15 @@ class SGLangProcess:
         on_cpu = self.device == "cpu"
         bound = cpu_binding.binding(self.arguments, cpu_binding.cores_here()) if on_cpu else {}
         return {**bound, **own, "TMPDIR": str(self._folder)}
+
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_here()
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        return None
 
     def beside(self, script: str) -> AttachedProcess:
         """A second process of the same Python: see :class:`sglang_harness.runtime.Running`."""
@@ -243,6 +255,12 @@ class ProcessRuntime:
     """
 
     name = "process"
+    starts = True
+    decides_gpus = False
+    decides_model = False
+    caveat: str | None = (
+        "No container: the server ran as a process of this machine, with the rights of the harness."
+    )
 
     def __init__(self, python: Path | None = None) -> None:
         self._python = python
@@ -260,27 +278,23 @@ class ProcessRuntime:
         """See :class:`sglang_harness.runtime.Runtime`."""
         return self._parents.keeping()
 
-    def prepare(
-        self,
-        spec: ServerSpec,
-        *,
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> SGLangProcess | WarmServer:
+    def for_another_server(self) -> ProcessRuntime:
+        return self
+
+    def prepare(self, order: Order) -> SGLangProcess | WarmServer:
         """See :class:`sglang_harness.runtime.Runtime`.
 
         Raises:
             SpecError: the spec asks for what only a container gives.
-            ModelError: the model is not there.
             ImageError: the environment could not be made.
         """
+        spec = order.spec
         if spec.image is not None:
             raise SpecError(
                 "An image was given, and the runtime 'process' runs no images.",
                 advice="Leave --image out, or use --runtime docker.",
             )
-        if held:
+        if order.held:
             raise SpecError(
                 "A server of the runtime 'process' ends with the harness: it cannot be held.",
                 advice="Use --runtime docker.",
@@ -295,21 +309,27 @@ class ProcessRuntime:
             )
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
-        python = self._python or Path(images.run_script("embedded.sh", spec.sglang_version, say))
-        model = checkpoint.locate(spec.model, say)
+        python = self._python or Path(
+            images.run_script("embedded.sh", spec.sglang_version, order.say)
+        )
         return warm_or(
-            lambda: SGLangProcess(spec, python=python, model=model, device=device, run_id=run_id),
+            lambda: SGLangProcess(
+                spec, python=python, model=order.model, device=device, run_id=order.run_id
+            ),
             self._parents,
-            spec,
+            order,
             recipe=lambda: recipe_of(spec, python),
             what=f"starting {spec.model} with {python} ({device})",
             runtime=self.name,
-            model=model,
             device=device,
-            run_id=run_id,
-            held=held,
-            say=say,
         )
+
+
+KIND = Kind(
+    "process",
+    lambda given: ProcessRuntime(Path(given["python"]) if "python" in given else None),
+    (KindOption("python", "a Python that has SGLang", is_path=True),),
+)
 
 
 def recipe_of(spec: ServerSpec, python: Path) -> Recipe:

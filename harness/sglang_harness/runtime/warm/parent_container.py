@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -30,7 +30,6 @@ from sglang_harness.runtime.warm.parents import (
     until_it_listens,
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
-from sglang_harness.spec import Argument
 
 #: Ports inside the container. Below the range that the kernel gives out to clients (32768), and
 #: far enough apart for the ports that SGLang derives from its own (+233 and on, 0.5.23).
@@ -63,10 +62,8 @@ class ContainerParent(Parent):
     def temporary(self, name: str) -> PurePosixPath:
         return TEMPORARY / name
 
-    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
-        if cpu_binding.ranks(arguments) == 1:
-            return {}
-        return cpu_binding.binding(arguments, cpu_binding.cores_of(self._engine))
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_of(self._engine)
 
     def share_model(self, model: Path) -> PurePosixPath:
         return self.folders.models / place(model, self.folders.root / "models")

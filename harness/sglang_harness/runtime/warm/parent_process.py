@@ -6,7 +6,7 @@ import importlib.util
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +27,6 @@ from sglang_harness.runtime.warm.parents import (
     until_it_listens,
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
-from sglang_harness.spec import Argument
 
 
 class ProcessParent(Parent):
@@ -47,8 +46,8 @@ class ProcessParent(Parent):
     def temporary(self, name: str) -> PurePosixPath:
         return PurePosixPath(self.folders.root / "tmp" / name)
 
-    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
-        return cpu_binding.binding(arguments, cpu_binding.cores_here())
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_here()
 
     def share_model(self, model: Path) -> PurePosixPath:
         return PurePosixPath(model.resolve())

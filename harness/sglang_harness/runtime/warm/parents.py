@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.runtime import Beside, Reach, Started
+from sglang_harness.runtime import Beside, Started, cpu_binding
 from sglang_harness.runtime.engine import Owner
+from sglang_harness.runtime.path_map import FolderReach, SameMachine
 from sglang_harness.runtime.warm.protocol import IMPORTS_WITHIN, Link, Preloaded, Recipe, SocketLink
-from sglang_harness.spec import ServerSpec
+from sglang_harness.spec import Argument, ServerSpec
 
 Say = Callable[[str], None]
 
@@ -179,15 +180,21 @@ class Parent(ABC):
         """The ``TMPDIR`` of the server ``name``, as it sees it."""
 
     @abstractmethod
-    def binding(self, arguments: Any) -> dict[str, str]:
+    def cores(self) -> list[int]:
+        """Numbers of the cores that its servers may use."""
+
+    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
         """Variables that bind a parallel server's ranks to cores."""
+        if cpu_binding.ranks(arguments) == 1:
+            return {}
+        return cpu_binding.binding(arguments, self.cores())
 
     @abstractmethod
     def share_model(self, model: Path) -> PurePosixPath:
         """Makes a model readable for servers; returns its path there."""
 
     @abstractmethod
-    def reach(self, name: str, model: Path, inside: PurePosixPath) -> Reach:
+    def reach(self, name: str, model: Path, inside: PurePosixPath) -> FolderReach | SameMachine:
         """How local paths look from the server ``name``."""
 
     @abstractmethod
