@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from sglang_harness._base.whole_file import write_whole
 from sglang_harness.verdict import CheckResult, Outcome, Verdict
 
 
@@ -39,10 +37,6 @@ def text(verdict: Verdict) -> str:
     written = io.BytesIO()
     page.write(written, pretty=True)
     return written.getvalue().decode("utf-8")
-
-
-def write(verdict: Verdict, path: Path) -> None:
-    write_whole(path, text(verdict))
 
 
 def _verdict_case(verdict: Verdict) -> TestCase:

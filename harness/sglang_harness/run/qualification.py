@@ -13,7 +13,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from sglang_harness import __version__, suite
+from sglang_harness import __version__, report, suite
 from sglang_harness._base import host
 from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness._base.secrets import Redactor, named_as_secrets
@@ -30,7 +30,6 @@ from sglang_harness.errors import (
 )
 from sglang_harness.memory.gpu.driver import Driver
 from sglang_harness.memory.gpu.selection import select
-from sglang_harness.report import junit
 from sglang_harness.run.server_pool import OwnServers
 from sglang_harness.runtime import Runtime, engine
 from sglang_harness.runtime.docker import DockerRuntime
@@ -72,7 +71,7 @@ FIRST_CALL_CAVEAT = (
 #: What keeps a server from being started that nobody can blame on it.
 NO_GREEN_LIGHT = (LeaseTaken, TelemetryError, DeviceNotIdle)
 
-RESULTS = ("verdict.json", "junit.xml", "server.log")
+RESULTS = (*report.FILES, "server.log")
 
 
 class Viewer(Protocol):
@@ -138,7 +137,7 @@ class Qualification:
         self.kept: kept_servers.Held | None = None
 
     def run(self) -> Verdict:
-        """Runs the suite; writes ``verdict.json``, ``junit.xml`` and ``server.log``.
+        """Runs the suite; writes the reports and ``server.log``.
 
         Raises:
             SpecError, EngineError, ImageError, ModelError, MissingExtra: nothing could be
@@ -414,6 +413,7 @@ class Qualification:
             profile="selected" if request.patterns else request.profile,
             selection=" or ".join(request.patterns) or None,
             interrupted=interrupted,
+            strict_known=request.strict_known,
             harness_version=__version__,
             sglang_version=self._version,
             image=server.about() if server else None,
@@ -448,8 +448,7 @@ class Qualification:
 
     def _write(self, verdict: Verdict) -> None:
         out = self._request.out
-        verdict.write(out / "verdict.json")
-        junit.write(verdict, out / "junit.xml")
+        report.write_all(verdict, out)
         (out / "server.log").write_text("\n".join(self._logs), encoding="utf-8", errors="replace")
 
 
