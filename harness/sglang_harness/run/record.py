@@ -180,6 +180,7 @@ class RunRecord:
             profile="selected" if self.patterns else self.profile,
             selection=" or ".join(self.patterns) or None,
             interrupted=self.interrupted,
+            strict_known=self.strict_known,
             harness_version=__version__,
             sglang_version=self.version,
             image=about,

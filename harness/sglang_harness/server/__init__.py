@@ -176,8 +176,8 @@ class Server:
             ledger.mark("before start", only=devices)
             started = time.monotonic()
             running.start()
-            for source in devices:
-                ledger.watch(source)
+            if guard:
+                ledger.watch(guard.source)
             ledger.mark("started")
             say("it runs, and imports SGLang")
             report = wait_until_ready(
