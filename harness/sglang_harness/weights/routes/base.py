@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from sglang_harness.errors import SpecError
 from sglang_harness.weights.routes.buckets import Bucket
-from sglang_harness.weights.source.staging import Source
+from sglang_harness.weights.source.fitted import Source
+from sglang_harness.weights.source.staging import Staged, stage
 
 if TYPE_CHECKING:
     from sglang_harness.peer import Peer
@@ -29,7 +31,7 @@ class Job:
         any_peer: the peer next to the server, started for the first push that asks for it.
         beside: the peer that this push uses, if it uses one.
         seconds_staged: what a route spent on copying the checkpoint to where it is read.
-        staged: folders to be removed when the push is over.
+        staged: copies of the checkpoint, to be removed when the push is over.
     """
 
     target: Target
@@ -42,8 +44,19 @@ class Job:
     any_peer: Callable[[], Peer]
     beside: Peer | None = None
     seconds_staged: float = 0.0
-    staged: list[Path] = field(default_factory=list)
+    staged: list[Staged] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def stage(self, *, reader: Literal["server", "peer"]) -> PurePosixPath:
+        """The checkpoint's folder as ``reader`` sees it; removed when the push is over.
+
+        Raises what :func:`.staging.stage` raises.
+        """
+        started = time.monotonic()
+        staged = stage(self.source, self.target.reach, reader=reader)
+        self.staged.append(staged)
+        self.seconds_staged += time.monotonic() - started
+        return staged.inside
 
     def peer(self) -> Peer:
         """The peer next to the server.
@@ -157,9 +170,17 @@ class Route(ABC):
         """Why this route does not lead to ``target``; ``None``: it does."""
         return self.needs.lacking(target)
 
-    @abstractmethod
-    def open(self, job: Job) -> None:
-        """Everything that can be done while the server still generates."""
+    def prepare(self, job: Job) -> None:  # noqa: B027 -- not every route has something to do
+        """Everything that can fail without the server: memory, files, copies. Nothing was sent
+        when this raises, and the server is as fit as before.
+
+        Raises:
+            ModelError, NotPrepared, EngineError, MissingExtra: it cannot be prepared.
+        """
+
+    def open(self, job: Job) -> None:  # noqa: B027 -- not every route has something to ask
+        """What the server or the peer has to be asked for before the first bucket, while the
+        server still generates. Raises what :meth:`send` raises."""
 
     @abstractmethod
     def send(self, bucket: Bucket) -> Sent:
@@ -207,7 +228,7 @@ def kind(name: str) -> type[Route]:
     """
     if name not in _routes:
         raise SpecError(
-            f"There is no route {name!r} for weights.",
+            f"Unknown route {name!r} for weights.",
             advice=f"Choose one of {', '.join(names())}.",
         )
     return _routes[name]
