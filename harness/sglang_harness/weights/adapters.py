@@ -88,7 +88,10 @@ class AdapterPusher:
         infos = finite_tensors(folder)
         about = client.server_info()
         base = self._weights.served_checkpoint()
-        replaced = name in client.models()
+        there = client.models()
+        for gone in self._copies.keys() - set(there):
+            self._remove_copies(gone)  # unloaded by another client
+        replaced = name in there
         started = time.monotonic()
         call, copy = self._prepared(folder, name, route, pinned, int(about.get("tp_size") or 1))
         ours = time.monotonic() - started
