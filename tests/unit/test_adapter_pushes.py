@@ -53,9 +53,10 @@ class LoraServer:
         self.model = None
         self.device = "cpu"
         self.may_change = True
-        self.reach = self
         self.spec = SimpleNamespace(limits=SimpleNamespace(check=30.0))
-        self.running = SimpleNamespace(model_path=lambda: "m")
+        self.running = SimpleNamespace(
+            model_path=lambda: "m", reach=self, shared_folder=None, why_no_files=lambda: None
+        )
         self.adapters = AdapterPusher(self, WeightPusher(self))  # type: ignore[arg-type]
 
     def load(self, seen: Seen) -> Answer:

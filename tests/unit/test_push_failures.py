@@ -33,7 +33,6 @@ from sglang_harness.errors import (
     EngineError,
     ModelError,
     SpecError,
-    TimeIsOver,
 )
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.path_map import FolderReach, SameMachine
@@ -147,23 +146,17 @@ def test_copies_of_tied_weights_that_differ_are_refused(old: Path, tmp_path: Pat
 # --- copies ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def exchange() -> Iterator[FolderReach]:
-    reach = FolderReach(None)
-    yield reach
-    reach.close()
+class Volume:
+    """Copies what is shared, as a volume does. The double reads the copies by their paths here.
 
-
-class Over(FolderReach):
-    """A folder that is copied to where the server is, as with a volume; ``SameMachine`` to the
-    double, which reads the copies by their paths here."""
+    Attributes:
+        broken: nothing can be removed.
+    """
 
     def __init__(self) -> None:
         self._at = Path(tempfile.mkdtemp(prefix="volume-"))
-        self.broken = False
         self._real = FolderReach(None, folder=self._at, inside=PurePosixPath(self._at))
-
-    folder = None  # type: ignore[assignment]
+        self.broken = False
 
     def share(self, path: Path) -> PurePosixPath:
         return self._real.share(path)
@@ -181,8 +174,8 @@ class Over(FolderReach):
 
 
 @pytest.fixture
-def volume() -> Iterator[Over]:
-    reach = Over()
+def volume() -> Iterator[Volume]:
+    reach = Volume()
     yield reach
     reach.close()
 
@@ -192,7 +185,7 @@ def on(double: WeightServer, reach: Any) -> WeightServer:
     return double
 
 
-def test_three_pushes_leave_no_copy(old: Path, new: Path, volume: Over):
+def test_three_pushes_leave_no_copy(old: Path, new: Path, volume: Volume):
     with WeightServer(old) as double:
         on(double, volume)
         for path in (new, old, new):
@@ -202,7 +195,7 @@ def test_three_pushes_leave_no_copy(old: Path, new: Path, volume: Over):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_push_that_fails_leaves_no_copy(
-    old: Path, new: Path, altered: Any, volume: Over, nested: bool
+    old: Path, new: Path, altered: Any, volume: Volume, nested: bool
 ):
     path = altered(NORM, torch.ones(128), nested=nested)
     with WeightServer(old) as double:
@@ -222,7 +215,7 @@ def test_a_push_that_fails_leaves_no_copy(
         assert "verified by checksums" in (report.put_back or "")
 
 
-def test_a_push_that_is_interrupted_leaves_no_copy(old: Path, new: Path, volume: Over):
+def test_a_push_that_is_interrupted_leaves_no_copy(old: Path, new: Path, volume: Volume):
     with WeightServer(old) as double:
         on(double, volume)
         send = double.server.client.send
@@ -240,7 +233,7 @@ def test_a_push_that_is_interrupted_leaves_no_copy(old: Path, new: Path, volume:
         assert not double.paused
 
 
-def test_a_copy_that_cannot_be_removed_is_told_in_the_report(old: Path, new: Path, volume: Over):
+def test_a_copy_that_cannot_be_removed_is_told_in_the_report(old: Path, new: Path, volume: Volume):
     volume.broken = True
     with WeightServer(old) as double:
         on(double, volume)
@@ -431,6 +424,7 @@ class Sink:
         self.device = "cpu"
         self.may_change = True
         self.reach = SameMachine()
+        self.shared_folder = None
         self.spec = SimpleNamespace(limits=SimpleNamespace(check=30.0))
         self.running = self
         self.watch = self.mortal.watch
@@ -439,6 +433,12 @@ class Sink:
 
     def model_path(self) -> str:
         return "m"
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        return None
 
     def beside(self, script: str) -> AttachedProcess:
         self.beside_it.append(

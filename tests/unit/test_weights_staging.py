@@ -18,7 +18,7 @@ from sglang_harness.weights.report import NotPrepared
 from sglang_harness.weights.source import staging
 from sglang_harness.weights.source.fitted import Fitted, ValueCheck, open_for
 from sglang_harness.weights.source.model_folder import model_folder
-from sglang_harness.weights.source.staging import as_it_lies, stage, torch_files
+from sglang_harness.weights.source.staging import Staged, as_it_lies, stage, torch_files
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -54,6 +54,18 @@ def opened(path: Path, model: Path | None = None) -> Fitted:
     return open_for(model, path, ())
 
 
+class Running:
+    """What of a server says how files get there."""
+
+    def __init__(self, reach: Any) -> None:
+        self.reach = reach
+        self.shared_folder = reach.folder if isinstance(reach, FolderReach) else None
+
+
+def put(source: Fitted, reach: Any, *, reader: Any) -> Staged:
+    return stage(source, Running(reach), reader=reader)  # type: ignore[arg-type]
+
+
 class Copies:
     """A reach that copies everything, as that of a volume."""
 
@@ -84,10 +96,10 @@ def test_files_beside_the_checkpoint_are_not_staged(folder: Path, tmp_path: Path
     safetensors.save_file({"other": WEIGHTS["a"]}, folder / "consolidated.safetensors")
     index = {"weight_map": {"a": ONE, "b": ONE, "c": TWO}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    staged = stage(opened(folder), FolderReach(None), reader="server")
-    assert staged._written is not None
+    made = put(opened(folder), FolderReach(None), reader="server")
+    assert made._written is not None
     names = {ONE, TWO, "model.safetensors.index.json"}
-    assert {file.name for file in staged._written.iterdir()} == names
+    assert {file.name for file in made._written.iterdir()} == names
 
 
 @pytest.fixture
@@ -108,16 +120,16 @@ def test_a_peer_never_gets_the_bytes_of_another_dtype(half: tuple[Path, Path]):
     model, path = half
     source, reach = opened(path, model), Copies()
     assert as_it_lies(source) is None
-    stage(source, reach, reader="peer")
-    (staged,) = reach.there.values()
-    assert {tensor.dtype for tensor in staged.values()} == {torch.bfloat16}
+    put(source, reach, reader="peer")
+    (made,) = reach.there.values()
+    assert {tensor.dtype for tensor in made.values()} == {torch.bfloat16}
 
 
 def test_a_server_converts_so_its_folder_is_shared_as_it_is(half: tuple[Path, Path]):
     model, path = half
-    staged = stage(opened(path, model), SameMachine(), reader="server")
-    assert staged.inside == PurePosixPath(path)
-    staged.remove()
+    made = put(opened(path, model), SameMachine(), reader="server")
+    assert made.inside == PurePosixPath(path)
+    made.remove()
     assert (path / "model.safetensors").exists()
 
 
@@ -136,19 +148,19 @@ def test_staged_weights_cost_no_second_copy_and_can_be_read_by_others(folder: Pa
         file.chmod(0o644)
     (folder / TWO).chmod(0o600)
     reach = FolderReach(None)
-    staged = stage(opened(folder), reach, reader="server")
-    made = staged._written
-    assert made is not None
-    assert str(staged.inside) == f"/exchange/{made.name}"
-    assert made.stat().st_mode & 0o777 == 0o755
-    assert (made / ONE).samefile(folder / ONE)
-    assert not (made / TWO).samefile(folder / TWO)
-    assert {f.stat().st_mode & 0o777 for f in made.iterdir()} == {0o644}
+    made = put(opened(folder), reach, reader="server")
+    written = made._written
+    assert written is not None
+    assert str(made.inside) == f"/exchange/{written.name}"
+    assert written.stat().st_mode & 0o777 == 0o755
+    assert (written / ONE).samefile(folder / ONE)
+    assert not (written / TWO).samefile(folder / TWO)
+    assert {f.stat().st_mode & 0o777 for f in written.iterdir()} == {0o644}
     assert (folder / TWO).stat().st_mode & 0o777 == 0o600
-    staged.remove()
+    made.remove()
     assert list(reach.folder.iterdir()) == []
     assert {f.name for f in folder.iterdir()} == {ONE, TWO}
-    staged.remove()
+    made.remove()
     reach.close()
 
 
@@ -160,17 +172,25 @@ def test_a_copy_is_removed_wherever_it_was_made(
     if written:
         torch.save({"model": WEIGHTS}, folder := tmp_path / "trainer.pt")
     reach = Copies()
-    staged = stage(opened(folder), reach, reader=reader)
+    made = put(opened(folder), reach, reader=reader)
     assert list(temporary.iterdir()) == [], "the copy that was copied is gone already"
     (got,) = reach.there.values()
     assert all(torch.equal(got[n], t) for n, t in WEIGHTS.items())
-    staged.remove()
+    made.remove()
     assert reach.there == {}
-    same = stage(opened(folder), SameMachine(), reader=reader)
+    same = put(opened(folder), SameMachine(), reader=reader)
     assert Path(same.inside).exists()
     same.remove()
     assert folder.exists()
     assert list(temporary.iterdir()) == []
+
+
+def test_what_lies_in_the_shared_folder_is_read_from_there(folder: Path):
+    reach = FolderReach(None, folder=folder.parent)
+    made = put(opened(folder), reach, reader="server")
+    assert str(made.inside) == f"/exchange/{folder.name}"
+    made.remove()
+    assert {f.name for f in folder.iterdir()} == {ONE, TWO}
 
 
 def test_torch_files_are_for_servers_only(tmp_path: Path):
@@ -178,12 +198,10 @@ def test_torch_files_are_for_servers_only(tmp_path: Path):
     path.mkdir()
     torch.save(WEIGHTS, path / "pytorch_model.bin")
     assert torch_files(opened(path)) is not None
-    reach = Copies()
-    assert stage(opened(path), SameMachine(), reader="server").inside == PurePosixPath(path)
-    assert stage(opened(path), SameMachine(), reader="peer").inside != PurePosixPath(path)
+    assert put(opened(path), SameMachine(), reader="server").inside == PurePosixPath(path)
+    assert put(opened(path), SameMachine(), reader="peer").inside != PurePosixPath(path)
     torch.save({"model": WEIGHTS}, path / "pytorch_model.bin")
     assert torch_files(opened(path)) is None, "nobody but this project looks below 'model'"
-    del reach
 
 
 @pytest.mark.parametrize("reach", [SameMachine(), None], ids=["same machine", "exchange folder"])
@@ -198,7 +216,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_nothing(
     torch.save(WEIGHTS, tmp_path / "trainer.pt")
     reach = reach or FolderReach(None, folder=temporary)
     with pytest.raises(NotPrepared, match="No space left on device"):
-        stage(opened(tmp_path / "trainer.pt"), reach, reader="server")
+        put(opened(tmp_path / "trainer.pt"), reach, reader="server")
     assert list(temporary.iterdir()) == []
 
 
@@ -207,7 +225,7 @@ def test_a_dtype_that_safetensors_lacks_is_a_typed_error_and_leaves_nothing(
 ):
     torch.save({"a": torch.ones(3, dtype=torch.complex128)}, tmp_path / "trainer.pt")
     with pytest.raises(ModelError, match="complex128"):
-        stage(opened(tmp_path / "trainer.pt"), SameMachine(), reader="server")
+        put(opened(tmp_path / "trainer.pt"), SameMachine(), reader="server")
     assert list(temporary.iterdir()) == []
 
 

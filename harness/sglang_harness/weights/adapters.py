@@ -181,7 +181,7 @@ class AdapterPusher:
         """The call that loads it, ready to be sent, and where the server sees a copy of it."""
         if route == "disk":
             try:
-                inside = self._target.reach.share(folder)
+                inside = self._target.running.reach.share(folder)
             except OSError as error:
                 raise NotPrepared(
                     f"{folder} could not be copied to where the server reads it: {error}"
@@ -194,7 +194,7 @@ class AdapterPusher:
         for copy in self._copies.pop(name, []):
             # Where it cannot be removed, it goes with the server.
             with suppress(HarnessError):
-                self._target.reach.unshare(copy)
+                self._target.running.reach.unshare(copy)
 
     def _ask(
         self, folder: Path, name: str, base: Path | None, dtype: str

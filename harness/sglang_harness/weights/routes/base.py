@@ -53,7 +53,7 @@ class Job:
         Raises what :func:`.staging.stage` raises.
         """
         started = time.monotonic()
-        staged = stage(self.source, self.target.reach, reader=reader)
+        staged = stage(self.source, self.target.running, reader=reader)
         self.staged.append(staged)
         self.seconds_staged += time.monotonic() - started
         return staged.inside
@@ -104,9 +104,9 @@ class Needs:
         for path in self.posts:
             if not target.client.has_route("POST", path):
                 return f"this SGLang has no POST {path}"
-        if self.shared_folder and (reason := lacks_shared_folder(target)):
+        if self.shared_folder and (reason := target.running.why_no_files()):
             return reason
-        if self.peer and (reason := lacks_peer(target)):
+        if self.peer and (reason := target.running.why_no_sidecar()):
             return reason
         if self.one_replica:
             size = int(target.client.server_info().get("dp_size") or 1)
@@ -126,22 +126,6 @@ class Needs:
             *(f"`POST {path}`" for path in self.posts),
             *(what for what, needed in told.items() if needed),
         ]
-
-
-def lacks_shared_folder(target: Target) -> str | None:
-    """Why this server reads nothing that is put on disk here; ``None``: it does."""
-    if not getattr(target.running, "shares_a_folder", True):
-        return "no folder is shared with this server (--share)"
-    return None
-
-
-def lacks_peer(target: Target) -> str | None:
-    """Why no process can be started next to this server; ``None``: one can."""
-    if target.running.runtime == "attach":
-        return "this run did not start the server: no process can be started next to it"
-    if getattr(target.running, "is_borrowed", False):
-        return "another process owns the server: no process can be started next to it from here"
-    return None
 
 
 class Route(ABC):

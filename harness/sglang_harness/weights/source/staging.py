@@ -16,7 +16,7 @@ from sglang_harness.weights.report import NotPrepared
 from sglang_harness.weights.source.fitted import Source
 
 if TYPE_CHECKING:
-    from sglang_harness.runtime import Reach
+    from sglang_harness.runtime import Reach, Running
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Staged:
         self._reach.unshare(self.inside)
 
 
-def stage(source: Source, reach: Reach, *, reader: Literal["server", "peer"]) -> Staged:
-    """Makes the checkpoint readable for ``reader``; who called removes it.
+def stage(source: Source, running: Running, *, reader: Literal["server", "peer"]) -> Staged:
+    """Makes the checkpoint readable for ``reader``; the caller removes the copy.
 
     Files that the reader takes as they are are shared, or linked; anything else is written anew,
     streamed, under the names and in the dtypes of ``source``.
@@ -111,9 +111,10 @@ def stage(source: Source, reach: Reach, *, reader: Literal["server", "peer"]) ->
     lies = as_it_lies(source, any_dtype=reader == "server")
     if lies is None and reader == "server":
         lies = torch_files(source)
-    shared = getattr(reach, "folder", None)
+    shared, reach = running.shared_folder, running.reach
     try:
-        if lies is not None and shared is None:
+        # What lies in the shared folder already is read from there.
+        if lies and (shared is None or lies.folder.is_relative_to(shared)):
             return Staged(reach.share(lies.folder), reach)
         return _write(source, reach, lies, shared)
     except OSError as error:
@@ -127,7 +128,7 @@ def _write(source: Source, reach: Reach, lies: Lies | None, shared: Path | None)
         room = Path(tempfile.mkdtemp(prefix="sglang-harness-staged-"))
     else:
         # Here already where the server sees it: nothing is copied twice.
-        room = Path(shared) / f"staged-{uuid.uuid4().hex[:8]}"
+        room = shared / f"staged-{uuid.uuid4().hex[:8]}"
         room.mkdir()
     try:
         if lies is not None:
