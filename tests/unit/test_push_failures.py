@@ -33,6 +33,7 @@ from sglang_harness.errors import (
     EngineError,
     ModelError,
     SpecError,
+    TimeIsOver,
 )
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.path_map import FolderReach, SameMachine
