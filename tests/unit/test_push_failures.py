@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -339,6 +340,38 @@ def test_a_checkpoint_that_changes_in_the_middle_was_not_sent_any_further(
         report = failed(double, path)
         assert [b.outcome for b in report.buckets[:3]] == ["done", "not sent", "not sent"]
         assert "verified by checksums" in (report.put_back or "")
+
+
+def test_a_reference_model_that_fails_proves_nothing_and_blames_no_server(
+    old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def no_memory(_: Path) -> Any:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr("sglang_harness.oracle.for_folder", no_memory)
+    with WeightServer(old) as double:
+        report = push(double, new, logprobs=True)
+        assert report.outcome == "unproven"
+        assert "RuntimeError: not enough memory" in report.logprobs.how
+        assert list(double.server.weights._room().iterdir()) == [], "its folder is gone"
+        assert double.server.weights.unfit is None
+
+
+def test_a_model_folder_that_vanishes_in_the_middle_is_a_failed_push(
+    old: Path, new: Path, tmp_path: Path
+):
+    model = tmp_path / "model"
+    shutil.copytree(old, model)
+
+    def vanish(_: int, tensors: list[Any]) -> None:
+        shutil.rmtree(model, ignore_errors=True)
+        tensors[:] = [pair for pair in tensors if pair[0] != "lm_head.weight"]
+
+    with WeightServer(model) as double:
+        double.spoil, double.disk_works = vanish, False
+        report = failed(double, new)
+        assert "lm_head.weight" in report.reason
+        assert "could not be restored" in (report.unfit or "")
 
 
 # --- the caller's bound ------------------------------------------------------------------------

@@ -364,15 +364,18 @@ class WeightPusher:
         try:
             model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
-            old = self._served.oracle()
+            push.tokens = ask_tokens(self._target.client, new, self._served.oracle())
         except (MissingExtra, ModelError) as error:
             push.why_no_logprobs = error.message
+        except HarnessError:
+            raise  # of the server
+        except Exception as error:
+            # Such as a full disk, or no memory: it says nothing about the server.
+            push.why_no_logprobs = f"the reference model failed: {type(error).__name__}: {error}"
+        else:
+            self._served.scored(folder, new, scratch=room)
             return
-        except OSError as error:
-            push.why_no_logprobs = f"no reference model could be made: {error}"
-            return
-        push.tokens = ask_tokens(self._target.client, new, old)
-        self._served.scored(folder, new, scratch=room)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _room(self) -> Path:
         if self._scratch is None:
