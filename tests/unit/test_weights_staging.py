@@ -257,3 +257,12 @@ def test_what_passed_is_not_read_again_until_it_was_written_to(
         with pytest.raises(CheckpointMismatch):
             check.check(opened(folder))
     assert len(read) == 3
+
+
+def test_a_checkpoint_that_is_sent_as_it_is_has_one_content_with_and_without_a_model(
+    half: tuple[Path, Path],
+):
+    """So that checksums computed for the one serve for the other."""
+    model, other = half
+    assert opened(model, model).content == open_checkpoint(model).content
+    assert opened(other, model).content != open_checkpoint(other).content, "it is converted"

@@ -29,7 +29,7 @@ class Distributed(Route):
 
     Args:
         joins_within: seconds for the rendezvous. A server that waits for a peer answers nothing
-            else (SGLang 0.5.23); this bounds how long the harness waits beside it.
+            else (SGLang 0.5.23); this bounds how long the harness waits for it.
     """
 
     name = "distributed"

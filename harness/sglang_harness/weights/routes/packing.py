@@ -41,7 +41,7 @@ def buffer(nbytes: int) -> torch.Tensor:
         NotPrepared: there is not enough memory.
     """
     try:
-        import pybase64  # noqa: F401 -- missing, it is said now, not in the middle of a push
+        import pybase64  # noqa: F401 -- checked now, not in the middle of a push
         import torch
     except ImportError:
         raise MissingExtra("Pushing weights", "torch") from None

@@ -1,4 +1,4 @@
-"""From a peer beside the server: handles to shared memory or to a GPU's, not bytes."""
+"""From a peer next to the server: handles to shared memory or to a GPU's, not bytes."""
 
 from __future__ import annotations
 

@@ -54,7 +54,11 @@ class Fitted:
 
     @property
     def content(self) -> Hashable:
-        return self._reads.content
+        """That of the checkpoint where nothing of it is changed."""
+        changed = self.fit is not None and (
+            self.fit.renamed or self.tensors != self.checkpoint.tensors
+        )
+        return self._reads.content if changed else self.checkpoint.content
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         return self._reads.read(names)
