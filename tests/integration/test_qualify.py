@@ -17,7 +17,7 @@ from commands import COMMAND, COMMAND_LIMIT, names_on_engine
 from junitparser import JUnitXml
 
 from sglang_harness.suite import registered
-from sglang_harness.verdict import Verdict, json_schema
+from sglang_harness.verdict import Outcome, Verdict, json_schema
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
