@@ -203,7 +203,7 @@ def test_the_port_of_a_rendezvous_is_kept_free_until_it_is_there(peer: Peer):
 
 def test_an_order_too_many_is_no_answer_to_another(peer: Peer):
     peer.tell("port")
-    with pytest.raises(PeerFailed, match="still owes an answer to 'port'"):
+    with pytest.raises(PeerFailed, match="'port' has no answer yet"):
         peer.tell("port")
     peer.answer(10)
 

@@ -254,7 +254,7 @@ def test_cold_for_a_reason_is_told_and_warm_by_name_is_refused(made: Made) -> No
         assert _for(made, "auto", "its image is not ours") == Started(
             "cold", "its image is not ours"
         )
-        with pytest.raises(SpecError, match="cannot be: its image is not ours") as refused:
+        with pytest.raises(SpecError, match="is not possible: its image is not ours") as refused:
             _for(made, "warm", "its image is not ours")
         assert "--start cold" in str(refused.value)
         parent = _for(made, "auto")
@@ -522,7 +522,7 @@ def test_a_kept_parent_is_found_by_its_recipe_kept_once_and_ended(
     said: list[str] = []
     replaced = kept_parents.keep("process", other, "", said.append)
     assert replaced.name != kept.name
-    assert any(f"{kept.name} was made of something else" in line for line in said)
+    assert any(f"{kept.name} has ended, or its image" in line for line in said)
     assert not Path(kept.folder).exists()
     assert [k.name for k in kept_parents.on_record()] == [replaced.name]
     assert kept_parents.end(replaced) == []

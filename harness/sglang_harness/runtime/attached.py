@@ -1,7 +1,7 @@
-"""A program that is spoken to in lines over its standard input and output.
+"""A program that is controlled by lines on its standard input and output.
 
-Nothing is listened on, so it works with an engine anywhere; and when its input ends it ends, so it
-does not outlive the harness.
+It needs no port, so it works with an engine anywhere; and it ends when its input does, so it does
+not outlive the harness.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GONE_WITHIN = 10.0
 
 
 class Lines:
-    """What a program says, put together to lines by a thread that reads."""
+    """A program's output, joined to lines by a thread that reads it."""
 
     def __init__(self) -> None:
         self._lines: queue.Queue[bytes | None] = queue.Queue()
@@ -113,7 +113,7 @@ class AttachedContainer:
                 for stream, data in frames_iter(self._socket, tty=False):
                     (self._said.errors if stream == 2 else self._said.output)(data)
         finally:
-            # Whatever ended this: whoever waits for a line must not wait for ever.
+            # Whatever ended this, a reader must not wait for ever.
             self._said.over()
 
     def write(self, line: bytes) -> None:
@@ -158,7 +158,7 @@ class AttachedContainer:
 
 
 class AttachedProcess:
-    """The same as a process of this machine, with whatever it starts.
+    """The same as a process of this machine, with everything that it starts.
 
     Args:
         before: called in the child before it becomes the program.
@@ -235,7 +235,7 @@ class AttachedProcess:
         return [f"process {each.pid}" for each in self._family.living()]
 
     def kill(self) -> None:
-        """Does not wait for the end of its input to be noticed."""
+        """SIGKILL, without waiting until it notices the end of its input."""
         self._process.kill()
 
     def end(self) -> list[str]:
