@@ -201,6 +201,21 @@ def test_a_peer_that_dies_is_noticed_with_its_words(peer: Peer):
     assert not any("container" in left for left in peer.end())
 
 
+def test_the_last_errors_of_one_that_ended_are_there_when_its_end_is(here: Here):
+    """Its output ended first, and what it had printed of its error was not read yet."""
+    for _ in range(5):
+        made = AttachedProcess(
+            "It",
+            ["/bin/sh", "-c", "exec 1>&-; sleep 0.1; echo the reason >&2"],
+            name="it",
+            environment={},
+            folder=here.folder,
+        )
+        here.made.append(made)
+        assert made.read(20.0) is None
+        assert made.words() == "the reason"
+
+
 def test_a_peer_that_takes_too_long_is_bounded(peer: Peer):
     os.kill(peer.about["pid"], 19)
     with pytest.raises(PeerFailed, match=r"took longer than 0\.2 s"):

@@ -29,6 +29,9 @@ from sglang_harness.runtime.process_family import ProcessFamily
 #: Lines of its error output that are kept.
 KEPT = 200
 
+#: Seconds from the end of a program's output to the end of its error output.
+ERRORS_WITHIN = 1.0
+
 #: Seconds from a container's removal to the engine's not knowing it any more.
 GONE_WITHIN = 10.0
 
@@ -198,22 +201,21 @@ class AttachedProcess:
             raise EngineError(f"{what} could not be started: {error}.") from None
         self.pid = self._process.pid
         self._family = ProcessFamily(self.pid)
-        for stream, put in (
-            (self._process.stdout, self._said.output),
-            (self._process.stderr, self._said.errors),
-        ):
-            threading.Thread(
-                target=self._listen, args=(stream, put), daemon=True, name=f"{name}-output"
-            ).start()
+        self._errors = threading.Thread(
+            target=_read, args=(self._process.stderr, self._said.errors), daemon=True,
+            name=f"{name}-errors",
+        )  # fmt: skip
+        self._errors.start()
+        threading.Thread(target=self._listen, daemon=True, name=f"{name}-output").start()
 
-    def _listen(self, stream: Any, put: Callable[[bytes], None]) -> None:
+    def _listen(self) -> None:
         try:
-            with suppress(OSError, ValueError):
-                while data := stream.read1(1 << 16):
-                    put(data)
+            _read(self._process.stdout, self._said.output)
+            # Its last errors are asked for as soon as its end is known. Not for ever: a child of it
+            # may keep the stream open.
+            self._errors.join(ERRORS_WITHIN)
         finally:
-            if put == self._said.output:
-                self._said.over()
+            self._said.over()
 
     def write(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -259,6 +261,12 @@ class AttachedProcess:
     def _reap(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
+
+
+def _read(stream: Any, put: Callable[[bytes], None]) -> None:
+    with suppress(OSError, ValueError):
+        while data := stream.read1(1 << 16):
+            put(data)
 
 
 def remove_segments(pids: Iterable[int], folder: Path = Path("/dev/shm")) -> None:  # noqa: S108
