@@ -1,4 +1,4 @@
-"""Does it stop when it should, where it should, and only there?"""
+"""Does a generation stop when it should, where it should, and only there?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from sglang_harness.client import Client, Generation
 from sglang_harness.errors import HarnessError
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Tokens
 from sglang_harness.traffic.background import BackgroundStream, Ended
 
@@ -50,6 +50,7 @@ class StopsWhereTold(Check[StopConditions]):
 
     def observe(self, context: Context) -> StopConditions:
         client, prompt = context.server.client, PROMPTS[1]
+        context.empty_prefix_cache()
         whole = client.generate(prompt, sampling=greedy(24))
         stop_string = _first_seen_in_the_middle(whole.text)
         stop_id = next(
@@ -61,6 +62,8 @@ class StopsWhereTold(Check[StopConditions]):
         forced = {str(i): 100.0 for i in eos[:1]}
 
         def ask(**sampling: Any) -> Stopped:
+            # With a cached prompt the sums are other ones, and a near tie may turn.
+            context.empty_prefix_cache()
             return Stopped.of(client.generate(prompt, sampling={**greedy(24), **sampling}))
 
         return StopConditions(

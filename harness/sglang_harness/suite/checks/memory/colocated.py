@@ -22,7 +22,6 @@ from sglang_harness.suite.check import (
     expect,
     register,
 )
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
 from sglang_harness.suite.checks.memory.release import (
     ALL_TAGS,
     RELEASE,
@@ -33,19 +32,18 @@ from sglang_harness.suite.checks.memory.release import (
     reader_of,
     resumed_afterwards,
     scored_by,
-    until_back,
-    until_free,
+    until,
     wrong_answers,
 )
 from sglang_harness.suite.checks.weights.disk import (
     NEW_VERSION,
-    PUSHED,
     first_weights_afterwards,
     update_from_disk,
     variant,
 )
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Scored
-from sglang_harness.suite.needs import CHECKSUMS, STARTED_HERE
+from sglang_harness.suite.needs import CHECKSUMS, LOADS_FROM_DISK, STARTED_HERE
 from sglang_harness.verdict import Figure
 
 if TYPE_CHECKING:
@@ -86,7 +84,7 @@ class ColocatedOrder(Check[Colocated]):
         "step, and the new weights are served."
     )
     observation = Colocated
-    needs = (STARTED_HERE, *PUSHED, CHECKSUMS, RELEASE, RESUME)
+    needs = (STARTED_HERE, *LOADS_FROM_DISK, CHECKSUMS, RELEASE, RESUME)
     changes = True
 
     def observe(self, context: Context) -> Colocated:
@@ -110,7 +108,7 @@ class ColocatedOrder(Check[Colocated]):
                 return settle(read, timeout=5.0).parts if on_gpu else read()[1]
 
             steps["released"] = (
-                until_free(read, devices, steps["before"], freed).parts if on_gpu else at_rest()
+                until(fallen, read, devices, steps["before"], freed).parts if on_gpu else at_rest()
             )
             client.resume_memory(["weights"])
             still.remove("weights")
@@ -121,7 +119,7 @@ class ColocatedOrder(Check[Colocated]):
             client.resume_memory(list(still))
             still.clear()
             steps["all resumed"] = (
-                until_back(read, devices, steps["before"], freed).parts if on_gpu else at_rest()
+                until(back, read, devices, steps["before"], freed).parts if on_gpu else at_rest()
             )
             changed = set(client.checksums().changed_since(sums))
             first = client.generate(PROMPTS[0], sampling=greedy(1))
@@ -191,7 +189,7 @@ class CyclesDoNotGrow(Check[Cycles]):
     )
     observation = Cycles
     profile = "full"
-    needs = (STARTED_HERE, *PUSHED, RELEASE, RESUME)
+    needs = (STARTED_HERE, *LOADS_FROM_DISK, RELEASE, RESUME)
     changes = True
 
     def observe(self, context: Context) -> Cycles:

@@ -1,4 +1,4 @@
-"""Do new weights arrive on every process of a server that is several, and in every expert?"""
+"""Do new weights arrive in every process of a parallel server, and in every expert?"""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from sglang_harness.checkpoint.made.perturb import perturbed
-from sglang_harness.errors import DidNotComeUp, MissingExtra
+from sglang_harness.errors import DidNotComeUp
 from sglang_harness.suite.check import (
     Check,
     Context,
     Mismatch,
-    NotProvided,
     Observation,
     expect,
     register,
@@ -72,18 +71,16 @@ class _Pushed(Check[PushedByRoutes]):
                     seen.restored += client.checksums().changed_since(first)
         except DidNotComeUp as error:
             seen.never_came_up = str(error)
-        except MissingExtra as error:
-            raise NotProvided(str(error)) from None
         return seen
 
     def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
         if seen.never_came_up:
-            return [Mismatch("the server", "one that comes up", seen.never_came_up)]
+            return [Mismatch("the server", "to come up", seen.never_came_up)]
         wrong = list(expect("routes", list(self.routes), list(seen.pushes)))
         for route, push in seen.pushes.items():
             where = f"push by '{route}'"
             if push.outcome == "failed":
-                wrong.append(Mismatch(where, "one that arrives", push.reason))
+                wrong.append(Mismatch(where, "to arrive", push.reason))
                 continue
             # Where the layout over the ranks is not written down, the routes witness for one
             # another; the oracle always can.
@@ -91,7 +88,7 @@ class _Pushed(Check[PushedByRoutes]):
             if not seen.changed.get(route):
                 wrong.append(Mismatch(f"{where}, checksums", "changed ones", "none"))
             wrong += expect(f"{where}, unlike the first route", [], seen.unlike.get(route))
-        wrong += expect("checksums after the way back", [], seen.restored)
+        wrong += expect("checksums after restoring the first weights", [], seen.restored)
         return wrong
 
     def figures(self, seen: PushedByRoutes) -> list[Figure]:

@@ -6,16 +6,15 @@ from typing import Any, ClassVar
 
 from sglang_harness import oracle as oracles
 from sglang_harness.suite.check import Check, Context, Mismatch, Need, Observation, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
 from sglang_harness.suite.checks.weights.disk import (
-    PUSHED,
     first_weights_afterwards,
     pushed,
     update_from_disk,
     variant,
 )
+from sglang_harness.suite.lib.prompts import PROMPTS
 from sglang_harness.suite.lib.scored import Tokens, unequal
-from sglang_harness.suite.needs import CHECKSUMS
+from sglang_harness.suite.needs import CHECKSUMS, LOADS_FROM_DISK
 from sglang_harness.verdict import Figure
 from sglang_harness.weights import PushReport
 from sglang_harness.weights.routes import base as routes
@@ -57,11 +56,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
         assert old is not None
 
         def ask() -> list[Tokens]:
-            client.flush_cache()
-            return [
-                Tokens.of(client.generate(p, sampling=greedy(8), logprobs=True))
-                for p in PROMPTS[:2]
-            ]
+            return [Tokens.asked(client, prompt, 8) for prompt in PROMPTS[:2]]
 
         sums, before = client.checksums(), ask()
         with first_weights_afterwards(context):
@@ -125,7 +120,7 @@ class TensorsInTheBody(RouteServesAndRestores):
         "back restores every checksum and answer."
     )
     route = "tensor"
-    needs = (*PUSHED, CHECKSUMS, leads_here("tensor"))
+    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("tensor"))
 
 
 @register
@@ -136,7 +131,7 @@ class BucketsInTheBody(RouteServesAndRestores):
         "the way back restores every checksum and answer."
     )
     route = "tensor-bucket"
-    needs = (*PUSHED, CHECKSUMS, leads_here("tensor-bucket"))
+    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("tensor-bucket"))
 
 
 @register
@@ -147,7 +142,7 @@ class BySharedMemory(RouteServesAndRestores):
         "the way back restores every checksum and answer."
     )
     route = "shared-memory"
-    needs = (*PUSHED, CHECKSUMS, leads_here("shared-memory"))
+    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("shared-memory"))
 
 
 @register
@@ -160,4 +155,4 @@ class ByProcessGroup(RouteServesAndRestores):
     route = "distributed"
     # The peer imports SGLang for it: half a minute that a quick run does not have.
     profile = "full"
-    needs = (*PUSHED, CHECKSUMS, leads_here("distributed"))
+    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("distributed"))
