@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sglang_harness import __version__, suite
+from sglang_harness import __version__, report, suite
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
-from sglang_harness.report import junit, terminal
+from sglang_harness.report import terminal
 from sglang_harness.spec import from_options
 from sglang_harness.upkeep import kept_servers
 from sglang_harness.verdict import Verdict
@@ -191,7 +191,7 @@ def qualify(
         f"Results: {escape(str(out))}/verdict.json, junit.xml, server.log", highlight=False
     )
     if junit_file is not None:
-        junit.write(verdict, junit_file)
+        report.write("junit", verdict, junit_file)
     if run.kept is not None:
         _show_held(run.kept)
     raise typer.Exit(verdict.exit_code)

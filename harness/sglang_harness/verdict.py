@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import SpecError
 from sglang_harness.memory import Reading
 
@@ -137,10 +138,13 @@ class Verdict(_Data):
     def exit_code(self) -> int:
         return {"pass": 0, "fail": 1, "error": 2}[self.verdict]
 
-    def write(self, path: Path) -> None:
+    def as_json(self) -> str:
         data = writable(self.model_dump())
-        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Replaces ``path`` once the new file is complete. Raises ``OSError``."""
+        write_whole(path, self.as_json())
 
     @classmethod
     def read(cls, path: Path) -> Verdict:

@@ -16,9 +16,11 @@ from junitparser import Error, Failure, JUnitXml, Skipped
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from sglang_harness import report
+from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import SpecError
 from sglang_harness.memory import Reading
-from sglang_harness.report import junit, terminal
+from sglang_harness.report import terminal
 from sglang_harness.verdict import (
     CheckResult,
     Figure,
@@ -89,11 +91,106 @@ ALL = [
 ]
 
 
+# --- every format ------------------------------------------------------------------------------
+
+
+def test_a_format_is_one_line_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    added = report.Format("one-word", "word.txt", lambda verdict: verdict.verdict)
+    monkeypatch.setattr(report, "FORMATS", (*report.FORMATS, added))
+    written = report.write_all(verdict_of(*ALL), tmp_path / "out")
+    assert [p.name for p in written] == ["verdict.json", "junit.xml", "verdict.txt", "word.txt"]
+    assert sorted(written) == sorted((tmp_path / "out").iterdir())
+    assert written[-1].read_text() == "error"
+    assert [p.name for p in written[:-1]] == list(report.FILES)
+
+
+def test_a_format_that_fails_leaves_the_others_and_its_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(verdict: Verdict) -> str:
+        raise RuntimeError("a defect of this format")
+
+    first, *rest = report.FORMATS
+    bad = report.Format("bad", "bad.txt", broken)
+    monkeypatch.setattr(report, "FORMATS", (first, bad, *rest))
+    (tmp_path / "bad.txt").write_text("of the run before")
+    with pytest.raises(RuntimeError, match="of this format"):
+        report.write_all(verdict_of(*ALL), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {*report.FILES, "bad.txt"}
+    assert (tmp_path / "bad.txt").read_text() == "of the run before"
+
+
+@pytest.mark.parametrize("name", [each.name for each in report.FORMATS])
+def test_a_report_that_cannot_be_written_says_so_and_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    file = tmp_path / "report"
+    file.write_text("of the run before")
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(SpecError, match=r"report cannot be written: No space left on device"):
+        report.write(name, verdict_of(*ALL), file)
+    assert file.read_text() == "of the run before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_unknown_format_is_refused_with_the_names_of_those_there_are(tmp_path: Path):
+    with pytest.raises(SpecError, match="junit") as caught:
+        report.write("html", verdict_of(), tmp_path / "x")
+    assert "'html' is not a report format" in str(caught.value)
+
+
+def test_a_reader_during_a_replacement_gets_a_whole_file(tmp_path: Path):
+    file = tmp_path / "verdict.json"
+    old, new = "o" * 300_000, "n" * 300_000
+    write_whole(file, old)
+    with file.open() as reader:
+        started = reader.read(10)
+        write_whole(file, new)
+        assert started + reader.read() == old
+    assert file.read_text() == new
+
+
+def test_a_link_and_a_device_are_written_through(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "latest.json"
+    link.symlink_to(tmp_path / "real" / "verdict.json")
+    write_whole(link, "a")
+    write_whole(link, "b")
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "verdict.json").read_text() == "b"
+    write_whole(Path("/dev/null"), "c")
+    assert not Path("/dev/null").is_file()
+
+
+def test_the_text_report_holds_every_check_and_the_result_in_plain_text(tmp_path: Path):
+    path = report.write("terminal", full_verdict(), tmp_path / "verdict.txt")
+    told = path.read_text(encoding="utf-8")
+    assert "\x1b" not in told
+    for check in full_verdict().checks:
+        assert check.id in told
+        assert check.message in told
+    assert "ERROR  profile quick" in told
+    assert "ttft" in told
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_no_text_of_a_model_breaks_any_format(tmp_path: Path, text: str):
+    nasty = verdict_of(
+        result(Outcome.FAIL, message=text), reason=text, caveats=[text], model={"name": text}
+    )
+    for path in report.write_all(nasty, tmp_path):
+        assert path.read_text(encoding="utf-8")
+
+
 # --- JUnit --------------------------------------------------------------------------------------
 
 
 def page_of(verdict: Verdict, path: Path) -> tuple[JUnitXml, dict[str, Any]]:
-    junit.write(verdict, path)
+    report.write("junit", verdict, path)
     page = JUnitXml.fromfile(str(path))
     return page, {case.name: case for suite in page for case in suite}
 
@@ -197,7 +294,7 @@ def test_what_is_no_pass_is_never_a_green_page(
 
 
 def test_a_page_in_a_folder_that_is_not_there_yet_is_written_all_the_same(tmp_path: Path):
-    junit.write(verdict_of(*ALL), tmp_path / "reports" / "junit.xml")
+    report.write("junit", verdict_of(*ALL), tmp_path / "reports" / "junit.xml")
 
 
 # --- verdict.json -------------------------------------------------------------------------------

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from sglang_harness.errors import SpecError
+from sglang_harness._base.whole_file import write_whole
 from sglang_harness.verdict import CheckResult, Outcome, Verdict
 
 
-def write(verdict: Verdict, path: Path) -> None:
-    """One suite a subject, one case a check, and one for the verdict.
+def text(verdict: Verdict) -> str:
+    """One suite per subject, one case per check, and one case for the verdict.
 
     A known defect is a skipped case with its id and what was seen; so is a check outside the
     profile, with the reason. ``error`` and ``not-run`` are JUnit errors.
@@ -35,15 +36,17 @@ def write(verdict: Verdict, path: Path) -> None:
     suite_of("run/verdict").add_testcase(_verdict_case(verdict))
     for suite in subjects.values():
         page.add_testsuite(suite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        page.write(str(path), pretty=True)
-    except OSError as error:
-        raise SpecError(f"{path} cannot be written: {error.strerror}.") from None
+    written = io.BytesIO()
+    page.write(written, pretty=True)
+    return written.getvalue().decode("utf-8")
+
+
+def write(verdict: Verdict, path: Path) -> None:
+    write_whole(path, text(verdict))
 
 
 def _verdict_case(verdict: Verdict) -> TestCase:
-    """The verdict itself: an interrupted run of three passes must not look green."""
+    """The verdict itself: an interrupted run with three passes must not look like a success."""
     case = TestCase("verdict", classname="run")
     if verdict.verdict == "fail":
         case.result = [Failure(_printable(verdict.reason))]

@@ -1,7 +1,8 @@
-"""What a person sees: each check as it runs, then the verdict."""
+"""What a person reads: each check as it ends, then the verdict."""
 
 from __future__ import annotations
 
+import io
 import time
 
 from rich.console import Console
@@ -48,25 +49,16 @@ class Terminal:
 
     def end(self, result: CheckResult) -> None:
         self._rest()
-        sign, style = STYLE[result.outcome]
-        line = f"{self._clock()} [{style}]{sign}[/{style}] {result.id}"
-        line += f" [dim]{result.seconds:.1f}s[/dim]"
-        if result.outcome is not Outcome.PASS:
-            about = f" ({result.known_defect})" if result.known_defect else ""
-            line += f" [{style}]{result.outcome.value}{about}[/{style}]"
-        self._print(line)
-        if result.message:
-            style = "dim" if result.outcome is Outcome.KNOWN else "default"
-            shown = result.message if len(result.message) < 700 else result.message[:700] + " …"
-            self._print(f"          [{style}]{escape(shown)}[/{style}]")
+        first, *rest = _lines(result)
+        self._print(f"{self._clock()} {first}")
+        for line in rest:
+            self._print(line)
 
     def _print(self, line: str) -> None:
-        line = plain(line)
-        # Whole lines where nobody looks at a terminal: a CI log is searched, not admired.
-        self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
+        _print(self._console, line)
 
     def _work(self, message: str) -> None:
-        # A spinner only where somebody looks; a CI log gets the lines alone.
+        # A CI log gets no spinner, which would fill it with control sequences.
         if self._console.is_terminal:
             self._rest()
             self._status = self._console.status(escape(message))
@@ -81,8 +73,39 @@ class Terminal:
         self._rest()
 
 
+def _lines(result: CheckResult) -> list[str]:
+    """One check as rich's markup: its line, and its message below."""
+    sign, style = STYLE[result.outcome]
+    line = f"[{style}]{sign}[/{style}] {escape(result.id)} [dim]{result.seconds:.1f}s[/dim]"
+    if result.outcome is not Outcome.PASS:
+        about = f" ({escape(result.known_defect)})" if result.known_defect else ""
+        line += f" [{style}]{result.outcome.value}{about}[/{style}]"
+    if not result.message:
+        return [line]
+    style = "dim" if result.outcome is Outcome.KNOWN else "default"
+    shown = result.message if len(result.message) < 700 else result.message[:700] + " …"
+    return [line, f"          [{style}]{escape(shown)}[/{style}]"]
+
+
+def _print(console: Console, line: str) -> None:
+    # Unwrapped outside a terminal: a CI log and a file are searched by line.
+    console.print(plain(line), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def text(verdict: Verdict) -> str:
+    """The same as a file: every check, then what :func:`show` shows, without colours."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=False, color_system=None)
+    for check in verdict.checks:
+        for line in _lines(check):
+            _print(console, line)
+    show(verdict, console)
+    written = console.file
+    assert isinstance(written, io.StringIO)
+    return written.getvalue()
+
+
 def show(verdict: Verdict, console: Console) -> None:
-    """The verdict: figures, what is outside the profile, and the answer with its reason."""
+    """The verdict: figures, what is outside the profile, and the result with its reason."""
     if verdict.figures:
         table = Table(title="Figures", title_justify="left", header_style="bold", expand=False)
         table.add_column("figure")

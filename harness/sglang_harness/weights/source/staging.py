@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_harness._base.permissions import make_readable
-from sglang_harness.weights.routes.buckets import Described
+from sglang_harness.checkpoint.reading import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Source(Protocol):
     def path(self) -> Path: ...
 
     @property
-    def tensors(self) -> Mapping[str, Described]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     @property
     def content(self) -> Hashable:

@@ -16,8 +16,7 @@ from sglang_harness.suite.lib.prompts import PROMPTS
 from sglang_harness.suite.lib.scored import Tokens, unequal
 from sglang_harness.suite.needs import CHECKSUMS, LOADS_FROM_DISK
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushReport
-from sglang_harness.weights.routes import base as routes
+from sglang_harness.weights import PushReport, routes
 
 #: Bytes of a bucket: small enough that every model takes several.
 BUCKET = 64 << 20
