@@ -177,7 +177,7 @@ def _of_served() -> list[Lie]:
     lies: list[Lie] = []
     for check in [*ARCHITECTURES, *PARALLEL]:
         lies += [
-            (check, "it dies at its start", never_came_up, "expected one that comes up, got The"),
+            (check, "it dies at its start", never_came_up, "expected to come up, got The"),
             (
                 check,
                 "other tokens",
@@ -288,7 +288,7 @@ def _of_lora() -> list[Lie]:
     for check in LORA:
         first = RECORDED[check]["steps"][0 if "tensors" in check else 1]["what"]
         lies += [
-            (check, "it dies at its start", never_came_up, "expected one that comes up, got The"),
+            (check, "it dies at its start", never_came_up, "expected to come up, got The"),
             (check, "loading is refused", refused_from(0), "expected 200, got 400 LoRA is not"),
             (check, "success that is none", refused_in_words, "got 200 rank 8 is too large"),
             (check, "loaded, and not listed", not_listed, "loaded adapters: expected with"),

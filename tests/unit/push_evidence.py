@@ -133,6 +133,7 @@ REFUSED = Refusal(
 def by_routes(ranks: int, *routes: str) -> PushedByRoutes:
     return PushedByRoutes(
         ranks=ranks,
+        routes=list(routes),
         pushes={route: report(route=route) for route in routes},
         changed=dict.fromkeys(routes, 15),
         unlike={route: [] for route in routes},
@@ -258,7 +259,7 @@ _LIES = [
         ("known before", {"said_before": Said(text="b", ids=[7, 8])}, "said before"),
         ("not forgotten", {"said_again": Said(text="b", ids=[7, 8])}, "said again"),
         ("not the first", {"said_again": Said(text="!", ids=[1, 3])}, "weights are back"),
-        ("no push", {"push.outcome": "failed", "push.reason": "no"}, "one that arrives"),
+        ("no push", {"push.outcome": "failed", "push.reason": "no"}, "expected to arrive"),
     ),
     *(
         lie
@@ -268,8 +269,8 @@ _LIES = [
             ("success", {"status": 200, "said": "success True"}, "a refusal (4xx), got 200"),
             ("no answer", {"status": None, "said": "none came"}, "a refusal (4xx), got None"),
             ("a crash of the request", {"status": 500}, "got 500"),
-            ("it died", {"death": "It ended."}, "expected one that lives, got It ended."),
-            ("it hangs", {"hung": "no answer within 30 s"}, "one that answers"),
+            ("it died", {"death": "It ended."}, "expected to stay up, got It ended."),
+            ("it hangs", {"hung": "no answer within 30 s"}, "expected to keep answering"),
             ("other weights", {"differing": ["a"]}, "checksums that changed"),
             ("another answer", {"after": tokens(-0.6)}, "answer afterwards"),
             ("an answer of NaN", {"after": tokens(float("nan"))}, "answer afterwards"),
@@ -282,13 +283,14 @@ _LIES = [
         for check in ONTO
         for lie in _told(
             check,
-            ("it never came up", {"never_came_up": "It ended."}, "one that comes up"),
+            ("it never came up", {"never_came_up": "It ended."}, "expected to come up"),
             ("no push", {"pushes.tensor.outcome": "failed", "pushes.tensor.reason": "b"}, "got b"),
             ("no oracle", {"pushes.disk.logprobs.says": "not available"}, "log-probabilities"),
             ("nothing changed", {"changed.tensor": 0}, "changed ones"),
             ("unlike disk", {"unlike.tensor": ["rank1:a"]}, "unlike the first route"),
-            ("not restored", {"restored": ["a"]}, "after the way back"),
-            ("a route is missing", {"pushes": {}}, "routes: expected"),
+            ("not restored", {"restored": ["a"]}, "after restoring"),
+            ("a route is missing", {"pushes": {}}, "routes that were pushed by: expected"),
+            ("one route alone", {"pushes": {"disk": report()}}, "routes: expected two or more"),
         )
     ),
     *_told("weights/on-tensor-2", ("one rank alone", {"ranks": 1}, "ranks: expected 2, got 1")),

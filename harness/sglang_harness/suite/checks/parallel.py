@@ -113,6 +113,11 @@ def places(seen: Ranks, key: str) -> list[int | None]:
     return [rank.place.get(key) for rank in seen.ranks]
 
 
+def not_two(seen: Ranks, key: str) -> list[Mismatch]:
+    """The ranks are numbered 0 and 1 by ``key``, or this."""
+    return list(expect(f"{key} of the ranks", [0, 1], places(seen, key)))
+
+
 @register
 class TensorParallel(_Parallel):
     id = "parallel/tensor-2"
@@ -125,7 +130,7 @@ class TensorParallel(_Parallel):
     asked = {"tp_size": 2}  # noqa: RUF012 -- read only, as every class attribute of a check
 
     def wrong_ranks(self, seen: Ranks) -> list[Mismatch]:
-        wrong = list(expect("tp_rank of the ranks", [0, 1], places(seen, "tp_rank")))
+        wrong = not_two(seen, "tp_rank")
         if len(seen.ranks) != 2:
             return wrong
         one, other = (rank.checksums for rank in seen.ranks)
@@ -256,7 +261,7 @@ class DataParallel(_Parallel):
         return wrong
 
     def wrong_ranks(self, seen: Ranks) -> list[Mismatch]:
-        wrong = list(expect("dp_rank of the ranks", [0, 1], places(seen, "dp_rank")))
+        wrong = not_two(seen, "dp_rank")
         if len(seen.ranks) == 2:
             one, other = (rank.checksums for rank in seen.ranks)
             differing = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))

@@ -1,4 +1,5 @@
-"""Do new weights arrive by each route, and does the way back restore what was there?"""
+"""Do new weights arrive by each route, and does pushing the first ones back restore the server?
+Every registered route is checked."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ BUCKET = 64 << 20
 
 
 def leads_here(route: str) -> Need:
-    """The target can be reached by a route at all."""
+    """The route leads to the server at all."""
     return Need(f"the route '{route}'", lambda server: routes.make(route).lacking(server))
 
 
@@ -43,7 +44,7 @@ class ThereAndBack(Observation):
 
 
 class RouteServesAndRestores(Check[ThereAndBack]):
-    """One route; each subclass names one."""
+    """There and back by one route; each subclass names one."""
 
     route: ClassVar[str]
     observation = ThereAndBack
@@ -111,47 +112,35 @@ class RouteServesAndRestores(Check[ThereAndBack]):
         ]
 
 
-@register
-class TensorsInTheBody(RouteServesAndRestores):
-    id = "weights/tensor"
-    sentence = (
-        "Weights pushed as tensors in the body are served, equal those from disk, and the way "
-        "back restores every checksum and answer."
+def _check_of(route: str) -> type[Check[Any]]:
+    """The check of one route."""
+    kind = routes.kind(route)
+    return type(
+        f"{kind.__name__}ServesAndRestores",
+        (RouteServesAndRestores,),
+        {
+            "__doc__": kind.title,
+            "__module__": __name__,
+            "id": f"weights/{route}",
+            "sentence": (
+                f"Weights {kind.title} are served, equal those from disk, and pushing the first "
+                "ones back restores every checksum and answer."
+            ),
+            "route": route,
+            "profile": "quick" if kind.quick else "full",
+            "needs": (*LOADS_FROM_DISK, CHECKSUMS, leads_here(route)),
+        },
     )
-    route = "tensor"
-    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("tensor"))
 
 
-@register
-class BucketsInTheBody(RouteServesAndRestores):
-    id = "weights/tensor-bucket"
-    sentence = (
-        "Weights pushed as flattened buckets in the body are served, equal those from disk, and "
-        "the way back restores every checksum and answer."
-    )
-    route = "tensor-bucket"
-    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("tensor-bucket"))
+def is_tried(route: str) -> bool:
+    """Whether this project has run the route at all: one that needs a GPU and was never run on one
+    would blame the server for the harness's own mistakes."""
+    kind = routes.kind(route)
+    return not (kind.needs.gpu and kind.unverified)
 
 
-@register
-class BySharedMemory(RouteServesAndRestores):
-    id = "weights/shared-memory"
-    sentence = (
-        "Weights handed over in shared memory by a peer are served, equal those from disk, and "
-        "the way back restores every checksum and answer."
-    )
-    route = "shared-memory"
-    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("shared-memory"))
-
-
-@register
-class ByProcessGroup(RouteServesAndRestores):
-    id = "weights/distributed"
-    sentence = (
-        "Weights broadcast by a peer in a process group are served, equal those from disk, and "
-        "the way back restores every checksum and answer."
-    )
-    route = "distributed"
-    # The peer imports SGLang for it: half a minute that a quick run does not have.
-    profile = "full"
-    needs = (*LOADS_FROM_DISK, CHECKSUMS, leads_here("distributed"))
+# The route "disk" has several checks of its own. Quick ones come first.
+for _route in sorted(routes.names(), key=lambda name: not routes.kind(name).quick):
+    if _route != "disk" and is_tried(_route):
+        register(_check_of(_route))
