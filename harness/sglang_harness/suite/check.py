@@ -262,7 +262,7 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
 
     try:
         seen = check.observe(context)
-    except NotProvided as error:
+    except (NotProvided, MissingExtra) as error:
         return result(Outcome.NOT_RUN, str(error)), []
     except ServerDied as error:
         return result(Outcome.FAIL, f"expected a server that lives; {error}"), []
