@@ -353,7 +353,8 @@ class ModelServer:
         return Answer(body={"success": True})
 
     def continue_generation(self, _: Seen) -> Answer:
-        self._going.set()
+        if self._told("continues", True):
+            self._going.set()
         return Answer(body={"success": True})
 
     def update_weights_from_disk(self, seen: Seen) -> Answer:
@@ -410,6 +411,8 @@ class _Running:
 
     runtime = "double"
     owned = True
+    may_change = True
+    shared_folder = None
     device = "cpu"
     run_id = "double"
     api_key = KEY
@@ -421,6 +424,12 @@ class _Running:
         self.watch = double.mortal.watch
         self.arguments = arguments
         self.reach = SameMachine()
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        return None
 
     def model_path(self) -> str:
         return str(self.model)

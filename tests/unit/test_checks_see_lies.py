@@ -21,6 +21,7 @@ from sglang_harness.server.readiness import wait_until_ready
 from sglang_harness.suite import run_check
 from sglang_harness.suite.checks import launch
 from sglang_harness.suite.checks.memory.readings import least_bytes
+from sglang_harness.suite.lib import streams
 from sglang_harness.verdict import CheckResult, Outcome
 
 pytest.importorskip("torch")
@@ -41,6 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def double(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
     monkeypatch.setattr(launch, "STAYS_READY", 0.4)
+    monkeypatch.setattr(streams, "ENDS_WITHIN", 8.0)
     with ModelServer(model) as double:
         yield double
 
@@ -230,7 +232,7 @@ LIES = [
         lie(sampling=lambda sampling: {**sampling, "ignore_eos": False}),
         "ignored end of sequence",
     ),
-    Lie("stop/abort", "aborts nothing", lie(aborts=never_aborted), "fewer than 400 tokens"),
+    Lie("stop/abort", "aborts nothing", lie(aborts=never_aborted), "expected 'abort', got 'still"),
     Lie(
         "stop/abort-whole-id",
         "aborts by what an id begins with",
@@ -262,6 +264,12 @@ LIES = [
         "says ready while paused",
         lie(ready=always(200)),
         "/ready while paused: expected 503, got 200",
+    ),
+    Lie(
+        "control/pause",
+        "does not continue",
+        lie(continues=always(False)),
+        "finish reason: expected 'length', got 'still running'",
     ),
     Lie(
         "control/api-key",

@@ -938,7 +938,7 @@ LIES = [
         "weights/disk",
         "the checksums changed, the old weights are served",
         put({"old_oracle_error": 2e-5}),
-        "distance to the old weights' oracle: expected more than 0.005",
+        "distance to the old reference model: expected more than 0.005",
     ),
     Alteration(
         "weights/disk",

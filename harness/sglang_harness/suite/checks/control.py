@@ -11,6 +11,7 @@ from sglang_harness.client import Call, Client, RequestsTransport, calls
 from sglang_harness.errors import HarnessError, Refused
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
+from sglang_harness.suite.lib.streams import ended
 from sglang_harness.suite.needs import API_KEY, route
 from sglang_harness.traffic.background import BackgroundStream, Ended
 
@@ -63,7 +64,7 @@ class PauseHoldsAndContinues(Check[Paused]):
                 stream.wait_until_over(1.0)
                 at_resume = stream.count
                 ready_while_paused = _status(client, calls.ready())
-            paused = stream.end(90)
+            paused = ended(stream)
         except BaseException:
             with client.cleanup(), suppress(HarnessError):
                 client.abort(name)

@@ -31,7 +31,7 @@ class ScoredAnswers(Observation):
 @register
 class GreedyTokens(Check[ScoredAnswers]):
     id = "generate/greedy-tokens"
-    sentence = "At temperature 0 every token is the one that the oracle finds most probable."
+    sentence = "At temperature 0 every token is the reference model's most probable one."
     observation = ScoredAnswers
 
     def observe(self, context: Context) -> ScoredAnswers:
@@ -63,8 +63,8 @@ class ScoredPrompt(Observation):
 class Logprobs(Check[ScoredPrompt]):
     id = "generate/logprobs"
     sentence = (
-        "The log-probabilities of sampled tokens and of the prompt are the oracle's, within "
-        "the tolerance of the dtype."
+        "The log-probabilities of sampled tokens and of the prompt are the reference model's, "
+        "within the tolerance of the dtype."
     )
     observation = ScoredPrompt
 
@@ -293,7 +293,7 @@ class ConcurrentInOrder(Check[Concurrent]):
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(ask, prompts))
         seconds = time.monotonic() - started
-        # Scored afterwards: the oracle must not take the processor from the server.
+        # Scored afterwards: the oracle would take processor time from the server.
         scored = [
             Scored.of(prompt, oracle.encode(prompt), answer, oracle, context.dtype)
             for prompt, answer in zip(prompts, answers, strict=True)

@@ -63,7 +63,7 @@ class SeededSamplingRepeats(Check[SeededAnswers]):
 class SampledTokens(Observation):
     sampled: list[int]
     likely_ids: list[int]
-    """The oracle's most probable tokens, together about half of the probability."""
+    """The oracle's most probable tokens: together at least 0.4 of the probability."""
     likely_probability: float
     greedy_ids: list[int]
     top_k_1_ids: list[int]
@@ -73,7 +73,8 @@ class SampledTokens(Observation):
 class SamplingFollowsOracle(Check[SampledTokens]):
     id = "sample/follows-oracle"
     sentence = (
-        "At temperature 1 tokens come as often as the oracle says; with top_k 1 sampling is greedy."
+        "At temperature 1 tokens come as often as the reference model says; with top_k 1 sampling "
+        "is greedy."
     )
     observation = SampledTokens
 

@@ -13,6 +13,7 @@ from sglang_harness.errors import HarnessError
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Tokens
+from sglang_harness.suite.lib.streams import ended
 from sglang_harness.traffic.background import BackgroundStream, Ended
 
 
@@ -136,7 +137,7 @@ def abort_beside_neighbour(client: Client, aborted_id: str, neighbour_id: str) -
         if seen := _aborted(client, aborted_id, neighbour_id, length):
             return seen
     raise HarnessError(
-        f"A request of {NEIGHBOUR[-1]} tokens was over before the abort was answered."
+        f"A request for {NEIGHBOUR[-1]} tokens had ended before the abort was answered."
     )
 
 
@@ -153,16 +154,16 @@ def _aborted(
     client.abort(aborted_id)
     over = second.is_over
     began = time.monotonic()
-    ended = first.end(90)
+    aborted = ended(first)
     seconds = time.monotonic() - began
     if not both_run:
-        raise HarnessError("Two requests did not both begin to generate within 30 s.")
-    neighbour = second.end(90)
+        raise HarnessError("Not both of two requests started to generate within 30 s.")
+    neighbour = ended(second)
     if over and neighbour.finish != "abort":
         return None
     return Aborted(
         asked=asked,
-        aborted=ended,
+        aborted=aborted,
         seconds_to_end=seconds,
         neighbour=neighbour,
         neighbour_asked=neighbour_asked,
@@ -189,7 +190,7 @@ def judge_aborted(seen: Aborted) -> list[Mismatch]:
 @register
 class AbortEndsOne(Check[Aborted]):
     id = "stop/abort"
-    sentence = "An abort ends its own request early and leaves the one beside it alone."
+    sentence = "An abort ends its own request early and leaves another one that runs alone."
     observation = Aborted
 
     def observe(self, context: Context) -> Aborted:

@@ -29,7 +29,7 @@ class _Misuse(Survives[Survived]):
 @register
 class ReleaseTwice(_Misuse):
     id = "memory/release-twice"
-    sentence = "A second release of the same tags harms nothing: one resume brings all back."
+    sentence = "A second release of the same tags harms nothing: one resume takes everything again."
 
     def attack(self, server: Server, prepared: Any) -> None:
         del prepared

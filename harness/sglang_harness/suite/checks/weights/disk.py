@@ -53,7 +53,7 @@ COUNTED_FOR = 0.5
 
 @dataclass(frozen=True)
 class Variant:
-    """A second checkpoint beside the served one."""
+    """A second checkpoint, of the same shape as the served one."""
 
     folder: Path
     inside: str
@@ -169,7 +169,7 @@ class NewWeights(Observation):
 class DiskUpdateIsServed(Check[NewWeights]):
     id = "weights/disk"
     sentence = (
-        "After an update from disk every parameter has changed, the new weights' oracle agrees "
+        "After an update from disk every parameter has changed, the new reference model agrees "
         "with what is generated, the old one does not, and the label is the new one."
     )
     observation = NewWeights
@@ -225,7 +225,7 @@ class DiskUpdateIsServed(Check[NewWeights]):
         if not seen.old_oracle_error > bound:
             wrong.append(
                 Mismatch(
-                    "distance to the old weights' oracle",
+                    "distance to the old reference model",
                     f"more than {bound:g}, so that old and new can be told apart",
                     f"{seen.old_oracle_error:.6f}",
                 )

@@ -474,7 +474,7 @@ class TaughtSentence(Observation):
     said_before: Said
     said_after: Said
     said_again: Said
-    """After the first weights were put back."""
+    """After the first weights were restored."""
     push: PushReport
     steps: int
     training_seconds: float

@@ -70,7 +70,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             by_route = client.checksums()
             back = pushed(server, old, **way) if there.outcome != "failed" else None
             restored, after = client.checksums(), ask()
-            # Last, as the first weights are put back from disk after it in any case.
+            # Last, as the first weights are restored from disk after it in any case.
             update_from_disk(context, new.inside, "harness-disk")
             by_disk = client.checksums()
             return ThereAndBack(
