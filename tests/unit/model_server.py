@@ -362,6 +362,8 @@ class ModelServer:
         if not Path(body["model_path"]).is_dir():
             no = Answer(400, {"success": False, "message": "no such path"})
             return self._told("refusal", no)
+        if (no := self._told("refuses", None)) is not None:
+            return Answer(400, {"success": False, "message": no})
         self.folder = self._told("loaded", Path(body["model_path"]))
         self.model_path = body["model_path"]
         self.version = self._told("new_label", body.get("weight_version") or self.version)

@@ -125,6 +125,12 @@ def dies_of_it(double: ModelServer) -> None:
     double.lies["attacked"] = attacked
 
 
+def reads_another_process(double: ModelServer) -> None:
+    double.server.memory.readings = [
+        each.model_copy(update={"used_bytes": 500 << 20}) for each in double.server.memory.readings
+    ]
+
+
 def draws_its_own_seeds(double: ModelServer) -> None:
     seeds = count()
     double.lies["sampling"] = lambda sampling: {**sampling, "sampling_seed": next(seeds)}
@@ -278,6 +284,24 @@ LIES = [
         "POST /generate, without a key: expected 401, got 200",
     ),
     Lie("weights/disk", "says success and loads nothing", keeps_its_weights, "unchanged: lm_head"),
+    Lie(
+        "weights/disk",
+        "refuses what it should load",
+        lie(refuses=first_then(1, "a wrong shape", None)),
+        "update: expected success, got 400 a wrong shape",
+    ),
+    Lie(
+        "memory/colocated-order",
+        "refuses the push",
+        lie(refuses=first_then(1, "a wrong shape", None)),
+        "push: expected success, got 400 a wrong shape",
+    ),
+    Lie(
+        "memory/snapshots",
+        "loads into another process",
+        reads_another_process,
+        "from 'started' to 'ready': expected at least",
+    ),
     Lie(
         "weights/disk",
         "keeps the old label",

@@ -480,12 +480,6 @@ LIES = [
     ),
     Alteration(
         "generate/batch-equals-single",
-        "the last prompt of a batch is not answered",
-        at("got", do=lambda got: got.pop()),
-        "answers: expected 4, got 3",
-    ),
-    Alteration(
-        "generate/batch-equals-single",
         "padding leaks into a log-probability",
         off_by(-0.01, "got", 2, "logprobs", 6),
         "def fibonacci(n):, token 6 (367): expected log-probability",
@@ -585,12 +579,6 @@ LIES = [
         "two requests get each other's log-probabilities",
         at("answers", do=lambda a: swap(a[3], a[4], ("served",))),
         "token 0 (",
-    ),
-    Alteration(
-        "generate/32-at-once",
-        "one request is not answered",
-        at("answers", do=lambda answers: answers.pop()),
-        "answers: expected 32, got 31",
     ),
     Alteration(
         "generate/32-at-once",
@@ -957,13 +945,7 @@ LIES = [
         "weights/disk",
         "the update failed",
         put({"success": False}),
-        "success: expected True, got False",
-    ),
-    Alteration(
-        "weights/disk",
-        "no checksum is known",
-        put({"parameters": [], "unchanged": []}),
-        "no parameter is known",
+        "update: expected success, got ",
     ),
     Alteration(
         "weights/disk",
@@ -1082,24 +1064,6 @@ LIES = [
     # memory
     Alteration(
         "memory/snapshots",
-        "never read after a generation",
-        forget("after generation"),
-        "container: expected a reading at 'after generation', got ['started', 'ready']",
-    ),
-    Alteration(
-        "memory/snapshots",
-        "never read before the weights were loaded",
-        forget("started"),
-        "container: expected a reading at 'started', got ['ready', 'after generation']",
-    ),
-    Alteration(
-        "memory/snapshots",
-        "a second source that is never read",
-        at("sources", do=lambda sources: sources.append("nvml")),
-        "nvml: expected a reading at 'ready', got []",
-    ),
-    Alteration(
-        "memory/snapshots",
         "reads another process, where nothing is loaded",
         read_as({"ready": 40 * MIB, "started": 40 * MIB}),
         "expected at least the weights more, 2 MiB, got 0 MiB more",
@@ -1123,12 +1087,6 @@ LIES = [
         "(+2048 MiB)",
     ),
     Alteration(
-        "memory/updates-do-not-grow",
-        "a push that was not measured",
-        at("used_bytes", do=lambda used: used.pop()),
-        "readings: expected 9, got 8",
-    ),
-    Alteration(
         "memory/device-given-back",
         "a GPU keeps the weights",
         put({"after.GPU-2": 9000 * MIB}),
@@ -1139,12 +1097,6 @@ LIES = [
         "a context stays on one of two GPUs",
         put({"after.GPU-1": 1020 * MIB}),
         "GPU GPU-1: expected at most 664 MiB within 30 s, got 1020 MiB",
-    ),
-    Alteration(
-        "memory/device-given-back",
-        "a GPU that cannot be read any more",
-        at("after", do=lambda after: after.pop("GPU-1")),
-        "GPU GPU-1: expected at most 664 MiB",
     ),
     # hostile
     Alteration(
@@ -1195,12 +1147,6 @@ LIES = [
         "killed in the end",
         put({"exit_code": 137}),
         "exit code: expected 0, got 137",
-    ),
-    Alteration(
-        "launch/stop",
-        "an end that nobody saw",
-        put({"exit_code": None}),
-        "exit code: expected 0, got None",
     ),
     Alteration(
         "launch/stop",
@@ -1338,12 +1284,6 @@ for route in ROUTES:
             "the way there failed",
             put({"there.outcome": "failed", "there.reason": "bucket 1: no memory", "back": None}),
             "the way there: expected a good push, got failed: bucket 1: no memory",
-        ),
-        Alteration(
-            route,
-            "nothing was pushed back",
-            put({"back": None}),
-            "the way back: expected a push, got none was tried",
         ),
         Alteration(
             route,
