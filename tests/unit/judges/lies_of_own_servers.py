@@ -1,6 +1,6 @@
 """Evidence of checks that start servers of their own, and the lies that they have to refuse.
 
-Kept apart from ``test_judges.py``, which judges both. Recorded in two runs with SGLang 0.5.23 on a
+``test_judges.py`` judges both. Recorded in two runs with SGLang 0.5.23 on a
 CPU, floats rounded to seven places; the two replicas of ``parallel/data-2`` stood in the order in
 which they had answered, and stand here as the client sorts them since.
 """
@@ -24,7 +24,7 @@ RECORDED: dict[str, Evidence] = {
     record["id"]: record["evidence"]
     for record in map(
         json.loads,
-        (Path(__file__).parent / "data" / "recorded-own-servers-0.5.23.jsonl")
+        (Path(__file__).parent.parent / "data" / "recorded-own-servers-0.5.23.jsonl")
         .read_text(encoding="utf-8")
         .splitlines(),
     )
