@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_harness.client import Call, Client, RequestsTransport, calls
@@ -52,9 +51,7 @@ class PauseHoldsAndContinues(Check[Paused]):
         asked = min(1024, max(2 * TOKENS, int(3 * TOKENS / max(undisturbed.seconds, 1e-3))))
         # With a cached prompt the sums are other ones, and a near tie may turn.
         client.flush_cache()
-        name = f"harness-pause-{uuid.uuid4().hex[:8]}"
-        stream = BackgroundStream(client, prompt, sampling=greedy(asked), request_id=name)
-        try:
+        with BackgroundStream(client, prompt, sampling=greedy(asked)) as stream:
             if not stream.wait_for(2, 30):
                 raise HarnessError("A streamed generation gave fewer than two events in 30 s.")
             with _paused(client):
@@ -65,10 +62,6 @@ class PauseHoldsAndContinues(Check[Paused]):
                 at_resume = stream.count
                 ready_while_paused = _status(client, calls.ready())
             paused = ended(stream)
-        except BaseException:
-            with client.cleanup(), suppress(HarnessError):
-                client.abort(name)
-            raise
         return Paused(
             undisturbed=undisturbed.text,
             paused=paused,

@@ -62,6 +62,7 @@ class ReleaseUnderLoad(_Misuse):
         del context
         stream = BackgroundStream(server.client, PROMPT, sampling=greedy(1500))
         if not stream.wait_for(2, 20.0):
+            stream.cancel()
             raise HarnessError(
                 "The request that the release should meet did not start to generate within 20 s."
             )

@@ -14,7 +14,6 @@ from pydantic import Field
 from sglang_harness.checkpoint.formats.spans import SIZES
 from sglang_harness.checkpoint.model_tensors import expected_by
 from sglang_harness.errors import HarnessError, TelemetryError
-from sglang_harness.memory import Reading
 from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, PATIENCE
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.checks.weights.disk import (
@@ -24,7 +23,7 @@ from sglang_harness.suite.checks.weights.disk import (
 )
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.needs import GPU, LOADS_FROM_DISK, STARTED_HERE
-from sglang_harness.verdict import Figure
+from sglang_harness.verdict import Figure, Reading
 
 MIB = 1 << 20
 PUSHES = 8
