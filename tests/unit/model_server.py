@@ -17,6 +17,7 @@ from scripted_server import BOUND, DONE, Answer, Mortal, ScriptedServer, Seen, e
 
 from sglang_harness import oracle as oracles
 from sglang_harness.checkpoint.reading import open_checkpoint
+from sglang_harness.errors import BrokenCheckpoint
 from sglang_harness.memory import MemoryLedger
 from sglang_harness.oracle import Oracle
 from sglang_harness.runtime.path_map import SameMachine
@@ -364,6 +365,10 @@ class ModelServer:
             return self._told("refusal", no)
         if (no := self._told("refuses", None)) is not None:
             return Answer(400, {"success": False, "message": no})
+        try:
+            open_checkpoint(body["model_path"])
+        except BrokenCheckpoint as error:
+            return self._told("broken", Answer(400, {"success": False, "message": str(error)}))
         self.folder = self._told("loaded", Path(body["model_path"]))
         self.model_path = body["model_path"]
         self.version = self._told("new_label", body.get("weight_version") or self.version)

@@ -62,7 +62,6 @@ def test_what_was_paused_is_continued_when_the_time_is_over(
     result = asked("control/pause", double, tmp_path)
     assert result.outcome not in (Outcome.PASS, Outcome.FAIL)
     assert double.asked("POST /continue_generation") == 1
-    assert double.asked("POST /abort_request") == 1, "nothing keeps generating for nobody"
     # The next check finds a server that answers.
     assert double.server.client.generate("x", sampling={"max_new_tokens": 1}).output_ids
 

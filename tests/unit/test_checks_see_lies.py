@@ -30,6 +30,7 @@ pytest.importorskip("transformers")
 from model_server import ModelServer
 
 from sglang_harness.checkpoint.made import tiny
+from sglang_harness.checkpoint.made.perturb import perturbed
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,24 @@ def reads_another_process(double: ModelServer) -> None:
 def draws_its_own_seeds(double: ModelServer) -> None:
     seeds = count()
     double.lies["sampling"] = lambda sampling: {**sampling, "sampling_seed": next(seeds)}
+
+
+def refuses_and_loads(double: ModelServer) -> None:
+    other = perturbed(double.first, double.first.parent / "other", 1)
+
+    def broken(refusal: Answer) -> Answer:
+        double.folder = other
+        return refusal
+
+    double.lies["broken"] = broken
+
+
+def refuses_and_relabels(double: ModelServer) -> None:
+    def broken(refusal: Answer) -> Answer:
+        double.version = "harness-refused"
+        return refusal
+
+    double.lies["broken"] = broken
 
 
 def writes_while_it_is_used(double: ModelServer) -> None:
@@ -338,6 +357,24 @@ LIES = [
         "answers such a request",
         lie(attacked=always(None)),
         "answer: expected a refusal (4xx), got 200",
+    ),
+    Lie(
+        "hostile/weights-truncated-file",
+        "answers success",
+        lie(broken=always(Answer(body={"success": True, "message": ""}))),
+        "answer: expected a refusal (4xx), got 200 success True",
+    ),
+    Lie(
+        "hostile/weights-truncated-file",
+        "refuses, and serves the half that it has read",
+        refuses_and_loads,
+        "checksums that changed: expected [], got ['lm_head.weight'",
+    ),
+    Lie(
+        "hostile/weights-truncated-file",
+        "refuses, and moves the label on",
+        refuses_and_relabels,
+        "weight version: expected 'default', got 'harness-refused'",
     ),
     Lie("hostile/out-of-vocabulary-ids", "dies of it", dies_of_it, "expected to stay up, got"),
 ]

@@ -119,7 +119,7 @@ class Survives(Check[A]):
             raise
         except RequestFailed as error:
             # An attack that was answered may still take the server down seconds later.
-            if death := server.running.watch.wait(DIES_WITHIN):
+            if death := server.running.watch.wait(1.0 if unanswered else DIES_WITHIN):
                 raise ServerDied(death) from error
             if isinstance(error, NoAnswerInTime):
                 seen.hung = error.message
