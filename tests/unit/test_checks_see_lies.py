@@ -398,6 +398,16 @@ def test_a_server_that_lies_fails(told: Lie, double: ModelServer, tmp_path: Path
     assert told.piece in result.message
 
 
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_the_log_is_read_when_the_other_checks_have_used_the_server(profile: str) -> None:
+    """Read before, it held nothing but the start, and no server could fail."""
+    chosen = [c for c in suite.select(profile, []) if not (c.own_server or c.after_stop)]
+    ids = [check.id for check in chosen]
+    assert ids[ids.index("launch/log") + 1 :] == ["weights/disk-missing-path"], (
+        "only what asks for something wrong comes later"
+    )
+
+
 # --- how a start is seen ----------------------------------------------------------------------
 
 TOKENS = {

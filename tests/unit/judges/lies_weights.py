@@ -217,16 +217,19 @@ for route in ROUTES:
             route,
             "the way there failed",
             put({"there.outcome": "failed", "there.reason": "bucket 1: no memory", "back": None}),
-            "the way there: expected a good push, got failed: bucket 1: no memory",
+            "push of the new weights: expected a proven one, got failed: bucket 1: no memory",
         ),
         Alteration(
             route,
             "one witness of two said nothing",
             put({"back.outcome": "unproven", "back.reason": "checksums: not known"}),
-            "the way back: expected a good push, got unproven",
+            "push of the first weights: expected a proven one, got unproven",
         ),
         Alteration(
-            route, "nothing changed", put({"changed": 0}), "the way there: expected changed"
+            route,
+            "nothing changed",
+            put({"changed": 0}),
+            "pushing new weights: expected changed",
         ),
         Alteration(
             route,
@@ -238,7 +241,7 @@ for route in ROUTES:
             route,
             "one parameter does not come back",
             put({"unlike_before": ["lm_head.weight"]}),
-            "checksums after the way back: expected [], got ['lm_head.weight']",
+            "checksums after pushing the first weights: expected [], got ['lm_head.weight']",
         ),
         Alteration(
             route,

@@ -31,13 +31,13 @@ def leads_here(route: str) -> Need:
 class ThereAndBack(Observation):
     there: PushReport
     back: PushReport | None
-    """``None`` where the way there failed."""
+    """``None`` where the push of the new weights failed."""
     changed: int
-    """How many checksums the way there changed."""
+    """How many checksums the push of the new weights changed."""
     unlike_disk: list[str]
     """Parameters that are not what the same checkpoint makes of them from disk."""
     unlike_before: list[str]
-    """Parameters that are not, after the way back, what they were before."""
+    """Parameters that are not what they were before, after the first weights were pushed back."""
     before: list[Tokens]
     after: list[Tokens]
     tolerance: float
@@ -86,19 +86,21 @@ class RouteServesAndRestores(Check[ThereAndBack]):
 
     def judge(self, seen: ThereAndBack) -> list[Mismatch]:
         wrong = []
-        for where, report in (("there", seen.there), ("back", seen.back)):
+        for which, report in (("new", seen.there), ("first", seen.back)):
             if report is None:
-                wrong.append(Mismatch(f"the way {where}", "a push", "none was tried"))
+                wrong.append(Mismatch(f"push of the {which} weights", "one", "none was tried"))
             elif report.outcome != "good":
                 wrong.append(
                     Mismatch(
-                        f"the way {where}", "a good push", f"{report.outcome}: {report.reason}"
+                        f"push of the {which} weights",
+                        "a proven one",
+                        f"{report.outcome}: {report.reason}",
                     )
                 )
         if not seen.changed:
-            wrong.append(Mismatch("checksums after the way there", "changed ones", "none"))
+            wrong.append(Mismatch("checksums after pushing new weights", "changed ones", "none"))
         wrong += expect("checksums unlike those from disk", [], seen.unlike_disk)
-        wrong += expect("checksums after the way back", [], seen.unlike_before)
+        wrong += expect("checksums after pushing the first weights", [], seen.unlike_before)
         for number, (before, after) in enumerate(zip(seen.before, seen.after, strict=True)):
             wrong += unequal(f"answer {number}", before, after, seen.tolerance)
         return wrong
