@@ -13,8 +13,8 @@ from sglang_harness.runtime.docker import SGLangServerContainer
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.check import Context, run_check
-from sglang_harness.suite.checks.generate import greedy
 from sglang_harness.suite.checks.weights.disk import variant
+from sglang_harness.suite.lib.prompts import greedy
 from sglang_harness.verdict import Outcome
 
 pytestmark = pytest.mark.engine

@@ -43,6 +43,9 @@ class Stream:
     def wait_for(self, chunks: int, seconds: float) -> bool:
         return True
 
+    def wait_until_over(self, seconds: float) -> bool:
+        return True
+
     def end(self, seconds: float) -> Ended:
         tokens = 4 if self.aborted else self.asked
         finish = "abort" if self.aborted else "length"
@@ -72,5 +75,5 @@ def test_one_that_ran_is_judged_at_once() -> None:
 
 
 def test_where_nothing_can_be_found_out_that_is_said() -> None:
-    with pytest.raises(HarnessError, match="384 tokens was over before the abort"):
+    with pytest.raises(HarnessError, match="384 tokens had ended before the abort"):
         seen(Client(by_prefix=True, runs_for=1000))

@@ -225,6 +225,12 @@ def test_what_the_harness_cannot_provide_is_not_run_with_reason_and_advice(conte
     assert result.message == "The oracle cannot read it. Give the model as a folder."
 
 
+def test_a_package_that_is_not_installed_is_not_run_without_any_check_saying_so(context):
+    result, _ = run_check(raising(MissingExtra("The oracle", "torch")), context)
+    assert result.outcome is Outcome.NOT_RUN
+    assert "pip install 'sglang-harness[torch]'" in result.message
+
+
 def test_an_unexpected_exception_is_an_error_that_names_its_place_and_shows_no_traceback(context):
     def observe(_: Any) -> Seen:
         def deeper() -> Seen:

@@ -57,7 +57,7 @@ def context(error: BaseException, device: str = "cpu") -> Any:
 def test_a_server_that_does_not_come_up_fails_the_check_that_asks_for_it_with_evidence(check: Any):
     result, figures = run_check(check, context(DidNotComeUp("The server ended (exit code 1)")))
     assert result.outcome is Outcome.FAIL
-    assert "expected one that comes up, got The server ended (exit code 1)" in result.message
+    assert "expected to come up, got The server ended (exit code 1)" in result.message
     assert result.evidence is not None
     assert figures == []
 

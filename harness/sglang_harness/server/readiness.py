@@ -18,6 +18,7 @@ from sglang_harness.client.call import Call, understand
 from sglang_harness.client.transport import RequestsTransport, Transport
 from sglang_harness.errors import (
     NoAnswerInTime,
+    Refused,
     RequestFailed,
     ServerDied,
     StartTimeout,
@@ -48,7 +49,7 @@ class Sighting:
 
     route: str
     answer: str
-    """An HTTP status, ``refused`` or ``no answer``."""
+    """An HTTP status, ``refused``, ``no answer`` or ``unusable answer``."""
     seconds: float
 
 
@@ -59,7 +60,8 @@ class StartReport:
     Attributes:
         phases: ``create`` (until the container runs), ``import`` (connections refused),
             ``load`` (answers, but not yet ready), ``first generation``.
-        sightings: each change of answer of each route that was looked at, in order.
+        sightings: each change of answer of each route that was looked at, in order; of the first
+            generation those answers that were none.
         premature: routes that answered 200 before the server was ready.
         ready_by: the route that said so, ``/ready`` or ``/health``.
         first_tokens: how many tokens the first real generation gave.
@@ -103,10 +105,11 @@ class _Looker:
         self._report.looks += 1
         if self._last.get(call.path) != answer:
             self._last[call.path] = answer
-            self._report.sightings.append(
-                Sighting(call.path, answer, time.monotonic() - self._started)
-            )
+            self._saw(call.path, answer)
         return answer
+
+    def _saw(self, route: str, answer: str) -> None:
+        self._report.sightings.append(Sighting(route, answer, time.monotonic() - self._started))
 
     def generate(self) -> int:
         """Generates two tokens from ids that every vocabulary has; returns how many came."""
@@ -117,11 +120,22 @@ class _Looker:
         try:
             return len(understand(call, self._transport.send(call)).output_ids)
         except RequestFailed as error:
-            self._last[call.path] = error.message
+            if self._last.get(call.path) != error.message:
+                self._last[call.path] = error.message
+                self._saw(call.path, _answer(error))
             raise
 
     def last(self) -> str:
         return ", ".join(f"{path}: {answer}" for path, answer in self._last.items()) or "nothing"
+
+
+def _answer(error: RequestFailed) -> str:
+    """What a failed request was answered, as :class:`Sighting` names it."""
+    if isinstance(error, Refused):
+        return str(error.status)
+    if isinstance(error, NoAnswerInTime):
+        return "no answer"
+    return "refused" if isinstance(error, Unreachable) else "unusable answer"
 
 
 def wait_until_ready(

@@ -1,4 +1,4 @@
-"""What checks can need of a target. Asked of the server, never guessed from its version."""
+"""What checks can need of a server. Asked of the server, never guessed from its version."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def _fewer_than_two_devices(server: Server) -> str | None:
 TWO_DEVICES = Need("2 GPUs or 2 processor cores", _fewer_than_two_devices)
 
 
-def _started_by_somebody_else(server: Server) -> str | None:
+def _not_started_here(server: Server) -> str | None:
     if not server.running.owned:
-        return "the server was started by somebody else: its start, log and memory are out of sight"
+        return "this run did not start the server: its start, log and memory cannot be observed"
     return None
 
 
-STARTED_HERE = Need("a server that this run starts", _started_by_somebody_else)
+STARTED_HERE = Need("a server that this run starts", _not_started_here)
 
 
 def _no_key(server: Server) -> str | None:
@@ -71,23 +71,25 @@ def _no_key(server: Server) -> str | None:
 API_KEY = Need("a server with a key", _no_key)
 
 
-SHARED_FOLDER = Need("a folder that both sides see", lambda server: server.running.why_no_files())
+SHARED_FOLDER = Need(
+    "a folder that both sides can read", lambda server: server.running.why_no_files()
+)
 
 
 def _not_its_first_weights(server: Server) -> str | None:
-    """On somebody else's server only weights that can be put back are replaced."""
+    """On a server that this run did not start only weights that can be restored are replaced."""
     if server.running.owned or "weights" in server.lacks:
         return server.lacks.get("weights")
     version = str(server.client.model_info().get("weight_version"))
     server.lacks["weights"] = (
         None
         if version == "default"
-        else f"somebody pushed weights ({version}), and these could not be put back"
+        else f"weights were pushed into it ({version}), and these could not be restored"
     )
     return server.lacks["weights"]
 
 
-FIRST_WEIGHTS = Need("weights that can be put back", _not_its_first_weights)
+FIRST_WEIGHTS = Need("weights that can be restored", _not_its_first_weights)
 
 
 def _no_prefix_cache(server: Server) -> str | None:
@@ -102,3 +104,10 @@ PREFIX_CACHE = Need("a prefix cache", _no_prefix_cache)
 CHECKSUMS = Need("checksums of the weights", lacks_checksums)
 DISK_UPDATE = route("POST", "/update_weights_from_disk")
 TENSOR_UPDATE = route("POST", "/update_weights_from_tensor")
+
+#: What every check needs that has the server load other weights from disk for a while.
+LOADS_FROM_DISK = (DISK_UPDATE, SHARED_FOLDER, FIRST_WEIGHTS)
+
+#: What every check needs that sends tensors in the body of a request, and has the server load its
+#: first weights from disk afterwards.
+SENDS_IN_THE_BODY = (TENSOR_UPDATE, DISK_UPDATE, FIRST_WEIGHTS)

@@ -1,7 +1,9 @@
 """The checks, by subject: one file or one folder each."""
 
-#: The modules that register checks, in the order in which their checks are asked: what the others
-#: rest on first, then cheapest first. A new subject is one file and one line here.
+#: The modules that register checks, in the order in which their checks are asked: first what the
+#: others build on, then cheapest first. ``log`` reads what the server wrote while the checks before
+#: it used it as intended, so those that ask for something wrong come after it. A new subject is one
+#: file and one line here.
 SUBJECTS = (
     "launch",
     "generate",
@@ -15,6 +17,8 @@ SUBJECTS = (
     "memory.readings",
     "memory.release",
     "memory.colocated",
+    "log",
+    "weights.refused",
     "architectures",
     "parallel",
     "weights.parallel",

@@ -1,14 +1,25 @@
-"""Does it serve each architecture, whatever the run's own model is? A seeded tiny model of each
-gets a server of its own."""
+"""Is each architecture served rightly, whatever the run's own model is? A seeded tiny model of each
+gets a server of its own; every architecture that tiny models are made of is checked."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from sglang_harness.checkpoint.made import tiny
 from sglang_harness.errors import DidNotComeUp
 from sglang_harness.suite.check import Check, Context, Mismatch, register
 from sglang_harness.suite.lib.served import Served, figures_of, observe_served, wrong_served
 from sglang_harness.verdict import Figure
+
+#: What tells a tiny model from a plain Llama, for the reader of the sentence.
+SPECIAL = {
+    "qwen2": "biases, tied embeddings",
+    "qwen3": "norms of queries and keys",
+    "qwen3-moe": "four experts, two a token",
+    "mixtral": "four experts, two a token",
+}
+#: As their makers write them.
+WRITTEN = {"qwen3-moe": "Qwen3-MoE"}
 
 
 class _Architecture(Check[Served]):
@@ -35,49 +46,25 @@ class _Architecture(Check[Served]):
         return figures_of(self.id, seen)
 
 
-@register
-class Llama(_Architecture):
-    id = "architectures/llama"
-    sentence = "A Llama is served as transformers computes it, alone and in a batch."
-    model = "tiny"
-
-
-@register
-class Qwen2(_Architecture):
-    id = "architectures/qwen2"
-    sentence = (
-        "A Qwen2 (biases, tied embeddings) is served as transformers computes it, alone and in "
-        "a batch."
+def _check_of(architecture: str) -> type[Check[Any]]:
+    """The check of one of ``tiny.ARCHITECTURES``."""
+    written = tiny.ARCHITECTURES[architecture].removesuffix("ForCausalLM")
+    written = WRITTEN.get(architecture, written)
+    if special := SPECIAL.get(architecture):
+        written += f" ({special})"
+    return type(
+        f"{tiny.ARCHITECTURES[architecture]}IsServed",
+        (_Architecture,),
+        {
+            "__doc__": _Architecture.__doc__,
+            "__module__": __name__,
+            "id": f"architectures/{architecture or 'llama'}",
+            "alike": architecture,
+            "model": f"tiny-{architecture}" if architecture else "tiny",
+            "sentence": f"A {written} is served as transformers computes it, alone and in a batch.",
+        },
     )
-    model = "tiny-qwen2"
 
 
-@register
-class Qwen3(_Architecture):
-    id = "architectures/qwen3"
-    sentence = (
-        "A Qwen3 (norms of queries and keys) is served as transformers computes it, alone and "
-        "in a batch."
-    )
-    model = "tiny-qwen3"
-
-
-@register
-class Qwen3Moe(_Architecture):
-    id = "architectures/qwen3-moe"
-    alike = "qwen3-moe"
-    sentence = (
-        "A Qwen3-MoE (four experts, two a token) is served as transformers computes it, alone "
-        "and in a batch."
-    )
-    model = "tiny-qwen3-moe"
-
-
-@register
-class Mixtral(_Architecture):
-    id = "architectures/mixtral"
-    sentence = (
-        "A Mixtral (four experts, two a token) is served as transformers computes it, alone and "
-        "in a batch."
-    )
-    model = "tiny-mixtral"
+for _name in tiny.ARCHITECTURES:
+    register(_check_of(_name))

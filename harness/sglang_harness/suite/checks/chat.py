@@ -1,17 +1,29 @@
-"""Do OpenAI's routes say the same as the native one?"""
+"""Do the OpenAI routes answer as the native one does?"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 
-from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.server import Server
+from sglang_harness.suite.check import Check, Context, Mismatch, Need, Observation, expect, register
+from sglang_harness.suite.checks.generate import events_of, stream_interval
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 TOKENS = 12
+
+#: Greedy, and without the model's own defaults from ``generation_config.json`` (a penalty, say),
+#: which SGLang applies on these routes alone.
+OPTIONS: dict[str, Any] = {
+    "temperature": 0.0,
+    "max_tokens": TOKENS,
+    "ignore_eos": True,
+    "repetition_penalty": 1.0,
+}
 
 #: Bounded everywhere, so that even a random model comes to an end.
 SCHEMA: dict[str, Any] = {
@@ -26,6 +38,30 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+def _no_template(server: Server) -> str | None:
+    if server.model is None:
+        return None
+    if any(server.model.glob("chat_template*")):
+        return None
+    try:
+        config = json.loads((server.model / "tokenizer_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if config.get("chat_template") else "the model has no chat template of its own"
+
+
+TEMPLATE = Need("a model with a chat template", _no_template)
+
+
+def _no_grammar(server: Server) -> str | None:
+    if server.client.server_info().get("grammar_backend") == "none":
+        return "the server was started with --grammar-backend none"
+    return None
+
+
+GRAMMAR = Need("a grammar backend", _no_grammar)
+
+
 class ChatTexts(Observation):
     rendered: str
     native: str
@@ -37,6 +73,8 @@ class ChatTexts(Observation):
     streamed_chunks: int
     finish: str
     streamed_finish: str
+    interval: int = 1
+    """Tokens an event has at least, by the server's ``--stream-interval``."""
 
 
 @register
@@ -47,15 +85,18 @@ class ChatEqualsNative(Check[ChatTexts]):
         "makes, streamed or not."
     )
     observation = ChatTexts
+    needs = (TEMPLATE,)
 
     def observe(self, context: Context) -> ChatTexts:
         client, oracle = context.server.client, context.oracle
         rendered = oracle.render_chat(MESSAGES)
         ids = list(oracle.tokenizer.encode(rendered, add_special_tokens=False))
-        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
+        context.empty_prefix_cache()
         native = client.generate(ids, sampling=greedy(TOKENS))
-        whole = client.chat(MESSAGES, **options)
-        streamed = client.chat_streamed(MESSAGES, **options)
+        context.empty_prefix_cache()
+        whole = client.chat(MESSAGES, **OPTIONS)
+        context.empty_prefix_cache()
+        streamed = client.chat_streamed(MESSAGES, **OPTIONS)
         return ChatTexts(
             rendered=rendered,
             native=native.text,
@@ -67,6 +108,7 @@ class ChatEqualsNative(Check[ChatTexts]):
             streamed_chunks=streamed.chunks,
             finish=whole.finish,
             streamed_finish=streamed.finish,
+            interval=stream_interval(context),
         )
 
     def judge(self, seen: ChatTexts) -> list[Mismatch]:
@@ -77,8 +119,15 @@ class ChatEqualsNative(Check[ChatTexts]):
             *expect("completion tokens", TOKENS, seen.whole_completion_tokens),
             *expect("finish reason", "length", seen.finish),
             *expect("finish reason of the stream", "length", seen.streamed_finish),
-            *expect("more than two events in the stream", True, seen.streamed_chunks > 2),
+            *self._held_back(seen),
         ]
+
+    @staticmethod
+    def _held_back(seen: ChatTexts) -> Iterator[Mismatch]:
+        fewest = events_of(TOKENS, seen.interval)
+        if seen.streamed_chunks < fewest:
+            expected = f"at least {fewest} for {TOKENS} tokens"
+            yield Mismatch("events of the stream", expected, str(seen.streamed_chunks))
 
 
 class CompletionTexts(Observation):
@@ -96,8 +145,10 @@ class CompletionsEqualNative(Check[CompletionTexts]):
 
     def observe(self, context: Context) -> CompletionTexts:
         client, prompt = context.server.client, PROMPTS[0]
+        context.empty_prefix_cache()
         native = client.generate(prompt, sampling=greedy(TOKENS))
-        completion = client.completions(prompt, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+        context.empty_prefix_cache()
+        completion = client.completions(prompt, **OPTIONS)
         return CompletionTexts(
             native=native.text,
             completion=completion.text,
@@ -121,8 +172,9 @@ class BoundAnswer(Observation):
 @register
 class JsonSchemaHolds(Check[BoundAnswer]):
     id = "chat/json-schema"
-    sentence = "An answer bound to a JSON schema is whole, and the schema accepts it."
+    sentence = "An answer bound to a JSON schema is complete, and the schema accepts it."
     observation = BoundAnswer
+    needs = (GRAMMAR,)
 
     def observe(self, context: Context) -> BoundAnswer:
         wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}

@@ -1,5 +1,5 @@
 """Are LoRA adapters applied, each to the requests that ask for it and to no other? The answers
-are held against PEFT, which shares no code with SGLang's LoRA layers."""
+are compared with PEFT's, which shares no code with SGLang's LoRA layers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sglang_harness.checkpoint.made import lora as adapters
 from sglang_harness.client import AdapterUpdate, Generation
-from sglang_harness.errors import DidNotComeUp, MissingExtra, Refused
+from sglang_harness.errors import DidNotComeUp, Refused
 from sglang_harness.oracle import Oracle
 from sglang_harness.server import Server
 from sglang_harness.suite.check import (
     Check,
     Context,
     Mismatch,
-    NotProvided,
     Observation,
     dtype_of,
     expect,
     register,
 )
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Scored, largest_error
 from sglang_harness.suite.lib.served import TOKENS, scored, wrong_answers
 from sglang_harness.suite.needs import route
@@ -50,7 +49,7 @@ def lora_arguments(device: str) -> dict[str, Any]:
 
 
 class Said(BaseModel):
-    """The server's word on loading or unloading an adapter."""
+    """What the server said about loading or unloading an adapter."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -97,10 +96,7 @@ class _Sequence:
         self.folders: dict[str, Path] = {}
         seen.start_seconds = sum(phase.seconds for phase in server.report.phases)
         for number, name in enumerate(("one", "two")):
-            try:
-                made = adapters.made(server.model, folder / name, context.seed + number)
-            except MissingExtra as error:
-                raise NotProvided(str(error)) from None
+            made = adapters.made(server.model, folder / name, context.seed + number)
             self.folders[name] = made
             self.oracles[name] = context.oracle_of(server, adapter=made)
 
@@ -149,7 +145,7 @@ class _Sequence:
         )
 
     def ask(self, what: str, weights: str, name: str | None, others: Sequence[str] = ()) -> None:
-        """Each prompt alone, answered by ``weights`` if all is well."""
+        """Each prompt alone; the answers have to be those of ``weights``."""
         self.note(what, weights, self.answers(name), others)
 
     def answers(self, name: str | None) -> list[Generation]:
@@ -182,7 +178,7 @@ class _Sequence:
         self.seen.steps.append(Step(what=what, answers=right, off_others=min(off, default=None)))
 
     def ask_unloaded(self, name: str, weights: str, others: Sequence[str]) -> None:
-        """What was unloaded, by its name; an answer has to come from ``weights``."""
+        """Asks for what was unloaded; an answer has to come from ``weights``."""
         try:
             answers = self.answers(name)
         except Refused as error:
@@ -215,13 +211,13 @@ class _Adapter(Check[Adapted]):
     #: What ``steps`` notes when nothing is refused.
     noted: ClassVar[tuple[str, ...]]
 
-    #: Whether what was unloaded may be loaded again by whoever asks for it, as SGLang does with
-    #: an adapter that it can find on disk (since its pull request 11526).
+    #: Whether a request for what was unloaded may load it again, as SGLang does with an adapter
+    #: that it can find on disk (since its pull request 11526).
     may_come_back: ClassVar[bool]
 
     def judge(self, seen: Adapted) -> list[Mismatch]:
         if seen.never_came_up:
-            return [Mismatch("the server", "one that comes up", seen.never_came_up)]
+            return [Mismatch("the server", "to come up", seen.never_came_up)]
         wrong: list[Mismatch] = []
         for said in seen.said:
             if said.status != 200 or not said.success:

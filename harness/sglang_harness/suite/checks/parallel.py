@@ -1,4 +1,4 @@
-"""Does a server of several processes answer as one does, and is it really several?"""
+"""Does a parallel server answer as a single process does, and is it really parallel?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sglang_harness.errors import DidNotComeUp, Refused
 from sglang_harness.server import Server
 from sglang_harness.suite.check import Check, Context, Mismatch, dtype_of, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Scored
 from sglang_harness.suite.lib.served import (
     TOKENS,
@@ -30,7 +30,7 @@ LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Rank(BaseModel):
-    """One process: where it says that it stands, and a checksum for each of its tensors."""
+    """One process: its place as it states it, and a checksum for each of its tensors."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,13 +44,13 @@ class Rank(BaseModel):
 
 
 class Ranks(Served):
-    """A parallel server beside its oracle, and what each of its processes holds."""
+    """A parallel server, the oracle of its model, and what each of its processes holds."""
 
     layers: int = 0
     """Of the checkpoint."""
     ranks: list[Rank] = Field(default_factory=list)
     ranks_unseen: str = ""
-    """Why the server tells no checksums; empty when it does."""
+    """Why the server states no checksums; empty when it does."""
 
 
 def observe_ranks(context: Context, server: Server, seen: Ranks) -> None:
@@ -91,7 +91,7 @@ class _Parallel(Check[Ranks]):
         return seen
 
     def look_closer(self, context: Context, server: Server, seen: Any) -> None:
-        """What else this kind of parallelism has to show."""
+        """What else has to be seen of this kind of parallelism."""
 
     def judge(self, seen: Ranks) -> list[Mismatch]:
         wrong = wrong_served(seen)
@@ -102,7 +102,7 @@ class _Parallel(Check[Ranks]):
         return [*wrong, *self.wrong_ranks(seen)]
 
     def wrong_ranks(self, seen: Any) -> list[Mismatch]:
-        """What of the ranks is not as this kind of parallelism has it."""
+        """What is wrong with the ranks for this kind of parallelism."""
         raise NotImplementedError
 
     def figures(self, seen: Ranks) -> list[Figure]:
@@ -111,6 +111,11 @@ class _Parallel(Check[Ranks]):
 
 def places(seen: Ranks, key: str) -> list[int | None]:
     return [rank.place.get(key) for rank in seen.ranks]
+
+
+def not_two(seen: Ranks, key: str) -> list[Mismatch]:
+    """The ranks are numbered 0 and 1 by ``key``, or this."""
+    return list(expect(f"{key} of the ranks", [0, 1], places(seen, key)))
 
 
 @register
@@ -125,7 +130,7 @@ class TensorParallel(_Parallel):
     asked = {"tp_size": 2}  # noqa: RUF012 -- read only, as every class attribute of a check
 
     def wrong_ranks(self, seen: Ranks) -> list[Mismatch]:
-        wrong = list(expect("tp_rank of the ranks", [0, 1], places(seen, "tp_rank")))
+        wrong = not_two(seen, "tp_rank")
         if len(seen.ranks) != 2:
             return wrong
         one, other = (rank.checksums for rank in seen.ranks)
@@ -139,7 +144,7 @@ class TensorParallel(_Parallel):
         if apart := [n for n in whole if n not in same]:
             wrong.append(
                 Mismatch(
-                    "what each rank holds whole",
+                    "tensors that each rank holds whole",
                     "equal on both",
                     f"unequal: {', '.join(apart[:5])}",
                 )
@@ -160,7 +165,7 @@ class PipelineParallel(_Parallel):
     asked = {"pp_size": 2}  # noqa: RUF012
 
     def wrong_ranks(self, seen: Ranks) -> list[Mismatch]:
-        # SGLang 0.5.23 tells the checksums of the first stage alone.
+        # SGLang 0.5.23 states the checksums of the first stage alone.
         wrong = list(expect("pp_size of the ranks", {2}, set(places(seen, "pp_size"))))
         held: set[int] = set()
         for number, rank in enumerate(seen.ranks):
@@ -193,7 +198,7 @@ class Replicas(Ranks):
     unknown_status: int = 0
     """What a replica that is not there answers."""
     balance: str = ""
-    """How it says that it chooses a replica by itself."""
+    """How it chooses a replica by itself, as it states it."""
     by_itself: list[int | None] = Field(default_factory=list)
     """Replicas that answered where none was asked for, one request after another."""
 
@@ -256,7 +261,7 @@ class DataParallel(_Parallel):
         return wrong
 
     def wrong_ranks(self, seen: Ranks) -> list[Mismatch]:
-        wrong = list(expect("dp_rank of the ranks", [0, 1], places(seen, "dp_rank")))
+        wrong = not_two(seen, "dp_rank")
         if len(seen.ranks) == 2:
             one, other = (rank.checksums for rank in seen.ranks)
             differing = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))

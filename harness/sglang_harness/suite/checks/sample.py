@@ -1,4 +1,4 @@
-"""Does it sample as it is told to?"""
+"""Does the server sample as it is told to?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 from sglang_harness.client import calls
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.needs import launched_with
 
 
@@ -63,7 +63,7 @@ class SeededSamplingRepeats(Check[SeededAnswers]):
 class SampledTokens(Observation):
     sampled: list[int]
     likely_ids: list[int]
-    """The oracle's most probable tokens, together about half of the probability."""
+    """The oracle's most probable tokens: together at least 0.4 of the probability."""
     likely_probability: float
     greedy_ids: list[int]
     top_k_1_ids: list[int]
@@ -73,7 +73,8 @@ class SampledTokens(Observation):
 class SamplingFollowsOracle(Check[SampledTokens]):
     id = "sample/follows-oracle"
     sentence = (
-        "At temperature 1 tokens come as often as the oracle says; with top_k 1 sampling is greedy."
+        "At temperature 1 tokens come as often as the reference model says; with top_k 1 sampling "
+        "is greedy."
     )
     observation = SampledTokens
 
@@ -94,7 +95,9 @@ class SamplingFollowsOracle(Check[SampledTokens]):
                 break
             likely.append(token)
             total += probabilities[token]
+        context.empty_prefix_cache()
         top_k_1 = client.generate(prompt, sampling={**greedy(8), "temperature": 1.0, "top_k": 1})
+        context.empty_prefix_cache()
         most_probable = client.generate(prompt, sampling=greedy(8))
         return SampledTokens(
             sampled=[a.output_ids[0] for a in answers if a.output_ids],

@@ -1,4 +1,4 @@
-"""Does it stop when it should, where it should, and only there?"""
+"""Does a generation stop when it should, where it should, and only there?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from sglang_harness.client import Client, Generation
 from sglang_harness.errors import HarnessError
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Tokens
+from sglang_harness.suite.lib.streams import ended
 from sglang_harness.traffic.background import BackgroundStream, Ended
 
 
@@ -50,6 +51,7 @@ class StopsWhereTold(Check[StopConditions]):
 
     def observe(self, context: Context) -> StopConditions:
         client, prompt = context.server.client, PROMPTS[1]
+        context.empty_prefix_cache()
         whole = client.generate(prompt, sampling=greedy(24))
         stop_string = _first_seen_in_the_middle(whole.text)
         stop_id = next(
@@ -61,6 +63,8 @@ class StopsWhereTold(Check[StopConditions]):
         forced = {str(i): 100.0 for i in eos[:1]}
 
         def ask(**sampling: Any) -> Stopped:
+            # With a cached prompt the sums are other ones, and a near tie may turn.
+            context.empty_prefix_cache()
             return Stopped.of(client.generate(prompt, sampling={**greedy(24), **sampling}))
 
         return StopConditions(
@@ -133,7 +137,7 @@ def abort_beside_neighbour(client: Client, aborted_id: str, neighbour_id: str) -
         if seen := _aborted(client, aborted_id, neighbour_id, length):
             return seen
     raise HarnessError(
-        f"A request of {NEIGHBOUR[-1]} tokens was over before the abort was answered."
+        f"A request for {NEIGHBOUR[-1]} tokens had ended before the abort was answered."
     )
 
 
@@ -154,16 +158,16 @@ def _aborted(
         client.abort(aborted_id)
         over = second.is_over
         began = time.monotonic()
-        ended = first.end(90)
+        aborted = ended(first)
         seconds = time.monotonic() - began
         if not both_run:
             raise HarnessError("Two requests did not both start to generate within 30 s.")
-        neighbour = second.end(90)
+        neighbour = ended(second)
     if over and neighbour.finish != "abort":
         return None
     return Aborted(
         asked=asked,
-        aborted=ended,
+        aborted=aborted,
         seconds_to_end=seconds,
         neighbour=neighbour,
         neighbour_asked=neighbour_asked,
@@ -190,7 +194,7 @@ def judge_aborted(seen: Aborted) -> list[Mismatch]:
 @register
 class AbortEndsOne(Check[Aborted]):
     id = "stop/abort"
-    sentence = "An abort ends its own request early and leaves the one beside it alone."
+    sentence = "An abort ends its own request early and leaves another one that runs alone."
     observation = Aborted
 
     def observe(self, context: Context) -> Aborted:

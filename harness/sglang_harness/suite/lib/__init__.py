@@ -1,1 +1,1 @@
-"""What several checks share; no check is in here."""
+"""What several checks share; there are no checks in here."""

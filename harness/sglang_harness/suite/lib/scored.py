@@ -1,19 +1,21 @@
-"""Served tokens beside the oracle's view of them: the data that most checks judge."""
+"""Served tokens and the oracle's scores of them: the data that most checks judge."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict
 
 from sglang_harness import oracle as oracles
-from sglang_harness.client import Generation
+from sglang_harness.client import Client, Generation, calls
 from sglang_harness.oracle import Oracle
 from sglang_harness.suite.check import Mismatch
+from sglang_harness.suite.lib.prompts import greedy
 
 
 class Scored(BaseModel):
-    """One answer with the oracle's scores, all log-probabilities in nats.
+    """One answer with the oracle's scores; all log-probabilities are in nats.
 
     Attributes:
         served: the server's log-probability of each output token; empty if not asked for.
@@ -122,7 +124,7 @@ def largest_error(seen: Sequence[Scored]) -> float:
 
 
 class Tokens(BaseModel):
-    """An answer without an oracle: to be held against another answer."""
+    """An answer to be compared with another answer, not with the oracle."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -138,6 +140,20 @@ class Tokens(BaseModel):
             ids=list(answer.output_ids),
             logprobs=list(answer.logprobs),
             finish=answer.finish,
+        )
+
+    @classmethod
+    def asked(
+        cls, client: Client, prompt: calls.Prompt, tokens: int, *, timeout: float | None = None
+    ) -> Tokens:
+        """The greedy answer to ``prompt``, computed with an empty prefix cache.
+
+        Args:
+            timeout: seconds for each of the two calls; by default what the client allows.
+        """
+        client.send(replace(calls.flush_cache(), timeout=timeout))
+        return cls.of(
+            client.generate(prompt, sampling=greedy(tokens), logprobs=True, timeout=timeout)
         )
 
 

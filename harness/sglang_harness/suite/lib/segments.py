@@ -1,4 +1,4 @@
-"""Answers in whose midst the weights were exchanged, scored segment by segment.
+"""Answers during which the weights were exchanged, scored segment by segment.
 
 What is right depends on how the server was paused. Taken back (``retract``), the new weights
 compute everything before the next token anew. Left in place (``in_place``, told not to flush),
@@ -52,7 +52,7 @@ class Segmented(BaseModel):
         new: Oracle,
         in_place: bool,
     ) -> Segmented:
-        """Scores an answer; where it switches is found out, not believed."""
+        """Scores an answer; where it switches is computed, whatever the server states."""
         ids, served = list(ids), list(served)
         by_old = list(old.score(prompt_ids, ids).logprobs) if ids else []
         stated = None

@@ -1,4 +1,4 @@
-"""What servers of checks of their own are asked: everything that their oracle can score."""
+"""What a check asks a server that it started: everything that the oracle can score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_harness.client import Generation
 from sglang_harness.oracle import Oracle
 from sglang_harness.server import Server
 from sglang_harness.suite.check import Context, Mismatch, Observation, dtype_of, expect
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import (
     Scored,
     largest_error,
@@ -25,7 +25,7 @@ TOKENS = 12
 
 
 class Served(Observation):
-    """A server of its own beside its oracle."""
+    """A server that the check started, and the oracle of its model."""
 
     never_came_up: str = ""
     """How it ended at its start, or that it never answered; empty when it came up."""
@@ -80,9 +80,9 @@ def scored(
 
 
 def wrong_served(seen: Served) -> list[Mismatch]:
-    """Everything that is not as the oracle has it; of a server that never came up, that."""
+    """Everything that is not as the oracle has it, or that the server never came up."""
     if seen.never_came_up:
-        return [Mismatch("the server", "one that comes up", seen.never_came_up)]
+        return [Mismatch("the server", "to come up", seen.never_came_up)]
     wrong: list[Mismatch] = []
     for name, value in seen.asked.items():
         wrong += expect(f"--{name.replace('_', '-')}", value, seen.stated.get(name))
@@ -95,7 +95,8 @@ def wrong_served(seen: Served) -> list[Mismatch]:
 
 
 def wrong_answers(how: str, answers: Sequence[Scored], number: int) -> list[Mismatch]:
-    """Each answer has the tokens that were asked for, the most probable ones, rightly scored."""
+    """Each answer has as many tokens as were asked for, the most probable ones, with the right
+    log-probabilities."""
     wrong = list(expect(f"answers {how}", number, len(answers)))
     for answer in answers:
         where = f"{answer.prompt!r} {how}"

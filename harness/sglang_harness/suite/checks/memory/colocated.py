@@ -22,7 +22,6 @@ from sglang_harness.suite.check import (
     expect,
     register,
 )
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
 from sglang_harness.suite.checks.memory.release import (
     ALL_TAGS,
     RELEASE,
@@ -33,19 +32,19 @@ from sglang_harness.suite.checks.memory.release import (
     reader_of,
     resumed_afterwards,
     scored_by,
-    until_back,
-    until_free,
+    until,
     wrong_answers,
 )
 from sglang_harness.suite.checks.weights.disk import (
     NEW_VERSION,
-    PUSHED,
     first_weights_afterwards,
+    try_update,
     update_from_disk,
     variant,
 )
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Scored
-from sglang_harness.suite.needs import CHECKSUMS, STARTED_HERE
+from sglang_harness.suite.needs import CHECKSUMS, LOADS_FROM_DISK, STARTED_HERE
 from sglang_harness.verdict import Figure
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class ColocatedOrder(Check[Colocated]):
         "step, and the new weights are served."
     )
     observation = Colocated
-    needs = (STARTED_HERE, *PUSHED, CHECKSUMS, RELEASE, RESUME)
+    needs = (STARTED_HERE, *LOADS_FROM_DISK, CHECKSUMS, RELEASE, RESUME)
     changes = True
 
     def observe(self, context: Context) -> Colocated:
@@ -110,18 +109,18 @@ class ColocatedOrder(Check[Colocated]):
                 return settle(read, timeout=5.0).parts if on_gpu else read()[1]
 
             steps["released"] = (
-                until_free(read, devices, steps["before"], freed).parts if on_gpu else at_rest()
+                until(fallen, read, devices, steps["before"], freed).parts if on_gpu else at_rest()
             )
             client.resume_memory(["weights"])
             still.remove("weights")
             steps["weights resumed"] = at_rest()
-            update = update_from_disk(context, new.inside, NEW_VERSION)
+            update = try_update(context, new.inside, NEW_VERSION)
             client.flush_cache()
             steps["pushed"] = at_rest()
             client.resume_memory(list(still))
             still.clear()
             steps["all resumed"] = (
-                until_back(read, devices, steps["before"], freed).parts if on_gpu else at_rest()
+                until(back, read, devices, steps["before"], freed).parts if on_gpu else at_rest()
             )
             changed = set(client.checksums().changed_since(sums))
             first = client.generate(PROMPTS[0], sampling=greedy(1))
@@ -141,7 +140,7 @@ class ColocatedOrder(Check[Colocated]):
             )
 
     def judge(self, seen: Colocated) -> list[Mismatch]:
-        wrong = list(expect("success of the push", True, seen.success))
+        wrong = [] if seen.success else [Mismatch("push", "success", seen.message or "none")]
         # Buffers (rotary tables) are computed, not loaded: they rightly stay.
         stale = [n for n in seen.unchanged if not n.endswith(("cos_sin_cache", "inv_freq"))]
         wrong += expect("parameters that stayed as they were", [], stale)
@@ -191,7 +190,7 @@ class CyclesDoNotGrow(Check[Cycles]):
     )
     observation = Cycles
     profile = "full"
-    needs = (STARTED_HERE, *PUSHED, RELEASE, RESUME)
+    needs = (STARTED_HERE, *LOADS_FROM_DISK, RELEASE, RESUME)
     changes = True
 
     def observe(self, context: Context) -> Cycles:

@@ -1,5 +1,5 @@
-"""Is memory given back to the trainer, and taken again, as often as one likes? On a GPU by NVML;
-what needs no GPU is asked on host memory too, and each figure says where it was read."""
+"""Is memory released to the trainer and resumed, any number of times? Read by NVML on a GPU; what
+needs no GPU is checked on host memory too, and each figure says where it was read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ from sglang_harness.suite.check import (
     expect,
     register,
 )
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
 from sglang_harness.suite.checks.weights.disk import (
-    PUSHED,
     first_weights_afterwards,
     update_from_disk,
 )
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Scored, Tokens, not_greedy, unequal, wrong_logprobs
-from sglang_harness.suite.needs import CHECKSUMS, GPU, STARTED_HERE, launched_with, route
+from sglang_harness.suite.needs import (
+    CHECKSUMS,
+    GPU,
+    LOADS_FROM_DISK,
+    STARTED_HERE,
+    launched_with,
+    route,
+)
 from sglang_harness.verdict import Figure
 
 if TYPE_CHECKING:
@@ -42,7 +48,7 @@ MIB = 1 << 20
 ALL_TAGS = ("kv_cache", "weights", "cuda_graph")
 #: Seconds for memory to be free after a release has answered, or to be back after a resume.
 FREE_WITHIN = 20.0
-#: What is no release: less than this may be freed by chance.
+#: Bytes that may be freed by chance: less than this is not a release.
 BY_CHANCE = 64 * MIB
 
 RELEASE = route("POST", "/release_memory_occupation")
@@ -52,7 +58,7 @@ SAVER = launched_with("enable-memory-saver", "it releases nothing")
 
 def _has_saver(server: Server) -> str | None:
     if server.client.server_info().get("enable_memory_saver"):
-        return "the server was started with --enable-memory-saver: it is to release"
+        return "the server was started with --enable-memory-saver: it has to release memory"
     return None
 
 
@@ -67,8 +73,8 @@ SAYS_ITS_MEMORY = Need("memory figures in /server_info", _says_nothing)
 
 
 def tolerance(bytes_said: int) -> int:
-    """How far a device may be from what the server said: rounding, pages and what a driver keeps
-    of a mapping. Not measured on a GPU."""
+    """Bytes by which a device may be off what the server said: rounding, pages and what a driver
+    keeps of a mapping. Not measured on a GPU."""
     return 32 * MIB + ROUNDED_BY + bytes_said // 50
 
 
@@ -118,14 +124,14 @@ def back(
 
 @contextmanager
 def resumed_afterwards(server: Server) -> Iterator[list[str]]:
-    """The tags in the list are released; what is left there by an error is taken again, so that
-    the next check finds a server that generates."""
+    """Yields a list for the tags that are released. What is left in it by an error is resumed, so
+    that the next check finds a server that generates."""
     released: list[str] = []
     try:
         yield released
     finally:
         if released:
-            with suppress(HarnessError):
+            with server.client.cleanup(), suppress(HarnessError):
                 server.client.resume_memory(released)
 
 
@@ -181,7 +187,7 @@ class ServerKnowsItsMemory(Check[Holdings]):
             return []
         what = Said(seen.weights, seen.kv_cache, seen.graphs)
         most = max(explain(used, what).unexplained for used in seen.used.values())
-        return [Figure.of("GPU memory that nobody explains", "MiB", "lower", max(0.0, most / MIB))]
+        return [Figure.of("unexplained GPU memory", "MiB", "lower", max(0.0, most / MIB))]
 
 
 # --- release by tag ----------------------------------------------------------------------------
@@ -218,7 +224,16 @@ class ReleaseByTag(Check[ReleasedByTag]):
         "hold, resuming takes it again, and with the weights pushed again answers are right."
     )
     observation = ReleasedByTag
-    needs = (GPU, SAVER, STARTED_HERE, SAYS_ITS_MEMORY, *PUSHED, CHECKSUMS, RELEASE, RESUME)
+    needs = (
+        GPU,
+        SAVER,
+        STARTED_HERE,
+        SAYS_ITS_MEMORY,
+        *LOADS_FROM_DISK,
+        CHECKSUMS,
+        RELEASE,
+        RESUME,
+    )
     changes = True
 
     def observe(self, context: Context) -> ReleasedByTag:
@@ -246,10 +261,10 @@ class ReleaseByTag(Check[ReleasedByTag]):
         with resumed_afterwards(context.server) as still:
             client.release_memory(tags)
             still += tags
-            released = until_free(read, devices, before, holds)
+            released = until(fallen, read, devices, before, holds)
             client.resume_memory(tags)
             still.clear()
-        resumed = until_back(read, devices, before, holds)
+        resumed = until(back, read, devices, before, holds)
         if "weights" in tags:
             # They come back as whatever was in those pages: sgl-project/sglang issue 19442.
             update_from_disk(context, path, "harness-again")
@@ -296,29 +311,17 @@ class ReleaseByTag(Check[ReleasedByTag]):
         ]
 
 
-def until_free(
+def until(
+    wrong: Callable[[str, Sequence[str], dict[str, int], dict[str, int], int], Iterator[Mismatch]],
     read: Callable[[], tuple[int, dict[str, int]]],
     devices: Sequence[str],
     before: dict[str, int],
     by: int,
 ) -> Settled:
+    """Reads until ``wrong`` (:func:`fallen` or :func:`back`) finds nothing, or time is up."""
     return settle(
         read,
-        reached=lambda now: not list(fallen("", devices, before, now, by)),
-        timeout=FREE_WITHIN,
-        since=time.monotonic(),
-    )
-
-
-def until_back(
-    read: Callable[[], tuple[int, dict[str, int]]],
-    devices: Sequence[str],
-    before: dict[str, int],
-    by: int,
-) -> Settled:
-    return settle(
-        read,
-        reached=lambda now: not list(back("", devices, before, now, by)),
+        reached=lambda now: not list(wrong("", devices, before, now, by)),
         timeout=FREE_WITHIN,
         since=time.monotonic(),
     )
@@ -370,12 +373,7 @@ class NothingWithoutSaver(Check[NothingReleased]):
 
     def observe(self, context: Context) -> NothingReleased:
         client, read = context.server.client, reader_of(context)
-
-        def ask() -> Tokens:
-            client.flush_cache()
-            return Tokens.of(client.generate(PROMPTS[0], sampling=greedy(8), logprobs=True))
-
-        before_answer = ask()
+        before_answer = Tokens.asked(client, PROMPTS[0], 8)
         client.flush_cache()
         before = settle(read, timeout=3.0).used
         with resumed_afterwards(context.server) as still:
@@ -383,7 +381,7 @@ class NothingWithoutSaver(Check[NothingReleased]):
             still += ALL_TAGS
             # Whatever would be freed gets the time for it.
             after = settle(read, flat_for=1.0, timeout=3.0).used
-            after_answer = ask()
+            after_answer = Tokens.asked(client, PROMPTS[0], 8)
         return NothingReleased(
             source=context.server.memory.source_names[0],
             before=before,

@@ -1,4 +1,4 @@
-"""Do new weights arrive on every process of a server that is several, and in every expert?"""
+"""Do new weights arrive in every process of a parallel server, and in every expert?"""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from sglang_harness.checkpoint.made.perturb import perturbed
-from sglang_harness.errors import DidNotComeUp, MissingExtra
+from sglang_harness.errors import DidNotComeUp
+from sglang_harness.server import Server
 from sglang_harness.suite.check import (
     Check,
     Context,
     Mismatch,
-    NotProvided,
     Observation,
     expect,
     register,
 )
 from sglang_harness.suite.checks.weights.disk import pushed
+from sglang_harness.suite.checks.weights.routes import is_tried
 from sglang_harness.suite.needs import CHECKSUMS, TWO_DEVICES
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushReport
+from sglang_harness.weights import PushReport, routes
 
 
 class PushedByRoutes(Observation):
     never_came_up: str = ""
     ranks: int = 0
     """Processes that state checksums."""
+    routes: list[str] | None = None
+    """Those that lead to the server; ``None`` in verdicts that do not say."""
     pushes: dict[str, PushReport] = Field(default_factory=dict)
     """By route, each onto the first weights."""
     changed: dict[str, int] = Field(default_factory=dict)
@@ -43,7 +46,8 @@ class _Pushed(Check[PushedByRoutes]):
     own_server = True
     model: ClassVar[str] = "tiny"
     args: ClassVar[dict[str, int]] = {}
-    routes: ClassVar[tuple[str, ...]] = ("disk", "tensor")
+    #: Routes that are not tried, as they were never seen to work with this kind of server.
+    leaves_out: ClassVar[frozenset[str]] = frozenset()
 
     def observe(self, context: Context) -> PushedByRoutes:
         seen = PushedByRoutes()
@@ -56,7 +60,8 @@ class _Pushed(Check[PushedByRoutes]):
                     perturbed(server.model, folder, context.seed)
                 first, made = client.checksums(), None
                 seen.ranks = len(first.ranks)
-                for route in self.routes:
+                seen.routes = self.routes(server)
+                for route in seen.routes:
                     push = pushed(server, folder, route=route, version=None, logprobs=True)
                     seen.pushes[route] = push
                     if push.outcome == "failed":
@@ -72,26 +77,41 @@ class _Pushed(Check[PushedByRoutes]):
                     seen.restored += client.checksums().changed_since(first)
         except DidNotComeUp as error:
             seen.never_came_up = str(error)
-        except MissingExtra as error:
-            raise NotProvided(str(error)) from None
         return seen
+
+    def routes(self, server: Server) -> list[str]:
+        """Every route that leads to ``server``, that from disk first: it is what the others are
+        compared with."""
+        leading = (
+            name
+            for name in routes.names()
+            if name not in self.leaves_out
+            and is_tried(name)
+            and routes.make(name).lacking(server) is None
+        )
+        return sorted(leading, key=lambda name: name != "disk")
 
     def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
         if seen.never_came_up:
-            return [Mismatch("the server", "one that comes up", seen.never_came_up)]
-        wrong = list(expect("routes", list(self.routes), list(seen.pushes)))
+            return [Mismatch("the server", "to come up", seen.never_came_up)]
+        wrong: list[Mismatch] = []
+        if seen.routes is not None:
+            wrong += expect("routes that were pushed by", seen.routes, list(seen.pushes))
+        if len(seen.pushes) < 2:
+            # They are compared with one another.
+            wrong.append(Mismatch("routes", "two or more", ", ".join(seen.pushes) or "none"))
         for route, push in seen.pushes.items():
             where = f"push by '{route}'"
             if push.outcome == "failed":
-                wrong.append(Mismatch(where, "one that arrives", push.reason))
+                wrong.append(Mismatch(where, "to arrive", push.reason))
                 continue
-            # Where the layout over the ranks is not written down, the routes witness for one
-            # another; the oracle always can.
+            # Where the layout over the ranks is not known here, the routes are compared with one
+            # another; the oracle always answers.
             wrong += expect(f"{where}, log-probabilities", "agrees", push.logprobs.says)
             if not seen.changed.get(route):
                 wrong.append(Mismatch(f"{where}, checksums", "changed ones", "none"))
             wrong += expect(f"{where}, unlike the first route", [], seen.unlike.get(route))
-        wrong += expect("checksums after the way back", [], seen.restored)
+        wrong += expect("checksums after restoring the first weights", [], seen.restored)
         return wrong
 
     def figures(self, seen: PushedByRoutes) -> list[Figure]:
@@ -112,7 +132,6 @@ class OntoTensorParallel(_Pushed):
         "weights."
     )
     args: ClassVar[dict[str, Any]] = {"tp-size": 2}
-    routes = ("disk", "tensor", "tensor-bucket", "distributed")
     needs = (TWO_DEVICES, CHECKSUMS)
 
     def judge(self, seen: PushedByRoutes) -> list[Mismatch]:
@@ -131,6 +150,7 @@ class OntoPipelineParallel(_Pushed):
         "new weights."
     )
     args: ClassVar[dict[str, Any]] = {"pp-size": 2}
+    leaves_out = frozenset({"distributed", "shared-memory"})
     needs = (TWO_DEVICES, CHECKSUMS)
 
 
@@ -140,7 +160,6 @@ class OntoExperts(_Pushed):
     alike = "qwen3-moe"
     sentence = "A push onto a mixture of experts by each route reaches every expert."
     model = "tiny-qwen3-moe"
-    routes = ("disk", "tensor", "distributed")
     needs = (CHECKSUMS,)
 
     def judge(self, seen: PushedByRoutes) -> list[Mismatch]:

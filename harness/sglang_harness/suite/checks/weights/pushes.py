@@ -1,5 +1,4 @@
-"""Do pushes keep their word: what they name and nothing else, however often, and while requests
-run?"""
+"""Does a push change what it names and nothing else, however often, and while requests run?"""
 
 from __future__ import annotations
 
@@ -10,7 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from sglang_harness import oracle as oracles
-from sglang_harness.errors import HarnessError, MissingExtra, TimeIsOver
+from sglang_harness.checkpoint.made.training import teach
+from sglang_harness.checkpoint.reading import open_checkpoint
+from sglang_harness.checkpoint.writing import write_torch
+from sglang_harness.errors import HarnessError, TimeIsOver
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -21,16 +23,16 @@ from sglang_harness.suite.check import (
     expect,
     register,
 )
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
 from sglang_harness.suite.checks.weights.disk import (
     NEW_VERSION,
     first_weights_afterwards,
     pushed,
     variant,
 )
+from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Tokens, unequal
 from sglang_harness.suite.lib.segments import Segmented, wrong_segments
-from sglang_harness.suite.needs import CHECKSUMS, DISK_UPDATE, FIRST_WEIGHTS, TENSOR_UPDATE, route
+from sglang_harness.suite.needs import CHECKSUMS, SENDS_IN_THE_BODY, route
 from sglang_harness.traffic import EmptySlice, Traffic, TrafficRecord
 from sglang_harness.traffic.background import BackgroundStream
 from sglang_harness.traffic.base import together
@@ -39,15 +41,12 @@ from sglang_harness.weights import PushReport
 
 PAUSE = route("POST", "/pause_generation")
 
-#: What a check needs that pushes tensors in the body of a request and puts the first ones back.
-PUSHED = (TENSOR_UPDATE, DISK_UPDATE, FIRST_WEIGHTS)
-
 Mode = Literal["abort", "retract", "in_place"]
 
 
 def arrived(push: PushReport) -> Iterator[Mismatch]:
     if push.outcome == "failed":
-        yield Mismatch("push", "one that arrives", push.reason)
+        yield Mismatch("push", "to arrive", push.reason)
 
 
 class Partial(Observation):
@@ -64,17 +63,12 @@ class PartialPush(Check[Partial]):
     id = "weights/partial-push"
     sentence = "A push of one tensor changes that parameter, as computed here, and no other."
     observation = Partial
-    needs = (*PUSHED, CHECKSUMS)
+    needs = (*SENDS_IN_THE_BODY, CHECKSUMS)
     changes = True
 
     def observe(self, context: Context) -> Partial:
         server, client = context.server, context.server.client
         new = variant(context)
-        try:
-            from sglang_harness.checkpoint.reading import open_checkpoint
-            from sglang_harness.checkpoint.writing import write_torch
-        except ImportError:
-            raise NotProvided(str(MissingExtra("A partial checkpoint", "torch"))) from None
         before = client.checksums()
         source = open_checkpoint(new.folder)
         # One that the server holds under the same name: nothing else is made of it.
@@ -126,7 +120,7 @@ class ManyPushes(Check[Many]):
         "the first one's."
     )
     observation = Many
-    needs = (*PUSHED, CHECKSUMS)
+    needs = (*SENDS_IN_THE_BODY, CHECKSUMS)
     profile = "full"
     changes = True
 
@@ -134,12 +128,8 @@ class ManyPushes(Check[Many]):
         server, client, pushes = context.server, context.server.client, 50
         new = variant(context)
         assert server.model is not None
-
-        def ask() -> Tokens:
-            client.flush_cache()
-            return Tokens.of(client.generate(PROMPTS[0], sampling=greedy(8), logprobs=True))
-
-        first, before, seconds, engines = client.checksums().engine, ask(), [], []
+        first, before = client.checksums().engine, Tokens.asked(client, PROMPTS[0], 8)
+        seconds, engines = [], []
         failed = ""
         with first_weights_afterwards(context):
             for number in range(pushes):
@@ -159,13 +149,13 @@ class ManyPushes(Check[Many]):
                 last=client.checksums().engine,
                 new=sorted(set(engines)),
                 before=before,
-                after=ask(),
+                after=Tokens.asked(client, PROMPTS[0], 8),
                 tolerance=oracles.tolerance(context.dtype),
             )
 
     def judge(self, seen: Many) -> list[Mismatch]:
         if seen.failed:
-            return [Mismatch("pushes", f"{seen.pushes} that arrive", seen.failed)]
+            return [Mismatch("pushes", f"all {seen.pushes} to arrive", seen.failed)]
         wrong = list(expect("pushes that arrived", seen.pushes, len(seen.seconds)))
         wrong += expect("checksum after all pushes", seen.first, seen.last)
         if len(seen.new) != 1 or seen.first in seen.new:
@@ -205,7 +195,7 @@ class UnderLoad(Observation):
 
 class _PushUnderLoad(Check[UnderLoad]):
     observation = UnderLoad
-    needs = (*PUSHED, PAUSE)
+    needs = (*SENDS_IN_THE_BODY, PAUSE)
     profile = "full"
     changes = True
     mode: ClassVar[Mode]
@@ -236,7 +226,7 @@ class _PushUnderLoad(Check[UnderLoad]):
             for stream in streams:
                 if not stream.wait_for(4, 60):
                     raise HarnessError(
-                        "Sixteen requests did not all begin to generate within 60 s."
+                        f"Not all of {RUNNING} requests started to generate within 60 s."
                     )
             running = sum(not stream.is_over for stream in streams)
             began = time.monotonic()
@@ -385,7 +375,7 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
         "the old weights, after it by the new ones, and across it by each in its turn."
     )
     observation = PushedUnderTraffic
-    needs = (*PUSHED, PAUSE)
+    needs = (*SENDS_IN_THE_BODY, PAUSE)
     profile = "full"
     changes = True
 
@@ -492,7 +482,7 @@ class TaughtSentence(Observation):
     said_before: Said
     said_after: Said
     said_again: Said
-    """After the first weights were put back."""
+    """After the first weights were restored."""
     push: PushReport
     steps: int
     training_seconds: float
@@ -506,7 +496,7 @@ class TaughtIsSaid(Check[TaughtSentence]):
         "was not before, nor is when the first weights are back."
     )
     observation = TaughtSentence
-    needs = (*PUSHED, SMALL_MODEL)
+    needs = (*SENDS_IN_THE_BODY, SMALL_MODEL)
     profile = "full"
     changes = True
 
@@ -514,20 +504,14 @@ class TaughtIsSaid(Check[TaughtSentence]):
         server, client = context.server, context.server.client
         if server.model is None:
             raise NotProvided(
-                f"{server.spec.model} is on the hub, not here: it cannot be trained.",
+                f"{server.spec.model} is a hub name, not a folder here: it cannot be trained.",
                 advice="Give the model as a folder.",
             )
-        try:
-            from sglang_harness.checkpoint.made.training import teach
-        except ImportError:
-            raise NotProvided(str(MissingExtra("Teaching a model", "torch"))) from None
         taught = teach(server.model, SENTENCE, context.scratch / "taught", seed=context.seed)
 
         def ask() -> Said:
-            client.flush_cache()
-            sampling = {**greedy(len(taught.answer_ids))}
-            answer = client.generate(list(taught.prompt_ids), sampling=sampling)
-            return Said(text=answer.text, ids=list(answer.output_ids))
+            answer = Tokens.asked(client, taught.prompt_ids, len(taught.answer_ids))
+            return Said(text=answer.text, ids=answer.ids)
 
         before = ask()
         with first_weights_afterwards(context):

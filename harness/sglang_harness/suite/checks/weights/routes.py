@@ -1,4 +1,5 @@
-"""Do new weights arrive by each route, and does the way back restore what was there?"""
+"""Do new weights arrive by each route, and does pushing the first ones back restore the server?
+Every registered route is checked."""
 
 from __future__ import annotations
 
@@ -6,16 +7,15 @@ from typing import Any, ClassVar
 
 from sglang_harness import oracle as oracles
 from sglang_harness.suite.check import Check, Context, Mismatch, Need, Observation, expect, register
-from sglang_harness.suite.checks.generate import PROMPTS, greedy
 from sglang_harness.suite.checks.weights.disk import (
-    PUSHED,
     first_weights_afterwards,
     pushed,
     update_from_disk,
     variant,
 )
+from sglang_harness.suite.lib.prompts import PROMPTS
 from sglang_harness.suite.lib.scored import Tokens, unequal
-from sglang_harness.suite.needs import CHECKSUMS
+from sglang_harness.suite.needs import CHECKSUMS, LOADS_FROM_DISK
 from sglang_harness.verdict import Figure
 from sglang_harness.weights import PushReport, routes
 
@@ -24,27 +24,27 @@ BUCKET = 64 << 20
 
 
 def leads_here(route: str) -> Need:
-    """The target can be reached by a route at all."""
+    """The route leads to the server at all."""
     return Need(f"the route '{route}'", lambda server: routes.make(route).lacking(server))
 
 
 class ThereAndBack(Observation):
     there: PushReport
     back: PushReport | None
-    """``None`` where the way there failed."""
+    """``None`` where the push of the new weights failed."""
     changed: int
-    """How many checksums the way there changed."""
+    """How many checksums the push of the new weights changed."""
     unlike_disk: list[str]
     """Parameters that are not what the same checkpoint makes of them from disk."""
     unlike_before: list[str]
-    """Parameters that are not, after the way back, what they were before."""
+    """Parameters that are not what they were before, after the first weights were pushed back."""
     before: list[Tokens]
     after: list[Tokens]
     tolerance: float
 
 
 class RouteServesAndRestores(Check[ThereAndBack]):
-    """One route; each subclass names one."""
+    """There and back by one route; each subclass names one."""
 
     route: ClassVar[str]
     observation = ThereAndBack
@@ -56,11 +56,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
         assert old is not None
 
         def ask() -> list[Tokens]:
-            client.flush_cache()
-            return [
-                Tokens.of(client.generate(p, sampling=greedy(8), logprobs=True))
-                for p in PROMPTS[:2]
-            ]
+            return [Tokens.asked(client, prompt, 8) for prompt in PROMPTS[:2]]
 
         sums, before = client.checksums(), ask()
         with first_weights_afterwards(context):
@@ -74,7 +70,7 @@ class RouteServesAndRestores(Check[ThereAndBack]):
             by_route = client.checksums()
             back = pushed(server, old, **way) if there.outcome != "failed" else None
             restored, after = client.checksums(), ask()
-            # Last, as the first weights are put back from disk after it in any case.
+            # Last, as the first weights are restored from disk after it in any case.
             update_from_disk(context, new.inside, "harness-disk")
             by_disk = client.checksums()
             return ThereAndBack(
@@ -90,19 +86,21 @@ class RouteServesAndRestores(Check[ThereAndBack]):
 
     def judge(self, seen: ThereAndBack) -> list[Mismatch]:
         wrong = []
-        for where, report in (("there", seen.there), ("back", seen.back)):
+        for which, report in (("new", seen.there), ("first", seen.back)):
             if report is None:
-                wrong.append(Mismatch(f"the way {where}", "a push", "none was tried"))
+                wrong.append(Mismatch(f"push of the {which} weights", "one", "none was tried"))
             elif report.outcome != "good":
                 wrong.append(
                     Mismatch(
-                        f"the way {where}", "a good push", f"{report.outcome}: {report.reason}"
+                        f"push of the {which} weights",
+                        "a proven one",
+                        f"{report.outcome}: {report.reason}",
                     )
                 )
         if not seen.changed:
-            wrong.append(Mismatch("checksums after the way there", "changed ones", "none"))
+            wrong.append(Mismatch("checksums after pushing new weights", "changed ones", "none"))
         wrong += expect("checksums unlike those from disk", [], seen.unlike_disk)
-        wrong += expect("checksums after the way back", [], seen.unlike_before)
+        wrong += expect("checksums after pushing the first weights", [], seen.unlike_before)
         for number, (before, after) in enumerate(zip(seen.before, seen.after, strict=True)):
             wrong += unequal(f"answer {number}", before, after, seen.tolerance)
         return wrong
@@ -116,47 +114,35 @@ class RouteServesAndRestores(Check[ThereAndBack]):
         ]
 
 
-@register
-class TensorsInTheBody(RouteServesAndRestores):
-    id = "weights/tensor"
-    sentence = (
-        "Weights pushed as tensors in the body are served, equal those from disk, and the way "
-        "back restores every checksum and answer."
+def _check_of(route: str) -> type[Check[Any]]:
+    """The check of one route."""
+    kind = routes.kind(route)
+    return type(
+        f"{kind.__name__}ServesAndRestores",
+        (RouteServesAndRestores,),
+        {
+            "__doc__": kind.title,
+            "__module__": __name__,
+            "id": f"weights/{route}",
+            "sentence": (
+                f"Weights {kind.title} are served, equal those from disk, and pushing the first "
+                "ones back restores every checksum and answer."
+            ),
+            "route": route,
+            "profile": "quick" if kind.quick else "full",
+            "needs": (*LOADS_FROM_DISK, CHECKSUMS, leads_here(route)),
+        },
     )
-    route = "tensor"
-    needs = (*PUSHED, CHECKSUMS, leads_here("tensor"))
 
 
-@register
-class BucketsInTheBody(RouteServesAndRestores):
-    id = "weights/tensor-bucket"
-    sentence = (
-        "Weights pushed as flattened buckets in the body are served, equal those from disk, and "
-        "the way back restores every checksum and answer."
-    )
-    route = "tensor-bucket"
-    needs = (*PUSHED, CHECKSUMS, leads_here("tensor-bucket"))
+def is_tried(route: str) -> bool:
+    """Whether this project has run the route at all: one that needs a GPU and was never run on one
+    would blame the server for the harness's own mistakes."""
+    kind = routes.kind(route)
+    return not (kind.needs.gpu and kind.unverified)
 
 
-@register
-class BySharedMemory(RouteServesAndRestores):
-    id = "weights/shared-memory"
-    sentence = (
-        "Weights handed over in shared memory by a peer are served, equal those from disk, and "
-        "the way back restores every checksum and answer."
-    )
-    route = "shared-memory"
-    needs = (*PUSHED, CHECKSUMS, leads_here("shared-memory"))
-
-
-@register
-class ByProcessGroup(RouteServesAndRestores):
-    id = "weights/distributed"
-    sentence = (
-        "Weights broadcast by a peer in a process group are served, equal those from disk, and "
-        "the way back restores every checksum and answer."
-    )
-    route = "distributed"
-    # The peer imports SGLang for it: half a minute that a quick run does not have.
-    profile = "full"
-    needs = (*PUSHED, CHECKSUMS, leads_here("distributed"))
+# The route "disk" has several checks of its own. Quick ones come first.
+for _route in sorted(routes.names(), key=lambda name: not routes.kind(name).quick):
+    if _route != "disk" and is_tried(_route):
+        register(_check_of(_route))

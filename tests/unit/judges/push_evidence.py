@@ -133,6 +133,7 @@ REFUSED = Refusal(
 def by_routes(ranks: int, *routes: str) -> PushedByRoutes:
     return PushedByRoutes(
         ranks=ranks,
+        routes=list(routes),
         pushes={route: report(route=route) for route in routes},
         changed=dict.fromkeys(routes, 15),
         unlike={route: [] for route in routes},
@@ -183,7 +184,6 @@ _LIES = [
         "weights/partial-push",
         ("nothing changed", {"changed": []}, "parameters that changed"),
         ("another changed too", {"changed": ["a.weight", "b.weight"]}, "b.weight"),
-        ("more was pushed", {"push.tensors": 2}, "tensors of the push: expected 1, got 2"),
         ("the wrong content", {"push.checksums.says": "differs"}, "'differs'"),
         ("no witness", {"push.checksums.says": "not available"}, "'not available'"),
         ("it stayed", {"restored": ["a.weight"]}, "after going back"),
@@ -196,7 +196,6 @@ _LIES = [
         ("nothing was new", {"new": []}, "checksums of the new weights"),
         ("drift of the answers", {"after": tokens(-0.5, -1.1)}, "answer after all pushes"),
         ("no answer", {"after": tokens()}, "answer after all pushes"),
-        ("fewer pushes", {"seconds": [0.1] * 49}, "pushes that arrived: expected 50, got 49"),
         ("one was refused", {"failed": "push 7: bucket 0: no"}, "push 7: bucket 0: no"),
     ),
     *(
@@ -214,7 +213,6 @@ _LIES = [
             ("never mixed", {"answers": [mixed(0), mixed(6)]}, "tokens of both weights"),
             ("a false label", {"answers.0.stated": 6}, "the old label: expected 3, got 6"),
             ("a lost request", {"failed": ["no answer within 120 s"]}, "within 120 s"),
-            ("one is not there", {"asked": 3}, "answers: expected 3, got 2"),
             ("none ran", {"running_at_push": 0}, "requests at the push"),
             ("it did not arrive", {"push.outcome": "failed", "push.reason": "b 1"}, "got b 1"),
             ("a label one token off", {"answers.0.stated": 4}, ""),
@@ -258,7 +256,7 @@ _LIES = [
         ("known before", {"said_before": Said(text="b", ids=[7, 8])}, "said before"),
         ("not forgotten", {"said_again": Said(text="b", ids=[7, 8])}, "said again"),
         ("not the first", {"said_again": Said(text="!", ids=[1, 3])}, "weights are back"),
-        ("no push", {"push.outcome": "failed", "push.reason": "no"}, "one that arrives"),
+        ("no push", {"push.outcome": "failed", "push.reason": "no"}, "expected to arrive"),
     ),
     *(
         lie
@@ -268,8 +266,8 @@ _LIES = [
             ("success", {"status": 200, "said": "success True"}, "a refusal (4xx), got 200"),
             ("no answer", {"status": None, "said": "none came"}, "a refusal (4xx), got None"),
             ("a crash of the request", {"status": 500}, "got 500"),
-            ("it died", {"death": "It ended."}, "expected one that lives, got It ended."),
-            ("it hangs", {"hung": "no answer within 30 s"}, "one that answers"),
+            ("it died", {"death": "It ended."}, "expected to stay up, got It ended."),
+            ("it hangs", {"hung": "no answer within 30 s"}, "expected to keep answering"),
             ("other weights", {"differing": ["a"]}, "checksums that changed"),
             ("another answer", {"after": tokens(-0.6)}, "answer afterwards"),
             ("an answer of NaN", {"after": tokens(float("nan"))}, "answer afterwards"),
@@ -282,13 +280,13 @@ _LIES = [
         for check in ONTO
         for lie in _told(
             check,
-            ("it never came up", {"never_came_up": "It ended."}, "one that comes up"),
+            ("it never came up", {"never_came_up": "It ended."}, "expected to come up"),
             ("no push", {"pushes.tensor.outcome": "failed", "pushes.tensor.reason": "b"}, "got b"),
             ("no oracle", {"pushes.disk.logprobs.says": "not available"}, "log-probabilities"),
             ("nothing changed", {"changed.tensor": 0}, "changed ones"),
             ("unlike disk", {"unlike.tensor": ["rank1:a"]}, "unlike the first route"),
-            ("not restored", {"restored": ["a"]}, "after the way back"),
-            ("a route is missing", {"pushes": {}}, "routes: expected"),
+            ("not restored", {"restored": ["a"]}, "after restoring"),
+            ("one route alone", {"pushes": {"disk": report()}}, "routes: expected two or more"),
         )
     ),
     *_told("weights/on-tensor-2", ("one rank alone", {"ranks": 1}, "ranks: expected 2, got 1")),

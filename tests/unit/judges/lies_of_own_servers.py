@@ -1,6 +1,6 @@
 """Evidence of checks that start servers of their own, and the lies that they have to refuse.
 
-Kept apart from ``test_judges.py``, which judges both. Recorded in two runs with SGLang 0.5.23 on a
+``test_judges.py`` judges both. Recorded in two runs with SGLang 0.5.23 on a
 CPU, floats rounded to seven places; the two replicas of ``parallel/data-2`` stood in the order in
 which they had answered, and stand here as the client sorts them since.
 """
@@ -24,7 +24,7 @@ RECORDED: dict[str, Evidence] = {
     record["id"]: record["evidence"]
     for record in map(
         json.loads,
-        (Path(__file__).parent / "data" / "recorded-own-servers-0.5.23.jsonl")
+        (Path(__file__).parent.parent / "data" / "recorded-own-servers-0.5.23.jsonl")
         .read_text(encoding="utf-8")
         .splitlines(),
     )
@@ -177,7 +177,7 @@ def _of_served() -> list[Lie]:
     lies: list[Lie] = []
     for check in [*ARCHITECTURES, *PARALLEL]:
         lies += [
-            (check, "it dies at its start", never_came_up, "expected one that comes up, got The"),
+            (check, "it dies at its start", never_came_up, "expected to come up, got The"),
             (
                 check,
                 "other tokens",
@@ -195,12 +195,6 @@ def _of_served() -> list[Lie]:
                 "right tokens with other log-probabilities",
                 lambda e: misscored(e["alone"][1]),
                 "off by 0.0100",
-            ),
-            (
-                check,
-                "an answer is missing in the batch",
-                lambda e: e["together"].pop(),
-                "answers in a batch: expected 4, got 3",
             ),
             (
                 check,
@@ -223,7 +217,6 @@ def _of_parallel() -> list[Lie]:
         )
         for check in PARALLEL
     ]
-    lies += [(check, "no rank", lambda e: e.update(ranks=[]), "ranks: ") for check in PARALLEL]
     return [
         *lies,
         (tensor, "each rank holds everything", both_whole, "another part on each rank, got equal"),
@@ -274,12 +267,6 @@ def _of_parallel() -> list[Lie]:
             lambda e: e.update(by_itself=[0, 0, 0, 0]),
             "replicas at work by themselves: expected 0 and 1, got [0]",
         ),
-        (
-            data,
-            "a routed answer is missing",
-            lambda e: e["routed"].pop(),
-            "answers routed: expected 4, got 3",
-        ),
     ]
 
 
@@ -288,7 +275,7 @@ def _of_lora() -> list[Lie]:
     for check in LORA:
         first = RECORDED[check]["steps"][0 if "tensors" in check else 1]["what"]
         lies += [
-            (check, "it dies at its start", never_came_up, "expected one that comes up, got The"),
+            (check, "it dies at its start", never_came_up, "expected to come up, got The"),
             (check, "loading is refused", refused_from(0), "expected 200, got 400 LoRA is not"),
             (check, "success that is none", refused_in_words, "got 200 rank 8 is too large"),
             (check, "loaded, and not listed", not_listed, "loaded adapters: expected with"),
@@ -334,7 +321,6 @@ def _of_lora() -> list[Lie]:
                 breaks_when_asked_for_what_was_unloaded,
                 "expected a refusal (4xx), got 500 KeyError",
             ),
-            (check, "a step was not asked", lambda e: e["steps"].pop(0), "steps: expected"),
         ]
     disk, tensors = "lora/adapter-from-disk", "lora/adapter-from-tensors"
     return [
