@@ -292,19 +292,25 @@ def down(
 @app.command()
 def sweep(
     everything: Annotated[
-        bool, typer.Option("--all", help="Also what is held, and other live runs' things.")
+        bool,
+        typer.Option(
+            "--all", help="Also remove kept servers and resources of other running sessions."
+        ),
     ] = False,
 ) -> None:
     """Remove what dead runs left on the Docker engine and on disk."""
     from sglang_harness.upkeep.sweep import sweep as sweep_now
 
-    removed, failed = sweep_now(everything=everything)
-    for line in removed:
-        console.print(f"removed {line}", highlight=False)
-    if not removed and not failed:
-        console.print("nothing of ours was left behind")
-    if failed:
-        raise HarnessError("Not everything could be removed: " + "; ".join(failed))
+    swept = sweep_now(everything=everything)
+    for what, lines in (("removed", swept.removed), ("left", swept.left)):
+        for line in lines:
+            console.print(f"{what} {line}", highlight=False, markup=False, soft_wrap=True)
+    if swept.left:
+        console.print("  remove these by hand, or with --all, once nothing uses them")
+    if not swept.removed and not swept.left and not swept.failed:
+        console.print("nothing was left behind")
+    if swept.failed:
+        raise HarnessError("Not everything could be removed: " + "; ".join(swept.failed))
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from sglang_harness._base import host
 from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness._base.secrets import Redactor, named_as_secrets
 from sglang_harness._base.signals import interruptions
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import (
     DeviceNotIdle,
     DidNotComeUp,
@@ -158,7 +158,7 @@ class Qualification:
         _prepare(self._request.out)
         for added in self._added:
             self._viewer.say(f"with {len(added.checks)} checks of {added.package} {added.version}")
-        self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
+        self._scratch = temporary_folder("scratch")
         with interruptions() as signals:
             with self._request.runtime.keeping_parents():
                 try:

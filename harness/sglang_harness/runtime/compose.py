@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -27,6 +26,7 @@ from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
+from sglang_harness._base.temporary import within_temporary_folder
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.runtime import Started, cpu_binding, engine, images
 from sglang_harness.runtime import device as devices
@@ -386,8 +386,8 @@ class ComposeRuntime:
         check_readable(model)
         device = devices.choose(spec, client.info())
         image = images.for_spec(spec, device, client, say)
-        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
-            here = engine.sees_this_disk(client, image, Path(probe))
+        with within_temporary_folder("probe") as probe:
+            here = engine.sees_this_disk(client, image, probe)
         if not here:
             raise EngineError(
                 "The Docker engine does not see this machine's disk, and compose mounts folders.",

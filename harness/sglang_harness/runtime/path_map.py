@@ -14,7 +14,9 @@ import docker
 from docker.errors import NotFound
 from docker.types import Mount
 
+from sglang_harness._base import temporary
 from sglang_harness._base.permissions import make_readable
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError
 
 EXCHANGE = PurePosixPath("/exchange")
@@ -47,7 +49,7 @@ class FolderReach:
     ) -> None:
         self._model = model
         if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="sglang-harness-exchange-"))
+            folder = temporary_folder("exchange")
             folder.chmod(0o755)
         self.folder = folder
         self._inside = inside
@@ -76,7 +78,7 @@ class FolderReach:
         return self._inside / copy.name
 
     def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        temporary.remove(self.folder)
 
 
 class VolumeReach:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.client import Checksums, calls
 from sglang_harness.errors import (
@@ -464,7 +464,7 @@ class WeightPusher:
 
     def _room(self) -> Path:
         if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-weights-"))
+            self._scratch = temporary_folder("weights")
         return self._scratch
 
     def close(self) -> list[str]:

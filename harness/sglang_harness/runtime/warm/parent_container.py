@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import docker
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import DriverConfig, Mount
 
+from sglang_harness._base import temporary
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding, engine, images
 from sglang_harness.runtime.attached import AttachedContainer
@@ -164,7 +164,7 @@ def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParen
     except BaseException:
         if container is not None:
             container.end()
-        shutil.rmtree(folders.root, ignore_errors=True)
+        temporary.remove(folders.root)
         raise
     say(f"the parent is ready after {time.monotonic() - began:.1f} s")
     return ContainerParent(name, preloaded, folders, recipe, kept=False, program=container)
@@ -195,7 +195,7 @@ def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[
         until_it_listens(folders, lambda: _runs(client, name))
     except BaseException:
         remove(name)
-        shutil.rmtree(folders.root, ignore_errors=True)
+        temporary.remove(folders.root)
         raise
     finally:
         client.close()

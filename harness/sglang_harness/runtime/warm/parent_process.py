@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 import time
 import uuid
@@ -13,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from sglang_harness._base import assets
+from sglang_harness._base import assets, temporary
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding
 from sglang_harness.runtime.attached import AttachedProcess
@@ -138,7 +137,7 @@ def make(recipe: Recipe, *, say: Say) -> ProcessParent:
         if process is not None:
             process.kill()  # it imports, and does not listen
             process.end()
-        shutil.rmtree(folders.root, ignore_errors=True)
+        temporary.remove(folders.root)
         raise
     say(f"the parent is ready after {time.monotonic() - began:.1f} s")
     return ProcessParent(name, preloaded, folders, recipe, kept=False, program=process)
@@ -174,7 +173,7 @@ def make_kept(recipe: Recipe, *, idle: float) -> tuple[str, Folders]:
         if process is not None:
             process.kill()
             process.wait()
-        shutil.rmtree(folders.root, ignore_errors=True)
+        temporary.remove(folders.root)
         raise
     return name, folders
 

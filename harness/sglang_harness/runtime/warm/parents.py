@@ -20,18 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from sglang_harness._base import temporary
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Beside, Reach, Started
-from sglang_harness.runtime.engine import Owner
 from sglang_harness.runtime.warm.protocol import IMPORTS_WITHIN, Link, Preloaded, Recipe, SocketLink
 from sglang_harness.spec import ServerSpec
 
 Say = Callable[[str], None]
 
 log = logging.getLogger(__name__)
-
-#: A file in a folder that names the process it belongs to.
-OWNER = "owner"
 
 #: How many parents one run has at most. One holds some 700 MB before it has a server.
 MOST = 2
@@ -82,11 +80,8 @@ class Folders:
 
 
 def new_root() -> Path:
-    """A folder that only this user may enter; what lies in it is for the server's user too. Says
-    whose it is, for ``sweep``."""
-    root = Path(tempfile.mkdtemp(prefix="sglang-harness-parent-"))
-    (root / OWNER).write_text(str(Owner.this_process()), encoding="utf-8")
-    return root
+    """A folder that only this user may enter; what lies in it is for the server's user too."""
+    return temporary_folder("parent")
 
 
 def new_name() -> str:
@@ -214,8 +209,7 @@ class Parent(ABC):
         if self.kept:
             return left
         left += self.end_place()
-        shutil.rmtree(self.folders.root, ignore_errors=True)
-        return [*left, *([str(self.folders.root)] if self.folders.root.exists() else [])]
+        return [*left, *temporary.remove(self.folders.root)]
 
 
 class Parents:
