@@ -45,9 +45,11 @@ from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.peer import Peer
+from sglang_harness.weights import routes
 from sglang_harness.weights.pusher import BUCKET
-from sglang_harness.weights.routes import base as routes
 from sglang_harness.weights.routes.buckets import plan
+from sglang_harness.weights.routes.in_body import InBody
+from sglang_harness.weights.target import Target
 
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
@@ -113,7 +115,7 @@ class Peak:
 
 
 #: Routes that send the bytes in the body of a request.
-IN_BODY = ("tensor", "tensor-bucket")
+IN_BODY = tuple(n for n in routes.names() if issubclass(routes.kind(n), InBody))
 
 
 def plain_copy(folder: Path) -> float:
@@ -185,7 +187,7 @@ def to_nowhere(folder: Path, name: str) -> float:
         assert receiver.stdout is not None
         client = Client(RequestsTransport(f"http://127.0.0.1:{int(receiver.stdout.readline())}"))
         job = routes.Job(
-            server=cast(Server, SimpleNamespace(client=client)),
+            target=cast(Target, SimpleNamespace(client=client)),
             source=source,
             buckets=plan(source.tensors.values(), BUCKET),
             ranks=1,
@@ -205,7 +207,7 @@ def to_nowhere(folder: Path, name: str) -> float:
 def measure(server: Server, folders: list[Path], rounds: int) -> list[dict[str, Any]]:
     size = sum(f.stat().st_size for f in folders[0].glob("*.safetensors"))
     rows = []
-    names = [n for n in routes.names() if routes.make(n).lacking(server) is None]
+    names = [n for n in routes.names() if routes.kind(n).needs.lacking(server) is None]
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     copies, examples = [], []
     for number in range(rounds + 1):  # the first only warms caches and peers

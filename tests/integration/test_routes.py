@@ -16,7 +16,7 @@ from sglang_harness.runtime import engine
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
-from sglang_harness.weights import PushFailed, PushReport
+from sglang_harness.weights import PushFailed, PushReport, routes
 from sglang_harness.weights.routes.base import Sent
 from sglang_harness.weights.routes.buckets import Bucket
 from sglang_harness.weights.routes.distributed import Distributed
@@ -24,8 +24,8 @@ from sglang_harness.weights.routes.in_body import Tensor
 
 pytestmark = pytest.mark.engine
 
-#: Those that a CPU has.
-ROUTES = ("disk", "tensor", "tensor-bucket", "shared-memory", "distributed")
+#: Those that lead to a server on a CPU.
+ROUTES = routes.names(device="cpu")
 
 #: Cuts the tiny model's 2 MB into three buckets.
 SMALL = 800_000
@@ -115,8 +115,8 @@ def test_every_route_makes_the_same_server_and_the_way_back_restores_it(
         for report in (there, back):
             assert report.outcome == "good", str(report)
             assert report.label.says == "agrees"
-            assert report.session == (route != "disk")
-            assert len(report.buckets) == (1 if route == "disk" else 3)
+            assert report.session == routes.kind(route).needs_session
+            assert len(report.buckets) == (1 if routes.kind(route).in_one_piece else 3)
             assert report.seconds_ours + report.seconds_server <= report.seconds
             assert PushReport.model_validate_json(report.model_dump_json()) == report
         assert server.client.checksums() == first, route
@@ -163,7 +163,7 @@ class Breaks(Tensor):
 
     def send(self, bucket: Bucket) -> Sent:
         if bucket.number == 1:
-            self._job.server.client.update_weights_from_disk("/nowhere")
+            self._job.target.client.update_weights_from_disk("/nowhere")
         return super().send(bucket)
 
 

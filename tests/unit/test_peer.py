@@ -15,10 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
+from sglang_harness.checkpoint.reading import TensorInfo
 from sglang_harness.errors import EngineError, PeerFailed
-from sglang_harness.peer import Peer, largest, slots
+from sglang_harness.peer import Peer
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.weights.routes.buckets import plan
+from sglang_harness.weights.routes.peer import largest, slots
 from sglang_harness.weights.source.staging import as_it_lies, stage, write_safetensors
 
 torch = pytest.importorskip("torch")
@@ -81,10 +83,8 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-class Info:
-    def __init__(self, name: str, tensor: Any) -> None:
-        self.name, self.shape, self.nbytes = name, tuple(tensor.shape), tensor.nbytes
-        self.dtype = str(tensor.dtype)[6:]
+def described(name: str, tensor: Any) -> TensorInfo:
+    return TensorInfo(name, str(tensor.dtype)[6:], tuple(tensor.shape))
 
 
 class Held:
@@ -92,7 +92,7 @@ class Held:
 
     def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
         self.path = path
-        self.tensors = {name: Info(name, t) for name, t in tensors.items()}
+        self.tensors = {name: described(name, t) for name, t in tensors.items()}
         self._held = tensors
 
     def read(self, names=None):
@@ -100,7 +100,7 @@ class Held:
 
 
 def test_a_bucket_arrives_by_a_handle_and_nothing_stays(peer: Peer, here: Here, folder: Path):
-    (bucket,) = plan([Info(n, t) for n, t in WEIGHTS.items()], 1 << 20)
+    (bucket,) = plan([described(n, t) for n, t in WEIGHTS.items()], 1 << 20)
     assert peer.ask("open", folder=str(folder), timeout=60)["tensors"] == 3
     packed = peer.ask(
         "pack",
@@ -130,7 +130,7 @@ def test_a_bucket_arrives_by_a_handle_and_nothing_stays(peer: Peer, here: Here, 
 
 
 def test_one_buffer_serves_every_bucket(peer: Peer, folder: Path):
-    buckets = plan([Info(n, t) for n, t in WEIGHTS.items()], 50)
+    buckets = plan([described(n, t) for n, t in WEIGHTS.items()], 50)
     assert len(buckets) == 2
     peer.ask("open", folder=str(folder), timeout=60)
     seen = []
@@ -150,7 +150,7 @@ def test_what_fails_over_there_is_said_here_and_the_next_order_works(peer: Peer,
     with pytest.raises(PeerFailed, match="no safetensors in /nowhere"):
         peer.ask("open", folder="/nowhere", timeout=60)
     peer.ask("open", folder=str(folder), timeout=60)
-    (bucket,) = plan([Info("a", torch.zeros(3, 3))], 1 << 20)
+    (bucket,) = plan([described("a", torch.zeros(3, 3))], 1 << 20)
     with pytest.raises(PeerFailed, match="a has 48 bytes, planned were 36"):
         peer.ask(
             "pack", slots=slots(bucket), extent=36, room=36, ranks=1, flattened=False, timeout=60
@@ -164,7 +164,7 @@ def test_a_peer_holds_one_bucket_and_little_more(peer: Peer, tmp_path: Path):
     sixteen = 16 << 20
     tensors = {name: torch.ones(sixteen // 4) for name in "abcd"}
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
-    buckets = plan([Info(n, t) for n, t in tensors.items()], 2 * sixteen)
+    buckets = plan([described(n, t) for n, t in tensors.items()], 2 * sixteen)
     assert len(buckets) == 2
     peer.ask("open", folder=str(tmp_path), timeout=60)
     assert peer.peak_bytes() < sixteen // 2

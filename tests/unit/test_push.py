@@ -18,7 +18,6 @@ from sglang_harness.weights import PushFailed, PushReport
 from sglang_harness.weights import bracket as sessions
 from sglang_harness.weights.proof import checksums
 from sglang_harness.weights.proof.checksums import Served, expected_checksums
-from sglang_harness.weights.routes import base
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -369,19 +368,6 @@ def test_what_does_not_lead_there_is_said_before_anything_is_sent(old: Path, new
         with pytest.raises(ReadOnly):
             push(double, new)
         assert double.log == []
-
-
-def test_a_name_has_one_route():
-    assert base.names() == [
-        "cuda-ipc",
-        "disk",
-        "distributed",
-        "shared-memory",
-        "tensor",
-        "tensor-bucket",
-    ]
-    with pytest.raises(ValueError, match="two routes are called 'disk'"):
-        base.register("disk")(base.make)  # type: ignore[type-var]
 
 
 def test_first_weights_are_known_by_their_checksums_whatever_they_are_called(old: Path, new: Path):

@@ -7,8 +7,6 @@ import io
 import json
 import pickle
 import sys
-from dataclasses import dataclass
-from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_harness.checkpoint.reading import TensorInfo
 from sglang_harness.weights.routes.buckets import ALIGNMENT, Bucket, plan
 from sglang_harness.weights.routes.packing import (
     PIECE,
@@ -27,17 +26,6 @@ from sglang_harness.weights.routes.packing import (
 )
 
 torch = pytest.importorskip("torch")
-
-
-@dataclass(frozen=True)
-class Info:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
 #: What SGLang 0.5.23 lets a pickle name, as far as tensors need it (its SafeUnpickler).
@@ -85,7 +73,7 @@ def tensors() -> dict[str, Any]:
 
 
 def packed(given: dict[str, Any]) -> tuple[Any, Bucket]:
-    infos = [Info(n, str(t.dtype)[6:], tuple(t.shape)) for n, t in given.items()]
+    infos = [TensorInfo(n, str(t.dtype)[6:], tuple(t.shape)) for n, t in given.items()]
     (bucket,) = plan(infos, 1 << 30)
     room = buffer(bucket.extent)
     for slot in bucket.slots:
@@ -187,7 +175,7 @@ def test_large_pieces_are_encoded_a_part_at_a_time():
 )
 @settings(deadline=None)
 def test_every_tensor_has_one_place_and_no_bucket_is_too_full(drawn, limit):
-    infos = [Info(f"t{i}", dtype, (n,)) for i, (dtype, n) in enumerate(drawn)]
+    infos = [TensorInfo(f"t{i}", dtype, (n,)) for i, (dtype, n) in enumerate(drawn)]
     buckets = plan(infos, limit)
     assert [n for b in buckets for n in b.names] == [i.name for i in infos]
     assert [b.number for b in buckets] == list(range(len(buckets)))
@@ -205,4 +193,4 @@ def test_nothing_to_push_is_an_error():
     with pytest.raises(ValueError, match="no tensor"):
         plan([], 100)
     with pytest.raises(ValueError, match="no elements"):
-        plan([Info("empty", "float32", (0, 3))], 100)
+        plan([TensorInfo("empty", "float32", (0, 3))], 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import (
+    copy_all_but_weights,
     held,
     write_model,
     write_safetensors,
@@ -27,6 +29,30 @@ def test_what_is_written_tensor_by_tensor_the_library_reads(tmp_path: Path):
     for name, tensor in read.items():
         assert tensor.dtype == whole[name].dtype
         assert raw(tensor) == raw(whole[name])
+
+
+def test_an_open_checkpoint_is_written_anew_whatever_describes_its_tensors(tmp_path: Path):
+    """What a push describes is not a ``TensorInfo``, and is written all the same."""
+    whole = contiguous()
+    write_safetensors(tmp_path / "a.safetensors", *held(whole))
+    opened = open_checkpoint(tmp_path / "a.safetensors")
+    described = [
+        SimpleNamespace(name=i.name, dtype=i.dtype, shape=list(i.shape), nbytes=i.nbytes)
+        for i in opened.tensors.values()
+    ]
+    write_safetensors(tmp_path / "b.safetensors", described, opened.read)
+    assert_holds(open_checkpoint(tmp_path / "b.safetensors"), whole)
+
+
+def test_everything_but_weights_goes_with_a_model(tmp_path: Path):
+    model, made = tmp_path / "model", tmp_path / "made"
+    for folder in (model / "inner", made):
+        folder.mkdir(parents=True)
+    weights = ("a.safetensors", "a.bin", "a.pt", "a.pth", "a.gguf", "a.index.json", ".metadata")
+    for name in (*weights, "config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    copy_all_but_weights(model, made)
+    assert {file.name for file in made.iterdir()} == {"config.json", "tokenizer.json"}
 
 
 def test_a_model_is_written_in_shards_with_an_index(tmp_path: Path):
@@ -53,5 +79,5 @@ def test_a_model_is_written_in_shards_with_an_index(tmp_path: Path):
 def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp_path: Path):
     infos, _ = held({"a": torch.ones(2)})
     _, other = held({"a": torch.ones(3)})
-    with pytest.raises(ModelError, match="announced"):
+    with pytest.raises(ModelError, match="expected the tensor"):
         write_safetensors(tmp_path / "a.safetensors", infos, other)

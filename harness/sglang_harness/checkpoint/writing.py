@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang_harness._base.permissions import make_readable
 from sglang_harness.checkpoint.formats.safetensors_files import DTYPES
@@ -18,6 +18,24 @@ from sglang_harness.errors import MissingExtra, ModelError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Described(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str:
+        """As torch names it, without ``torch.``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
 
 #: Where a model's tensors come from: names in, tensors out, in that order.
 Source = Callable[[Sequence[str]], Iterable[tuple[str, "torch.Tensor"]]]
@@ -57,9 +75,7 @@ def write_model(
     """
     shards = _shards(list(tensors), shard_bytes, files)
     target.mkdir(parents=True)
-    for other in model_folder.iterdir():
-        if other.is_file() and not other.name.endswith(_WEIGHTS) and other.name != ".metadata":
-            shutil.copyfile(other, target / other.name)
+    copy_all_but_weights(model_folder, target)
     for name, infos in shards.items():
         write_safetensors(target / name, infos, source)
     if len(shards) > 1:
@@ -72,6 +88,13 @@ def write_model(
         )
     make_readable(target)
     return target
+
+
+def copy_all_but_weights(model_folder: Path, target: Path) -> None:
+    """Copies a model's configuration, tokenizer and other small files to ``target``."""
+    for file in model_folder.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != ".metadata":
+            shutil.copyfile(file, target / file.name)
 
 
 def _shards(
@@ -98,14 +121,20 @@ def _shards(
     }
 
 
-def write_safetensors(file: Path, tensors: Iterable[TensorInfo], source: Source) -> None:
-    """One file, one tensor in memory at a time.
+def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) -> None:
+    """Writes one safetensors file, with one tensor in memory at a time.
 
     The widest dtypes come first, as the safetensors library orders them, so that every tensor
-    is aligned.
+    is aligned. The file is readable for every user.
+
+    Args:
+        tensors: what is written.
+        source: called once with the names in the order of the file; gives the tensors in that
+            order, such as ``Checkpoint.read``.
 
     Raises:
-        ModelError: a dtype that the format does not have, or another tensor than announced.
+        ModelError: safetensors has no such dtype, or the source gave another tensor than
+            described.
     """
     infos = sorted(tensors, key=lambda info: (-SIZES[info.dtype], info.name))
     # The library's own mark for tensors of torch; transformers asks for it.
@@ -127,9 +156,9 @@ def write_safetensors(file: Path, tensors: Iterable[TensorInfo], source: Source)
         announced = iter(infos)
         for name, tensor in source([info.name for info in infos]):
             info = next(announced)
-            got = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            if got != info:
-                raise ModelError(f"{file}: {info} was announced, and {got} came.")
+            got = (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if got != (expected := (info.name, info.dtype, tuple(info.shape))):
+                raise ModelError(f"{file}: expected the tensor {expected}, got {got}.")
             if info.nbytes:
                 sink.write(bytes_of(tensor.detach().cpu().contiguous()))
     file.chmod(0o644)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_harness.errors import PeerFailed
 from sglang_harness.runtime import Beside, Running
-
-if TYPE_CHECKING:
-    from sglang_harness.weights.routes.buckets import Bucket
 
 __all__ = ["Peer"]
 
@@ -107,13 +103,3 @@ class Peer:
             except Exception as error:
                 left = [f"the peer did not close: {error}"]
         return [*left, *self._beside.end()]
-
-
-def slots(bucket: Bucket) -> list[list[Any]]:
-    """A bucket as orders name it: name, start, bytes, dtype and shape of each tensor."""
-    return [[s.name, s.start, s.nbytes, s.dtype, list(s.shape)] for s in bucket.slots]
-
-
-def largest(buckets: Iterable[Bucket]) -> int:
-    """Bytes of buffer for any one of them."""
-    return max(bucket.extent for bucket in buckets)

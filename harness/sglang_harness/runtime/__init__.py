@@ -35,6 +35,14 @@ class Reach(Protocol):
     def share(self, path: Path) -> PurePosixPath:
         """Makes a local file or folder readable for the server; returns its path there."""
 
+    def unshare(self, inside: PurePosixPath) -> None:
+        """Removes the copy that :meth:`share` made and returned as ``inside``. Does nothing where
+        no copy was made, because the server reads the original, or where it was removed already.
+
+        Raises:
+            EngineError: it could not be removed. The end of the server removes it.
+        """
+
 
 class Beside(Protocol):
     """One program beside a server."""

@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from sglang_harness._base.permissions import make_readable
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.runtime import Beside, Started
 from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.path_map import copy_readable, remove_copy
 from sglang_harness.spec import Argument
 
 #: Seconds between two looks at whether the server still takes connections.
@@ -29,7 +29,8 @@ class SharedFolder:
 
     local: Path
     inside: PurePosixPath
-    copies: list[Path] = field(default_factory=list, compare=False)
+    copies: dict[PurePosixPath, Path] = field(default_factory=dict, compare=False)
+    """What :meth:`share` copied: the folder made for it, by the path that it returned."""
 
     @classmethod
     def parse(cls, text: str) -> SharedFolder:
@@ -55,21 +56,24 @@ class SharedFolder:
         path = path.resolve()
         if path.is_relative_to(self.local):
             return self.inside / path.relative_to(self.local)
-        copy = self.local / f"sglang-harness-{uuid.uuid4().hex[:8]}" / path.name
+        copy = self.local / f"sglang-harness-{uuid.uuid4().hex}" / path.name
+        inside = self.inside / copy.relative_to(self.local)
+        self.copies[inside] = copy.parent
         copy.parent.mkdir()
-        self.copies.append(copy.parent)
-        copy.parent.chmod(0o755)
-        if path.is_dir():
-            shutil.copytree(path, copy)
-        else:
-            shutil.copy2(path, copy)
-        make_readable(copy)
-        return self.inside / copy.relative_to(self.local)
+        # Whoever is not told its name does not find what lies in it.
+        copy.parent.chmod(0o711)
+        copy_readable(path, copy)
+        return inside
+
+    def unshare(self, inside: PurePosixPath) -> None:
+        """See :class:`sglang_harness.runtime.Reach`."""
+        if (copy := self.copies.pop(inside, None)) is not None:
+            remove_copy(copy)
 
     def clear(self) -> None:
         """Removes what :meth:`share` has copied."""
         while self.copies:
-            shutil.rmtree(self.copies.pop(), ignore_errors=True)
+            shutil.rmtree(self.copies.popitem()[1], ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -125,17 +125,37 @@ def remove(client: docker.DockerClient, things: Iterable[Leftover]) -> list[str]
     failed: list[str] = []
     for thing in sorted(things, key=lambda t: order[t.kind]):
         try:
-            if thing.kind == "container":
-                client.containers.get(thing.name).remove(force=True, v=True)
-            elif thing.kind == "network":
-                client.networks.get(thing.name).remove()
-            else:
-                client.volumes.get(thing.name).remove(force=True)
-        except NotFound:
-            continue
+            discard(lambda: _remove(client, thing))  # noqa: B023 -- called at once
         except APIError as error:
             failed.append(f"{thing.kind} {thing.name}: {error.explanation or error}")
     return failed
+
+
+def _remove(client: docker.DockerClient, thing: Leftover) -> None:
+    if thing.kind == "container":
+        client.containers.get(thing.name).remove(force=True, v=True)
+    elif thing.kind == "network":
+        client.networks.get(thing.name).remove()
+    else:
+        client.volumes.get(thing.name).remove(force=True)
+
+
+def discard(remove: Callable[[], object]) -> None:
+    """Removes something from the engine by ``remove``.
+
+    That it is gone already (404), or that its removal is under way (409: it was removed with its
+    container, or ended by itself a moment ago), is what was wanted.
+
+    Raises:
+        docker.errors.APIError: the engine refused for another reason.
+    """
+    try:
+        remove()
+    except NotFound:
+        return
+    except APIError as error:
+        if error.status_code != 409 or "already in progress" not in str(error):
+            raise
 
 
 def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> bool:

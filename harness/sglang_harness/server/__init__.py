@@ -107,7 +107,7 @@ class Server:
     def weights(self) -> WeightPusher:
         """Pushes new weights and finds out whether they arrived."""
         if self._weights is None:
-            # Not everybody pushes, and only who does needs what pushing needs.
+            # Imported late: only a push needs what pushing imports.
             from sglang_harness.weights import WeightPusher
 
             self._weights = WeightPusher(self)
@@ -119,7 +119,7 @@ class Server:
         if self._adapters is None:
             from sglang_harness.weights import AdapterPusher
 
-            self._adapters = AdapterPusher(self)
+            self._adapters = AdapterPusher(self, self.weights)
         return self._adapters
 
     @classmethod

@@ -129,6 +129,9 @@ class Lender:
     def share(self, run_id: str, path: str) -> str:
         return str(self._current(run_id).reach.share(Path(path)))
 
+    def unshare(self, run_id: str, inside: str) -> None:
+        self._current(run_id).reach.unshare(PurePosixPath(inside))
+
     def memory(self, run_id: str, name: str) -> tuple[int, dict[str, int]]:
         sources = self._current(run_id).running.memory()
         return next(source for source in sources if source.name == name).read()
@@ -182,6 +185,10 @@ class BorrowedServer:
 
     def share(self, path: Path) -> PurePosixPath:
         return PurePosixPath(self._ask("share", str(path.resolve())))
+
+    def unshare(self, inside: PurePosixPath) -> None:
+        """See :class:`sglang_harness.runtime.Reach`."""
+        self._ask("unshare", str(inside))
 
     def beside(self, script: str) -> Beside:
         """Nothing is put beside a server that another process keeps."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sglang_harness.errors import Refused
 from sglang_harness.runtime import cpu_binding, device
 from sglang_harness.suite.check import Need
-from sglang_harness.weights.routes.disk import lacks_shared_folder
+from sglang_harness.weights.routes.base import lacks_shared_folder
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server

@@ -6,7 +6,6 @@ from __future__ import annotations
 from sglang_harness.weights.adapters import AdapterFailed, AdapterPusher, AdapterReport
 from sglang_harness.weights.pusher import WeightPusher
 from sglang_harness.weights.report import PushFailed, PushReport
-from sglang_harness.weights.routes import disk, distributed, in_body, peer  # noqa: F401 -- register
 
 __all__ = [
     "AdapterFailed",

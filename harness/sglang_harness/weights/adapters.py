@@ -17,15 +17,19 @@ from sglang_harness.client import AdapterUpdate, Call, calls
 from sglang_harness.errors import HarnessError, MissingExtra, ModelError, ReadOnly, SpecError
 from sglang_harness.weights.proof.witnesses import ask_tokens, judge_logprobs
 from sglang_harness.weights.report import Token, Witness
-from sglang_harness.weights.routes.disk import lacks_shared_folder
+from sglang_harness.weights.routes.base import Needs
 
 if TYPE_CHECKING:
-    from sglang_harness.server import Server
+    from sglang_harness.weights.pusher import WeightPusher
+    from sglang_harness.weights.target import Target
 
 AdapterRoute = Literal["disk", "tensor"]
 
-#: By route, what the server must offer beside ``/unload_lora_adapter``.
-ROUTES = {"disk": "/load_lora_adapter", "tensor": "/load_lora_adapter_from_tensors"}
+#: What each route needs of the server.
+ROUTES = {
+    "disk": Needs(posts=("/load_lora_adapter", "/unload_lora_adapter"), shared_folder=True),
+    "tensor": Needs(posts=("/load_lora_adapter_from_tensors", "/unload_lora_adapter")),
+}
 
 
 class AdapterReport(BaseModel):
@@ -94,8 +98,9 @@ class AdapterFailed(HarnessError):
 class AdapterPusher:
     """Brings LoRA adapters to one server, which has to run with ``--enable-lora``."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, target: Target, weights: WeightPusher) -> None:
+        self._target = target
+        self._weights = weights
 
     def push(
         self, folder: Path | str, *, name: str, route: AdapterRoute = "tensor", pinned: bool = False
@@ -119,17 +124,17 @@ class AdapterPusher:
             AdapterFailed: the server refused it, or answers otherwise than PEFT with it. Then it is
                 unloaded again, and nothing goes by ``name``.
         """
-        server, client = self._server, self._server.client
-        if not server.may_change:
+        client = self._target.client
+        if not self._target.may_change:
             raise ReadOnly(f"Pushing an adapter by '{route}'")
         if reason := self.lacking(route):
             raise SpecError(f"No adapter can be pushed to this server: {reason}.")
-        if server.weights.unfit:
-            raise SpecError(f"The server is unfit: {server.weights.unfit}.")
+        if self._weights.unfit:
+            raise SpecError(f"The server is unfit: {self._weights.unfit}.")
         folder = Path(folder).expanduser().resolve()
         infos = finite_tensors(folder)
         about = client.server_info()
-        base = server.weights.served_checkpoint()
+        base = self._weights.served_checkpoint()
         replaced = name in client.models()
         started = time.monotonic()
         tokens: list[Token] = []
@@ -181,10 +186,10 @@ class AdapterPusher:
             Refused: the server has none of that name.
             HarnessError: it says that it did, and still offers it.
         """
-        if not self._server.may_change:
+        if not self._target.may_change:
             raise ReadOnly("Unloading an adapter")
-        self._server.client.unload_lora_adapter(name)
-        if name in self._server.client.models():
+        self._target.client.unload_lora_adapter(name)
+        if name in self._target.client.models():
             raise HarnessError(f"The adapter {name!r} was unloaded, and is still on offer.")
 
     def lacking(self, route: AdapterRoute) -> str | None:
@@ -197,20 +202,18 @@ class AdapterPusher:
             raise SpecError(
                 f"There is no route {route!r} for adapters.", advice=f"One of {', '.join(ROUTES)}."
             )
-        client = self._server.client
-        for path in (ROUTES[route], "/unload_lora_adapter"):
-            if not client.has_route("POST", path):
-                return f"this SGLang has no POST {path}"
-        if not client.server_info().get("enable_lora"):
+        if reason := ROUTES[route].lacking(self._target):
+            return reason
+        if not self._target.client.server_info().get("enable_lora"):
             return "it was started without --enable-lora"
-        return lacks_shared_folder(self._server) if route == "disk" else None
+        return None
 
     def _call(
         self, folder: Path, name: str, route: AdapterRoute, pinned: bool, ranks: int
     ) -> Call[AdapterUpdate]:
         """What loads it, ready to be sent."""
         if route == "disk":
-            inside = str(self._server.reach.share(folder))
+            inside = str(self._target.reach.share(folder))
             return calls.load_lora_adapter(name, inside, pinned=pinned)
         config, tensors = adapter_files.in_request(folder, ranks=ranks)
         return calls.load_lora_adapter_from_tensors(name, config, tensors, pinned=pinned)
@@ -232,7 +235,7 @@ class AdapterPusher:
         if why:
             silent = Witness.silent("log-probabilities", why)
             return [], silent, silent
-        client = self._server.client
+        client = self._target.client
         asked = ask_tokens(client, with_it, without, lora_path=name)
         others = ask_tokens(client, without, with_it)
         applied = judge_logprobs(
@@ -243,7 +246,7 @@ class AdapterPusher:
 
     def _take_away(self, name: str) -> str:
         """What goes by the name after a failure, in words."""
-        client = self._server.client
+        client = self._target.client
         with suppress(HarnessError):
             client.unload_lora_adapter(name)
         try:

@@ -26,6 +26,7 @@ from sglang_harness.errors import (
     SpecError,
 )
 from sglang_harness.peer import Peer
+from sglang_harness.weights import routes
 from sglang_harness.weights.bracket import Pause, Session
 from sglang_harness.weights.proof import conclusion
 from sglang_harness.weights.proof.checksums import Computed, Served
@@ -33,14 +34,13 @@ from sglang_harness.weights.proof.conclusion import Gathered
 from sglang_harness.weights.proof.fused_layout import COMPUTED
 from sglang_harness.weights.proof.witnesses import ask_tokens
 from sglang_harness.weights.report import BucketSent, PushFailed, PushReport
-from sglang_harness.weights.routes import base as routes
 from sglang_harness.weights.routes.base import Job, Route
 from sglang_harness.weights.routes.buckets import Bucket, plan
 from sglang_harness.weights.source.fitted import open_for
 from sglang_harness.weights.source.model_folder import model_folder
 
 if TYPE_CHECKING:
-    from sglang_harness.server import Server
+    from sglang_harness.weights.target import Target
 
 #: Bytes of one bucket. Trainers use 512 MiB and more; a server's /dev/shm has 1 GiB by default.
 BUCKET = 256 << 20
@@ -59,15 +59,15 @@ class WeightPusher:
         last: the last push.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._peer: Peer | None = None
         self._scratch: Path | None = None
         self._first: tuple[str, str] | None = None
         self._first_checksums: Checksums | None = None
         self._last_checksums: Checksums | None = None
         self._computed = Computed()
-        self._served_folder: Path | None = server.model
+        self._served_folder: Path | None = target.model
         self._pushed_last: tuple[Path, Any] | None = None
         """The folder of the last push, and its oracle."""
         self._own = 0
@@ -121,32 +121,32 @@ class WeightPusher:
             PushFailed: it did not arrive. Its report says what is new, what is old, what is
                 unknown, and what the server serves now.
         """
-        server = self._server
+        target = self._target
         chosen = routes.make(route) if isinstance(route, str) else route
-        if not server.may_change:
+        if not target.may_change:
             raise ReadOnly(f"A push by '{chosen.name}'")
         if self.unfit:
             raise SpecError(f"The server is unfit: {self.unfit}.", advice="Start it anew.")
-        if reason := chosen.lacking(server):
+        if reason := chosen.lacking(target):
             raise SpecError(f"The route '{chosen.name}' does not lead to this server: {reason}.")
-        source = open_for(server.model, Path(checkpoint), allow)
-        about = server.client.server_info()
-        served = Served.of(server.model, about, server.device)
+        source = open_for(target.model, Path(checkpoint), allow)
+        about = target.client.server_info()
+        served = Served.of(target.model, about, target.device)
         infos = list(source.tensors.values())
         job = Job(
-            server=server,
+            target=target,
             source=source,
             buckets=plan(infos, _EVERYTHING if chosen.in_one_piece else bucket_bytes),
             ranks=served.ranks,
             version=version or self._label(),
-            timeout=timeout or server.spec.limits.check,
+            timeout=timeout or target.spec.limits.check,
             abort_all_requests=abort_all_requests,
             any_peer=self._any_peer,
         )  # fmt: skip
         before, why_none = self._know_what_is_served(about, served)
-        bracket = chosen.needs_session and server.client.has_route("POST", "/begin_weight_update")
+        bracket = chosen.needs_session and target.client.has_route("POST", "/begin_weight_update")
         session = Session(
-            server.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
+            target.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
         )
         push = Gathered(chosen, job, served, strict, session, time.monotonic())
         if not served.unknown:
@@ -177,8 +177,8 @@ class WeightPusher:
     def served_checkpoint(self) -> Path | None:
         """A folder with the weights that are served now; ``None``: which these are is not known,
         as after a push by somebody else."""
-        about = self._server.client.server_info()
-        self._know_what_is_served(about, Served.of(self._server.model, about, self._server.device))
+        about = self._target.client.server_info()
+        self._know_what_is_served(about, Served.of(self._target.model, about, self._target.device))
         folder = self._served_folder
         return folder if folder is not None and folder.exists() else None
 
@@ -197,7 +197,7 @@ class WeightPusher:
 
     def _any_peer(self) -> Peer:
         if self._peer is None or self._peer.ended:
-            self._peer = Peer(self._server.running)
+            self._peer = Peer(self._target.running)
         return self._peer
 
     # --- sending ----------------------------------------------------------------------------
@@ -260,7 +260,7 @@ class WeightPusher:
 
     def _wipe(self, push: Gathered) -> None:
         """Every parameter becomes noise; checksums show that it did."""
-        client = self._server.client
+        client = self._target.client
         client.check_weights("reset_tensors")
         if push.before is None:
             push.job.notes.append("wiped, but without checksums nothing shows that it worked")
@@ -278,7 +278,7 @@ class WeightPusher:
     # --- looking ----------------------------------------------------------------------------
 
     def _look(self, push: Gathered, logprobs: bool) -> None:
-        client = self._server.client
+        client = self._target.client
         try:
             push.after, why = self._checksums()
             push.why_no_checksums = push.why_no_checksums or why
@@ -296,7 +296,7 @@ class WeightPusher:
     def _ask(self, push: Gathered) -> None:
         from sglang_harness import oracle as oracles
 
-        model = self._server.model
+        model = self._target.model
         if model is None:
             push.why_no_logprobs = "the model's config and tokenizer are not on this machine"
             return
@@ -308,7 +308,7 @@ class WeightPusher:
         except (MissingExtra, ModelError) as error:
             push.why_no_logprobs = error.message
             return
-        push.tokens = ask_tokens(self._server.client, new, old)
+        push.tokens = ask_tokens(self._target.client, new, old)
         # From here on these are the weights that a next push replaces.
         before, self._served_folder = self._served_folder, folder
         self._pushed_last = folder, new
@@ -322,7 +322,7 @@ class WeightPusher:
         return oracles.for_folder(self._served_folder) if self._served_folder else None
 
     def _checksums(self) -> tuple[Checksums | None, str]:
-        client = self._server.client
+        client = self._target.client
         if not client.has_route("POST", "/weights_checker"):
             return None, "this SGLang has no POST /weights_checker"
         try:
@@ -336,11 +336,11 @@ class WeightPusher:
         """What is put back after a push that failed: the checkpoint that is on disk."""
         if self._first is not None:
             return
-        told = self._server.client.model_info()
+        told = self._target.client.model_info()
         self._first = (str(told["model_path"]), str(told.get("weight_version")))
         # Told when it started, and not told otherwise since: nobody has pushed.
         label = str(about.get("weight_version") or "default")
-        untouched = self._first == (self._server.running.model_path(), label)
+        untouched = self._first == (self._target.running.model_path(), label)
         if untouched or self._are_first(now, served):
             self._first_checksums = now
         else:
@@ -356,7 +356,7 @@ class WeightPusher:
     def _reproduced(self, stated: Checksums | None, served: Served) -> set[str] | None:
         """The parameters whose checksums are those of the model on disk, computed here;
         ``None`` where they cannot be computed."""
-        model = self._server.model
+        model = self._target.model
         if stated is None or model is None or served.unknown:
             return None
         computed = self._computed.expected(open_checkpoint(model), served)
@@ -374,11 +374,11 @@ class WeightPusher:
     def _recognise(self, now: Checksums | None) -> None:
         """Which checkpoint is served now: somebody may have pushed beside this pusher."""
         if now is None:
-            label = self._server.client.model_info().get("weight_version")
+            label = self._target.client.model_info().get("weight_version")
             if self._first is not None and label == self._first[1] == "default":
-                self._served_folder = self._server.model
+                self._served_folder = self._target.model
         elif self._first_checksums is not None and now == self._first_checksums:
-            self._served_folder = self._server.model
+            self._served_folder = self._target.model
         elif self._last_checksums is None or now != self._last_checksums:
             self._served_folder = None
 
@@ -418,7 +418,7 @@ class WeightPusher:
 
     def _put_back(self, push: Gathered) -> str | None:
         """Known weights on a server that answers; or the server is marked unfit."""
-        if self._server.running.watch.death is not None or isinstance(push.error, ServerDied):
+        if self._target.running.watch.death is not None or isinstance(push.error, ServerDied):
             self.unfit = "it died"
             return None
         if push.session.left_open:
@@ -431,7 +431,7 @@ class WeightPusher:
             return "nothing was sent: it serves what it served before"
         assert self._first is not None
         path, version = self._first
-        client = self._server.client
+        client = self._target.client
         again = Session(
             client, pause="retract", flush=True, bracket=False, timeout=push.job.timeout
         )
@@ -449,14 +449,14 @@ class WeightPusher:
         if self._first_checksums is not None and now != self._first_checksums:
             self.unfit = "its first weights were put back, and their checksums differ"
             return None
-        self._served_folder = self._server.model
+        self._served_folder = self._target.model
         proof = "by their checksums" if self._first_checksums else "by the server's word alone"
         return f"it serves its first weights again ({path}), {proof}"
 
     def _generates(self) -> bool:
         call = calls.generate("Hello", sampling={"max_new_tokens": 1}, timeout=ANSWERS_WITHIN)
         try:
-            return self._server.client.send(call).completion_tokens == 1
+            return self._target.client.send(call).completion_tokens == 1
         except HarnessError:
             return False
 

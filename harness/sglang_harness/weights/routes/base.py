@@ -1,11 +1,12 @@
-"""The protocol of a route, and the registry of all of them."""
+"""The base class of a route, what it can need of a server, and the registry of all routes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from sglang_harness.errors import SpecError
 from sglang_harness.weights.routes.buckets import Bucket
@@ -13,7 +14,7 @@ from sglang_harness.weights.source.staging import Source
 
 if TYPE_CHECKING:
     from sglang_harness.peer import Peer
-    from sglang_harness.server import Server
+    from sglang_harness.weights.target import Target
 
 
 @dataclass
@@ -21,16 +22,17 @@ class Job:
     """What a route works with during one push.
 
     Attributes:
+        target: the server that the weights go to.
         ranks: tensor-parallel ranks of the server: each gets an entry of its own.
         version: the label that goes with every bucket.
         timeout: seconds for the server's answer to one bucket.
-        any_peer: what stands beside the server, started for the first push that asks for it.
+        any_peer: the peer next to the server, started for the first push that asks for it.
         beside: the peer that this push uses, if it uses one.
         seconds_staged: what a route spent on copying the checkpoint to where it is read.
         staged: folders to be removed when the push is over.
     """
 
-    server: Server
+    target: Target
     source: Source
     buckets: list[Bucket]
     ranks: int
@@ -44,10 +46,10 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     def peer(self) -> Peer:
-        """What stands beside the server.
+        """The peer next to the server.
 
         Raises:
-            EngineError, PeerFailed: nothing can.
+            EngineError, PeerFailed: none can be started.
         """
         self.beside = self.any_peer()
         return self.beside
@@ -64,61 +66,141 @@ class Sent:
     server: float
 
 
-class Route(Protocol):
-    """A way for weights to reach a server. One object is one push."""
+@dataclass(frozen=True)
+class Needs:
+    """What has to be true of a server for weights to get to it.
 
-    @property
-    def name(self) -> str: ...
+    Attributes:
+        posts: paths that the server has to offer, by its ``/openapi.json``.
+        gpu: it computes on a GPU.
+        shared_folder: it reads a folder of this machine.
+        peer: a process can be started next to it.
+        one_replica: it has no data-parallel replicas: SGLang fails an assertion (0.5.23).
+    """
 
-    @property
-    def needs_session(self) -> bool:
-        """Whether the server wants its session around the buckets, where it has one."""
+    posts: tuple[str, ...] = ()
+    gpu: bool = False
+    shared_folder: bool = False
+    peer: bool = False
+    one_replica: bool = False
 
-    @property
-    def in_one_piece(self) -> bool:
-        """Everything is one bucket, whatever the size."""
+    def lacking(self, target: Target) -> str | None:
+        """Why ``target`` does not meet these; ``None``: it does."""
+        if self.gpu and target.device != "gpu":
+            return "the server runs on a CPU"
+        for path in self.posts:
+            if not target.client.has_route("POST", path):
+                return f"this SGLang has no POST {path}"
+        if self.shared_folder and (reason := lacks_shared_folder(target)):
+            return reason
+        if self.peer and (reason := lacks_peer(target)):
+            return reason
+        if self.one_replica:
+            size = int(target.client.server_info().get("dp_size") or 1)
+            if size != 1:
+                return f"the server runs {size} data-parallel replicas (dp_size)"
+        return None
 
-    def lacking(self, server: Server) -> str | None:
-        """Why this route does not lead to this server; ``None``: it does."""
+    def described(self) -> list[str]:
+        """Each of them for a reader."""
+        told = {
+            "a GPU": self.gpu,
+            "a folder that both sides can read": self.shared_folder,
+            "a server that this run started": self.peer,
+            "no data-parallel replicas": self.one_replica,
+        }
+        return [
+            *(f"`POST {path}`" for path in self.posts),
+            *(what for what, needed in told.items() if needed),
+        ]
 
+
+def lacks_shared_folder(target: Target) -> str | None:
+    """Why this server reads nothing that is put on disk here; ``None``: it does."""
+    if not getattr(target.running, "shares_a_folder", True):
+        return "no folder is shared with this server (--share)"
+    return None
+
+
+def lacks_peer(target: Target) -> str | None:
+    """Why no process can be started next to this server; ``None``: one can."""
+    if target.running.runtime == "attach":
+        return "this run did not start the server: no process can be started next to it"
+    if getattr(target.running, "is_borrowed", False):
+        return "another process owns the server: no process can be started next to it from here"
+    return None
+
+
+class Route(ABC):
+    """A way for weights to reach a server. One object is one push.
+
+    Attributes:
+        name: what callers, reports and documentation call it.
+        title: how the weights travel; completes the sentence "Weights ... are served".
+        needs: what has to be true of the server.
+        needs_session: the server wants its weight-update session around the buckets, where it
+            has one.
+        in_one_piece: everything is one bucket, whatever the size.
+        quick: a push of a small model takes seconds, the first one too.
+        unverified: what of it this project has not run; empty: nothing.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    needs: ClassVar[Needs]
+    needs_session: ClassVar[bool] = True
+    in_one_piece: ClassVar[bool] = False
+    quick: ClassVar[bool] = True
+    unverified: ClassVar[str] = ""
+
+    def lacking(self, target: Target) -> str | None:
+        """Why this route does not lead to ``target``; ``None``: it does."""
+        return self.needs.lacking(target)
+
+    @abstractmethod
     def open(self, job: Job) -> None:
         """Everything that can be done while the server still generates."""
 
+    @abstractmethod
     def send(self, bucket: Bucket) -> Sent:
         """One bucket. Raises what the client raises, and :class:`PeerFailed`."""
 
     def close(self) -> list[str]:
-        """Gives back what :meth:`open` took, whatever happened; returns what stayed."""
+        """Releases what :meth:`open` took, whatever happened; returns what could not be."""
+        return []
 
 
-R = TypeVar("R", bound="Callable[[], Route]")
+R = TypeVar("R", bound=type[Route])
 
-_routes: dict[str, Callable[[], Route]] = {}
+_routes: dict[str, type[Route]] = {}
 
 
-def register(name: str) -> Callable[[R], R]:
+def register(route: R) -> R:
     """Adds a route under its name.
 
     Raises:
         ValueError: there is one of that name already.
     """
-
-    def add(made: R) -> R:
-        if name in _routes:
-            raise ValueError(f"two routes are called {name!r}")
-        _routes[name] = made
-        return made
-
-    return add
-
-
-def names() -> list[str]:
-    """Every route, in the order of the alphabet."""
-    return sorted(_routes)
+    if route.name in _routes:
+        raise ValueError(
+            f"two routes are named {route.name!r}: {_routes[route.name].__name__} and "
+            f"{route.__name__}"
+        )
+    _routes[route.name] = route
+    return route
 
 
-def make(name: str) -> Route:
-    """A new object of the route ``name``.
+def names(device: Literal["cpu", "gpu"] | None = None) -> list[str]:
+    """Every route in alphabetical order.
+
+    Args:
+        device: only routes that can lead to a server on such a device.
+    """
+    return sorted(n for n, route in _routes.items() if device != "cpu" or not route.needs.gpu)
+
+
+def kind(name: str) -> type[Route]:
+    """The class of the route ``name``.
 
     Raises:
         SpecError: there is none.
@@ -128,4 +210,13 @@ def make(name: str) -> Route:
             f"There is no route {name!r} for weights.",
             advice=f"Choose one of {', '.join(names())}.",
         )
-    return _routes[name]()
+    return _routes[name]
+
+
+def make(name: str) -> Route:
+    """A new object of the route ``name``, for one push.
+
+    Raises:
+        SpecError: there is none.
+    """
+    return kind(name)()

@@ -5,28 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+
+from sglang_harness.checkpoint.reading import TensorInfo
 
 #: Every tensor in a bucket begins at a multiple of this: a view of bytes as another dtype
 #: must begin at a multiple of its element size, and 16 is the largest (complex128).
 ALIGNMENT = 16
-
-
-class Described(Protocol):
-    """What is known of a tensor before it is read."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dtype(self) -> str:
-        """As torch names it, without ``torch.``."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class Bucket:
         return [slot.name for slot in self.slots]
 
 
-def plan(tensors: Iterable[Described], bucket_bytes: int) -> list[Bucket]:
+def plan(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucket]:
     """Fills buckets of at most ``bucket_bytes`` in the order given. A tensor that is larger
     gets a bucket of its own.
 

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from sglang_harness.client import calls
-from sglang_harness.weights.routes.base import Job, Sent, register
+from sglang_harness.weights.routes.base import Job, Needs, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
 from sglang_harness.weights.source.staging import stage
 
-if TYPE_CHECKING:
-    from sglang_harness.server import Server
 
-
-@register("disk")
-class Disk:
+@register
+class Disk(Route):
     """``/update_weights_from_disk``. Needs no session. It also changes ``model_path`` and the
     served name to the folder's (SGLang 0.5.23)."""
 
     name = "disk"
+    title = "read by the server from a folder that both sides can read"
+    needs = Needs(posts=("/update_weights_from_disk",), shared_folder=True)
     needs_session = False
     in_one_piece = True
-
-    def lacking(self, server: Server) -> str | None:
-        if reason := lacks_shared_folder(server):
-            return reason
-        if not server.client.has_route("POST", "/update_weights_from_disk"):
-            return "this SGLang has no POST /update_weights_from_disk"
-        return None
 
     def open(self, job: Job) -> None:
         self._job = job
         started = time.monotonic()
-        inside, made = stage(job.source, job.server.reach, bin_too=True)
+        inside, made = stage(job.source, job.target.reach, bin_too=True)
         job.seconds_staged = time.monotonic() - started
         if made is not None:
             job.staged.append(made)
@@ -43,7 +34,7 @@ class Disk:
         del bucket
         job = self._job
         started = time.monotonic()
-        update = job.server.client.send(
+        update = job.target.client.send(
             calls.update_weights_from_disk(
                 self.inside,
                 weight_version=job.version,
@@ -54,13 +45,3 @@ class Disk:
             )
         )
         return Sent(update.message, 0.0, 0.0, 0.0, time.monotonic() - started)
-
-    def close(self) -> list[str]:
-        return []
-
-
-def lacks_shared_folder(server: Server) -> str | None:
-    """Why this server reads nothing that is put on disk here; ``None``: it does."""
-    if not getattr(server.running, "shares_a_folder", True):
-        return "no folder is shared with this server (--share)"
-    return None

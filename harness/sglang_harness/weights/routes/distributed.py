@@ -8,18 +8,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from typing import TYPE_CHECKING
 
 from sglang_harness.client import Update, calls
 from sglang_harness.errors import HarnessError, NoAnswerInTime
-from sglang_harness.peer import Peer, largest, slots
-from sglang_harness.weights.routes.base import Job, Sent, register
+from sglang_harness.peer import Peer
+from sglang_harness.weights.routes.base import Job, Needs, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
-from sglang_harness.weights.routes.in_body import lacks_one_replica
-from sglang_harness.weights.routes.peer import lacks_peer, open_in_peer
-
-if TYPE_CHECKING:
-    from sglang_harness.server import Server
+from sglang_harness.weights.routes.peer import largest, open_in_peer, slots
 
 #: Seconds for all ranks to find each other.
 JOINS_WITHIN = 60.0
@@ -28,8 +23,8 @@ JOINS_WITHIN = 60.0
 IMPORTS_WITHIN = 180.0
 
 
-@register("distributed")
-class Distributed:
+@register
+class Distributed(Route):
     """``/init_weights_update_group`` and ``/update_weights_from_distributed``.
 
     Args:
@@ -38,8 +33,15 @@ class Distributed:
     """
 
     name = "distributed"
-    needs_session = True
-    in_one_piece = False
+    title = "broadcast by a peer over a process group (gloo on a CPU, NCCL on a GPU)"
+    needs = Needs(
+        posts=("/init_weights_update_group", "/update_weights_from_distributed"),
+        peer=True,
+        one_replica=True,
+    )
+    # The peer imports SGLang for its rendezvous: half a minute.
+    quick = False
+    unverified = "NCCL: not run yet"
 
     def __init__(self, *, joins_within: float = JOINS_WITHIN) -> None:
         self._joins_within = joins_within
@@ -47,25 +49,19 @@ class Distributed:
         self._joined = False
         self._peer: Peer | None = None
 
-    def lacking(self, server: Server) -> str | None:
-        for path in ("/init_weights_update_group", "/update_weights_from_distributed"):
-            if not server.client.has_route("POST", path):
-                return f"this SGLang has no POST {path}"
-        return lacks_peer(server) or lacks_one_replica(server)
-
     def open(self, job: Job) -> None:
         self._job = job
         self._peer = peer = open_in_peer(job, shared=False)
         peer.ask("prepare", timeout=IMPORTS_WITHIN)
         port = int(peer.ask("port", timeout=10.0)["port"])
-        backend = "nccl" if job.server.device == "gpu" else "gloo"
+        backend = "nccl" if job.target.device == "gpu" else "gloo"
         self._join(peer, backend, port)
         answer: list[Update | HarnessError] = []
 
         def ask_server() -> None:
             try:
                 answer.append(
-                    job.server.client.send(
+                    job.target.client.send(
                         calls.init_weights_update_group(
                             master_address="127.0.0.1",
                             master_port=port,
@@ -110,7 +106,7 @@ class Distributed:
         assert peer is not None
         started = time.monotonic()
         peer.tell("broadcast", slots=slots(bucket), room=largest(job.buckets))
-        update = job.server.client.send(
+        update = job.target.client.send(
             calls.update_weights_from_distributed(
                 names=bucket.names,
                 dtypes=[slot.dtype for slot in bucket.slots],
@@ -135,7 +131,7 @@ class Distributed:
             ("the peer", lambda peer: peer.ask("leave", timeout=20.0)),
             (
                 "the server",
-                lambda _: self._job.server.client.send(
+                lambda _: self._job.target.client.send(
                     calls.destroy_weights_update_group(self._group, timeout=20.0)
                 ),
             ),

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang_harness.client import calls
 from sglang_harness.weights.routes import packing
-from sglang_harness.weights.routes.base import Job, Sent, register
+from sglang_harness.weights.routes.base import Job, Needs, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
 
 if TYPE_CHECKING:
     import torch
 
-    from sglang_harness.server import Server
+#: Of every route that ends at ``/update_weights_from_tensor``.
+TENSOR_UPDATE = Needs(posts=("/update_weights_from_tensor",), one_replica=True)
 
 
-class InBody:
+class InBody(Route):
     """``/update_weights_from_tensor`` with the bytes themselves, once for every rank."""
 
-    name = "tensor"
-    needs_session = True
-    in_one_piece = False
-    flattened = False
-
-    def lacking(self, server: Server) -> str | None:
-        return lacks_tensor_update(server)
+    needs = TENSOR_UPDATE
+    flattened: ClassVar[bool] = False
 
     def open(self, job: Job) -> None:
         self._job = job
@@ -43,7 +39,7 @@ class InBody:
             fields=fields(job, flattened=self.flattened),
         )
         packed = time.monotonic()
-        update = job.server.client.send(calls.update_weights_from_tensor(body, timeout=job.timeout))
+        update = job.target.client.send(calls.update_weights_from_tensor(body, timeout=job.timeout))
         answered = time.monotonic()
         given = body.handed_over_at or answered
         return Sent(update.message, read - started, packed - read, given - packed, answered - given)
@@ -53,16 +49,20 @@ class InBody:
         return []
 
 
-@register("tensor")
+@register
 class Tensor(InBody):
     """As a list of names and tensors."""
 
+    name = "tensor"
+    title = "sent as lists of tensors in the body of requests"
 
-@register("tensor-bucket")
+
+@register
 class TensorBucket(InBody):
     """As one ``flattened_bucket``."""
 
     name = "tensor-bucket"
+    title = "sent as flattened buckets in the body of requests"
     flattened = True
 
 
@@ -75,16 +75,3 @@ def fields(job: Job, *, flattened: bool) -> dict[str, Any]:
         "abort_all_requests": job.abort_all_requests,
         "weight_version": job.version,
     }
-
-
-def lacks_tensor_update(server: Server) -> str | None:
-    """Why tensors cannot be pushed to this server; ``None``: they can."""
-    if not server.client.has_route("POST", "/update_weights_from_tensor"):
-        return "this SGLang has no POST /update_weights_from_tensor"
-    return lacks_one_replica(server)
-
-
-def lacks_one_replica(server: Server) -> str | None:
-    """Data-parallel servers fail an assertion here (SGLang 0.5.23)."""
-    size = int(server.client.server_info().get("dp_size") or 1)
-    return None if size == 1 else f"the server runs {size} data-parallel replicas (dp_size)"

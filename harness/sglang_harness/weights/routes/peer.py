@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from sglang_harness.client import calls
-from sglang_harness.peer import Peer, largest, slots
-from sglang_harness.weights.routes.base import Job, Sent, register
+from sglang_harness.peer import Peer
+from sglang_harness.weights.routes.base import Job, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
-from sglang_harness.weights.routes.in_body import fields, lacks_tensor_update
+from sglang_harness.weights.routes.in_body import TENSOR_UPDATE, fields
 from sglang_harness.weights.source.staging import stage
-
-if TYPE_CHECKING:
-    from sglang_harness.server import Server
 
 
 class Text:
@@ -39,7 +37,7 @@ def open_in_peer(job: Job, *, shared: bool) -> Peer:
     """
     peer = job.peer()
     started = time.monotonic()
-    inside, made = stage(job.source, job.server.reach)
+    inside, made = stage(job.source, job.target.reach)
     if made is not None:
         job.staged.append(made)
     job.seconds_staged = time.monotonic() - started
@@ -48,26 +46,25 @@ def open_in_peer(job: Job, *, shared: bool) -> Peer:
     return peer
 
 
-def lacks_peer(server: Server) -> str | None:
-    """Why nothing can be put beside this server; ``None``: it can."""
-    if server.running.runtime == "attach":
-        return "somebody else started this server: nothing can be put beside it"
-    if getattr(server.running, "is_borrowed", False):
-        return "another process keeps this server: nothing can be put beside it from here"
-    return None
+def slots(bucket: Bucket) -> list[list[Any]]:
+    """A bucket as the peer's orders name it: name, start, bytes, dtype and shape of each
+    tensor."""
+    return [[s.name, s.start, s.nbytes, s.dtype, list(s.shape)] for s in bucket.slots]
 
 
-@register("shared-memory")
-class SharedMemory:
+def largest(buckets: Iterable[Bucket]) -> int:
+    """Bytes of buffer for any one of them."""
+    return max(bucket.extent for bucket in buckets)
+
+
+@register
+class SharedMemory(Route):
     """``/update_weights_from_tensor`` with a handle to ``/dev/shm``, one for every rank."""
 
     name = "shared-memory"
-    needs_session = True
-    in_one_piece = False
-    cuda = False
-
-    def lacking(self, server: Server) -> str | None:
-        return lacks_peer(server) or lacks_tensor_update(server)
+    title = "handed over in shared memory (`/dev/shm`) by a peer next to the server"
+    needs = replace(TENSOR_UPDATE, peer=True)
+    cuda: ClassVar[bool] = False
 
     def open(self, job: Job) -> None:
         self._job = job
@@ -91,7 +88,7 @@ class SharedMemory:
             "serialized_named_tensors": packed["payloads"],
             **fields(job, flattened=True),
         }
-        update = job.server.client.send(
+        update = job.target.client.send(
             calls.update_weights_from_tensor(Text(body), timeout=job.timeout)
         )
         read, pack = float(packed["seconds_read"]), float(packed["seconds_pack"])
@@ -104,19 +101,14 @@ class SharedMemory:
             time.monotonic() - ready,
         )
 
-    def close(self) -> list[str]:
-        return []
 
-
-@register("cuda-ipc")
+@register
 class CudaIpc(SharedMemory):
     """The same with a handle to the memory of the GPU that the rank runs on. Written from
     what is known of it; not run on a GPU by this project yet."""
 
     name = "cuda-ipc"
+    title = "handed over in GPU memory (CUDA IPC) by a peer on the same GPUs"
+    needs = replace(SharedMemory.needs, gpu=True)
+    unverified = "not run yet"
     cuda = True
-
-    def lacking(self, server: Server) -> str | None:
-        if server.device != "gpu":
-            return "the server runs on a CPU"
-        return super().lacking(server)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import uuid
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_harness._base.permissions import make_readable
-from sglang_harness.weights.routes.buckets import Described
+from sglang_harness._base.temporary import temporary_folder
+from sglang_harness.checkpoint.reading import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Source(Protocol):
     def path(self) -> Path: ...
 
     @property
-    def tensors(self) -> Mapping[str, Described]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     @property
     def content(self) -> Hashable:
@@ -132,7 +132,7 @@ def stage(
     shared = getattr(reach, "folder", None)
     if folder is not None and shared is None:
         return reach.share(folder), None
-    room = Path(tempfile.mkdtemp(prefix="sglang-harness-staged-"))
+    room = temporary_folder("staged")
     if shared is not None:
         shutil.rmtree(room)
         room = Path(shared) / f"staged-{uuid.uuid4().hex[:8]}"

@@ -17,8 +17,7 @@ from sglang_harness.suite.checks.weights.disk import (
 from sglang_harness.suite.lib.scored import Tokens, unequal
 from sglang_harness.suite.needs import CHECKSUMS
 from sglang_harness.verdict import Figure
-from sglang_harness.weights import PushReport
-from sglang_harness.weights.routes import base as routes
+from sglang_harness.weights import PushReport, routes
 
 #: Bytes of a bucket: small enough that every model takes several.
 BUCKET = 64 << 20

@@ -1,0 +1,120 @@
+"""A Docker engine's client, in memory: what was made and removed, and refusals on demand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import requests
+from docker.errors import APIError, NotFound
+
+
+def refusal(status: int, reason: str = "no reason") -> APIError:
+    """An engine's error as the client raises it: 404 is a :class:`NotFound`."""
+    response = requests.Response()
+    response.status_code = status
+    kind = NotFound if status == 404 else APIError
+    return kind(f"{status} Error: {reason}", response=response, explanation=reason)
+
+
+class FakeDocker:
+    """As much of ``docker.DockerClient`` as the harness's runtimes use.
+
+    Attributes:
+        refuses: errors to raise, by what is called: ``container.remove``, ``volumes.create``.
+        calls: everything that was called, in order.
+    """
+
+    def __init__(self) -> None:
+        self.refuses: dict[str, BaseException] = {}
+        self.calls: list[str] = []
+        self.closed = 0
+        self.containers = _Collection(self, "container")
+        self.volumes = _Collection(self, "volume")
+        self.networks = _Collection(self, "network")
+
+    def called(self, what: str) -> None:
+        self.calls.append(what)
+        if what in self.refuses:
+            raise self.refuses[what]
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def names(self) -> list[str]:
+        """Everything that is on the engine."""
+        return [
+            f"{kind.kind} {thing.name}"
+            for kind in (self.containers, self.volumes, self.networks)
+            for thing in kind.there
+        ]
+
+
+class _Collection:
+    def __init__(self, engine: FakeDocker, kind: str) -> None:
+        self._engine, self.kind = engine, kind
+        self._numbers = itertools.count(1)
+        self.there: list[FakeThing] = []
+        self.ran: list[dict[str, Any]] = []
+        """What ``run`` was given: its command, and the keywords."""
+
+    def create(self, *about: Any, name: str | None = None, **how: Any) -> FakeThing:
+        self._engine.called(f"{self.kind}s.create")
+        made = FakeThing(self._engine, self, name or f"{self.kind}-{next(self._numbers)}", how)
+        self.there.append(made)
+        return made
+
+    def run(self, image: str, command: list[str], **how: Any) -> bytes:
+        self._engine.called(f"{self.kind}s.run")
+        self.ran.append({"image": image, "command": command, **how})
+        return b""
+
+    def get(self, name: str) -> FakeThing:
+        self._engine.called(f"{self.kind}s.get")
+        for thing in self.there:
+            if name in (thing.name, thing.id):
+                return thing
+        raise refusal(404, f"No such {self.kind}: {name}")
+
+    def list(self, **_: Any) -> list[FakeThing]:
+        self._engine.called(f"{self.kind}s.list")
+        return list(self.there)
+
+
+class FakeThing:
+    """A container, volume or network."""
+
+    def __init__(
+        self, engine: FakeDocker, among: _Collection, name: str, how: dict[str, Any]
+    ) -> None:
+        self._engine, self._among = engine, among
+        self.name = name
+        self.id = f"id-of-{name}"
+        self.how = how
+        self.labels = how.get("labels") or {}
+        self.attrs: dict[str, Any] = {"State": {"ExitCode": 0, "OOMKilled": False}}
+
+    def _called(self, what: str) -> None:
+        self._engine.called(f"{self._among.kind}.{what}")
+
+    def remove(self, **_: Any) -> None:
+        self._called("remove")
+        self._among.there.remove(self)
+
+    def stop(self, **_: Any) -> None:
+        self._called("stop")
+
+    def start(self) -> None:
+        self._called("start")
+
+    def reload(self) -> None:
+        self._called("reload")
+
+    def logs(self, **_: Any) -> bytes:
+        self._called("logs")
+        return b"a line\nthe last line\n"
+
+    def put_archive(self, path: str, data: Any) -> bool:
+        self._called("put_archive")
+        data.read()
+        return True
