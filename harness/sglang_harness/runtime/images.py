@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import docker
@@ -20,6 +21,9 @@ from sglang_harness.spec import ServerSpec
 LABEL_DEVICE = "org.sglang-harness.device"
 #: Set by build.sh: the version of SGLang in it.
 LABEL_VERSION = "org.sglang-harness.sglang-version"
+
+#: Seconds for a script to end when it is asked to.
+ENDS_WITHIN = 5.0
 
 Say = Callable[[str], None]
 
@@ -98,8 +102,7 @@ def run_script(name: str, version: str | None, say: Say) -> str:
                 say(line.rstrip())
         code = process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        _end(process)
         raise
     if code != 0 or not lines:
         words = " | ".join(lines[-4:]) or "it said nothing"
@@ -110,6 +113,18 @@ def run_script(name: str, version: str | None, say: Say) -> str:
             "in the cache folder.",
         )
     return lines[-1]
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a script with everything that it started: asks, then kills."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(ENDS_WITHIN)
+        except subprocess.TimeoutExpired:
+            continue
+        return
 
 
 def digest(client: docker.DockerClient, name: str) -> str:
