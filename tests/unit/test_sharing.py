@@ -261,10 +261,10 @@ def test_a_controller_that_is_killed_takes_the_first_start_along(
 class OneServer:
     """A keeper whose server is never restored for real."""
 
-    def __init__(self, *, runtime: str = "docker") -> None:
+    def __init__(self, *, owned: bool = True) -> None:
         self.tally = Tally()
         self.replaced: list[str] = []
-        self._server: Any = SimpleNamespace(running=SimpleNamespace(runtime=runtime))
+        self._server: Any = SimpleNamespace(running=SimpleNamespace(owned=owned))
 
     def server(self) -> tuple[Any, Any]:
         return self._server, "first"
@@ -281,11 +281,11 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("runtime", "expected"), [("docker", []), ("attach", ["first"])])
+@pytest.mark.parametrize(("owned", "expected"), [(True, []), (False, ["first"])])
 def test_a_run_that_is_ending_restores_only_what_it_did_not_start(
-    restored: list[Any], runtime: str, expected: list[str]
+    restored: list[Any], owned: bool, expected: list[str]
 ) -> None:
-    session = SessionServer(OneServer(runtime=runtime))
+    session = SessionServer(OneServer(owned=owned))
     with session.lent("a test"):
         session.ending = True
     assert restored == expected

@@ -71,9 +71,7 @@ class RpcClient:
             ) from None
         if not succeeded:
             message, advice, log = answer
-            problem = HarnessError(message, advice=advice)
-            problem.server_log = log  # type: ignore[attr-defined]
-            raise problem
+            raise HarnessError(message, advice=advice, log=log)
         return answer
 
 
@@ -149,7 +147,6 @@ class RpcServer:
             try:
                 connection.send((True, self._answers[question](*arguments)))
             except HarnessError as error:
-                log = str(getattr(error, "server_log", ""))
-                connection.send((False, (error.message, error.advice, log)))
+                connection.send((False, (error.message, error.advice, error.log)))
             except Exception as error:
                 connection.send((False, (f"{type(error).__name__}: {error}", "", "")))

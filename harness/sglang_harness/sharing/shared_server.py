@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 from sglang_harness._base.file_lease import Lease
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import HarnessError, ServerDied
-from sglang_harness.runtime.attach import Attachment
 from sglang_harness.server import Server
 from sglang_harness.server.state import CannotRestore, State, restore
 from sglang_harness.sharing.tally import Tally
@@ -45,7 +44,7 @@ class LocalKeeper:
     def __init__(
         self,
         spec: ServerSpec,
-        runtime: Runtime | Attachment,
+        runtime: Runtime,
         say: Callable[[str], None] = lambda _: None,
         *,
         run_id: str | None = None,
@@ -94,7 +93,7 @@ class LocalKeeper:
         """
         if server is not self.current:
             return
-        if isinstance(self._runtime, Attachment):
+        if not self._runtime.starts:
             self._failed = CannotRestore(
                 f"{why} This run did not start the server, so it is not replaced.",
                 advice="Restart it, and check what the previous test did to it.",
@@ -162,7 +161,7 @@ class SessionServer:
 
     def _restore(self, server: Server, first: State | None) -> bool:
         """Whether the server had to be replaced."""
-        if first is None or (self.ending and server.running.runtime != "attach"):
+        if first is None or (self.ending and server.running.owned):
             return False
         began = time.monotonic()
         try:

@@ -19,8 +19,7 @@ from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.runtime import Beside, Runtime, Started
-from sglang_harness.runtime.attach import Attachment
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.server import Server
 from sglang_harness.server.readiness import StartReport
 from sglang_harness.server.state import State
@@ -49,6 +48,9 @@ class ServerHandle:
     model_path: str
     started: Started
     arguments: dict[str, Argument]
+    owned: bool
+    shared_folder: Path | None
+    why_no_files: str | None
     memory: tuple[str, ...]
     report: StartReport
     may_change: bool
@@ -75,7 +77,7 @@ class ServerOwner:
         """What workers can ask, for :class:`sglang_harness.sharing.rpc.RpcServer`."""
         asked = (
             *(self.configure, self.handle, self.replace, self.logs, self.inspect, self.host_pids),
-            *(self.share, self.unshare, self.memory, self.death),
+            *(self.cores, self.share, self.unshare, self.memory, self.death),
         )
         return {each.__name__: each for each in asked}
 
@@ -106,7 +108,7 @@ class ServerOwner:
 
     # --- what workers ask -------------------------------------------------------------------
 
-    def configure(self, spec: ServerSpec, runtime: Runtime | Attachment) -> None:
+    def configure(self, spec: ServerSpec, runtime: Runtime) -> None:
         """What to start; the first worker decides, and the others have to ask for the same.
 
         Raises:
@@ -140,6 +142,9 @@ class ServerOwner:
             model_path=running.model_path(),
             started=running.started,
             arguments=running.arguments,
+            owned=running.owned,
+            shared_folder=running.shared_folder,
+            why_no_files=running.why_no_files(),
             memory=tuple(source.name for source in running.memory()),
             report=server.report,
             may_change=server.may_change,
@@ -164,6 +169,9 @@ class ServerOwner:
     def host_pids(self, run_id: str) -> list[int]:
         return self._current(run_id).running.host_pids()
 
+    def cores(self, run_id: str) -> list[int]:
+        return self._current(run_id).running.cores()
+
     def share(self, run_id: str, path: str) -> str:
         return str(self._current(run_id).reach.share(Path(path)))
 
@@ -174,13 +182,13 @@ class ServerOwner:
         sources = self._current(run_id).running.memory()
         return next(source for source in sources if source.name == name).read()
 
-    def death(self, run_id: str) -> Death:
-        """Waits until the server has ended."""
+    def death(self, run_id: str) -> Death | Unknown:
+        """Waits until the server has ended, or was replaced."""
         watch = self._current(run_id).running.watch
         over = threading.Event()
-        watch.call_on_death(over.set)
+        watch.call_on_end(over.set)
         over.wait()
-        return watch.death or Death(None, False, "it was replaced or stopped", "", ())
+        return watch.ended or Unknown("the process that owns it has replaced or stopped it")
 
     def _current(self, run_id: str) -> Server:
         server = None if self._keeper is None else self._keeper.current
@@ -192,12 +200,13 @@ class ServerOwner:
 class RemoteServer:
     """A :class:`sglang_harness.runtime.Running` that another process owns."""
 
-    is_borrowed = True
-
     def __init__(self, handle: ServerHandle, owner: RpcClient) -> None:
         self._handle = handle
         self._owner = owner
         self.runtime = handle.runtime
+        self.owned = handle.owned
+        self.may_change = handle.may_change
+        self.shared_folder = handle.shared_folder
         self.device = handle.device
         self.run_id = handle.run_id
         self.model = handle.model
@@ -211,11 +220,11 @@ class RemoteServer:
     def _ask(self, question: str, *arguments: Any, **options: float | None) -> Any:
         return self._owner.ask(question, self.run_id, *arguments, **options)
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         try:
             return self._ask("death", timeout=None)  # type: ignore[no-any-return]
         except HarnessError as error:
-            return Death(None, False, error.message, "", ())
+            return Unknown(error.message)
 
     def start(self) -> None:
         """Nothing: it runs."""
@@ -227,11 +236,20 @@ class RemoteServer:
         """See :class:`sglang_harness.runtime.Reach`."""
         self._ask("unshare", str(inside), timeout=MOVES_WITHIN)
 
+    def why_no_files(self) -> str | None:
+        return self._handle.why_no_files
+
+    def why_no_sidecar(self) -> str | None:
+        return "the workers of pytest-xdist share this server, and another process owns it"
+
+    def cores(self) -> list[int]:
+        return list(self._ask("cores"))
+
     def beside(self, script: str) -> Beside:
         """Raises :class:`EngineError`: only the process that owns the server can."""
         del script
         raise EngineError(
-            "The workers of pytest-xdist share this server: no sidecar can be started from here.",
+            f"No sidecar can be started: {self.why_no_sidecar()}.",
             advice="Push from disk or in the body of the request, or use --sglang-own-server.",
         )
 
@@ -294,7 +312,6 @@ class RemoteKeeper:
                 running,
                 report=handle.report,
                 memory=MemoryLedger(running.memory()),
-                may_change=handle.may_change,
             )
         return self._server, handle.first
 

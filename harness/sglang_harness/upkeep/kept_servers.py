@@ -56,13 +56,13 @@ def hold(server: Server) -> Held:
 
     Interrupted, it leaves no record, and the server is still the caller's to stop.
     """
-    reach_folder = getattr(server.reach, "folder", None)
+    shared = server.running.shared_folder
     held = Held(
         name=str(server.about()["container"]),
-        run_id=getattr(server.running, "run_id", ""),
+        run_id=server.running.run_id,
         address=server.address,
         api_key=server.running.api_key or "",
-        folder=None if reach_folder is None else str(reach_folder),
+        folder=None if shared is None else str(shared),
         model=None if server.model is None else str(server.model),
         engine=_engine(),
     )
@@ -72,8 +72,8 @@ def hold(server: Server) -> Held:
         new.touch(mode=0o600)
         new.write_text(held.model_dump_json(), encoding="utf-8")
         new.replace(held.file)
-        if reach_folder is not None:
-            temporary.keep(reach_folder, held.run_id)
+        if shared is not None:
+            temporary.keep(shared, held.run_id)
     except BaseException:
         held.file.unlink(missing_ok=True)
         raise
