@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from scripted_server import Answer, ScriptedServer
 
-from sglang_harness import checkpoint
+from sglang_harness import checkpoint, options
 from sglang_harness.errors import AttachError, EngineError, SpecError
-from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Runtime, registry
+from sglang_harness.runtime import Introduction, Kind, Order, Runtime, registry
 from sglang_harness.runtime.attach import Attachment, SharedFolder
 from sglang_harness.server import Server
 from sglang_harness.sharing.xdist import BorrowedServer, Lender
@@ -82,7 +82,7 @@ def test_a_runtime_is_added_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         made.append(dict(given))
         return Attachment("http://127.0.0.1:1")
 
-    kind = Kind("slurm", make, (KindOption("partition", "a partition"),))
+    kind = Kind("slurm", make, ("partition",))
     monkeypatch.setattr(registry, "KINDS", (*registry.KINDS, kind))
     registry.choose("slurm")
     registry.choose("auto", {"partition": "gpu"})
@@ -92,9 +92,11 @@ def test_a_runtime_is_added_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_option_belongs_to_one_runtime() -> None:
-    names = [option.name for option in registry.OPTIONS]
+    names = list(registry.OPTIONS)
     assert len(names) == len(set(names))
     assert {"python", "compose-file", "compose-service"} <= set(names)
+    described = {option.name for option in options.TABLE if option.starts}
+    assert set(names) <= described, "the command line and pytest take it"
 
 
 # --- a server that runs already -------------------------------------------------------------------

@@ -34,7 +34,6 @@ LOG_LINES = 60
 _INI_TYPES: dict[str, Literal["bool", "linelist", "string"]] = {
     "flag": "bool",
     "list": "linelist",
-    "text": "string",
 }
 
 _FAILED = pytest.StashKey[bool]()
@@ -51,16 +50,17 @@ _SPECS: pytest.StashKey[dict[str, ServerSpec]] = pytest.StashKey()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sglang", "SGLang servers (sglang-harness)")
     for option in OPTIONS:
-        words: dict[str, Any] = {"dest": option.ini, "default": None}
+        how: dict[str, Any] = {"dest": option.ini, "default": None}
         if option.kind == "flag":
-            words |= {"action": "store_const", "const": True}
+            how |= {"action": "store_const", "const": True}
         elif option.kind == "list":
-            words |= {"action": "append", "metavar": "FLAG"}
+            how |= {"action": "append", "metavar": "FLAG"}
         else:
-            words |= {"metavar": "VALUE"}
-        group.addoption(option.flag, help=option.help, **words)
-        help = f"{option.flag}: {option.help}"
-        parser.addini(option.ini, help, type=_INI_TYPES[option.kind], default=None)
+            how |= {"metavar": "VALUE"}
+        flag, help = option.flag("pytest"), option.help.replace("%", "%%")
+        group.addoption(flag, help=help, **how)
+        kind = _INI_TYPES.get(option.kind, "string")
+        parser.addini(option.ini, f"{flag}: {option.help}", type=kind, default=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:

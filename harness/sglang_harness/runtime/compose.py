@@ -28,7 +28,7 @@ from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import within_temporary_folder
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
-from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, engine, images
+from sglang_harness.runtime import Kind, Order, Started, cpu_binding, engine, images
 from sglang_harness.runtime import device as devices
 from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
@@ -485,10 +485,7 @@ def _make(given: Mapping[str, str | Path]) -> ComposeRuntime:
 KIND = Kind(
     "compose",
     _make,
-    (
-        KindOption("compose-file", "a compose file of yours", is_path=True),
-        KindOption("compose-service", "the service of your compose file"),
-    ),
+    ("compose-file", "compose-service"),
 )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import (
     Kind,
-    KindOption,
     Order,
     Running,
     Runtime,
@@ -97,7 +96,7 @@ NAMES = tuple(kind.name for kind in KINDS)
 
 #: Every option that belongs to one runtime. Each says how to start a server, so each contradicts
 #: the address of one that runs already.
-OPTIONS: tuple[KindOption, ...] = tuple(option for kind in KINDS for option in kind.options)
+OPTIONS: tuple[str, ...] = tuple(option for kind in KINDS for option in kind.options)
 
 
 def choose(
@@ -119,7 +118,7 @@ def choose(
     if name not in kinds:
         raise SpecError(f"{prefix}runtime {name!r} is unknown. It can be {', '.join(NAMES)}.")
     values = {option: value for option, value in (given or {}).items() if value is not None}
-    owners = {option.name: kind for kind in KINDS for option in kind.options}
+    owners = {option: kind for kind in KINDS for option in kind.options}
     chosen = kinds[name]
     for option in values:
         if chosen.name == "auto":

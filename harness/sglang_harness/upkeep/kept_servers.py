@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_harness._base import paths, temporary
-from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
-from sglang_harness.runtime.attach import Attachment, SharedFolder
-from sglang_harness.runtime.path_map import EXCHANGE
 from sglang_harness.server import Server
 
 
@@ -95,53 +92,6 @@ def held_servers() -> list[Held]:
 def held_at(url: str) -> Held | None:
     """The server on record with this base URL."""
     return next((h for h in held_servers() if h.address.rstrip("/") == url.rstrip("/")), None)
-
-
-def attachment(
-    url: str | None,
-    *,
-    allow_changes: bool = False,
-    share: str | None = None,
-    contradicting: Mapping[str, object] | None = None,
-    prefix: str = "--",
-) -> Attachment | None:
-    """What ``--url`` and the options beside it mean; ``None`` where no URL was given.
-
-    The key comes from ``SGLANG_API_KEY``. Of a server that this user holds everything is on
-    record: key, model, and the folder that both sides see.
-
-    Args:
-        contradicting: options that say how to start a server, with what they were given.
-        prefix: what the options begin with where they were given.
-
-    Raises:
-        SpecError: options contradict each other, or cannot be meant.
-    """
-    if url is None:
-        for option, given in (("allow-changes", allow_changes), ("share", share)):
-            if given:
-                raise SpecError(
-                    f"{prefix}{option} is for a server that runs already: {prefix}url is missing."
-                )
-        if (contradicting or {}).get(f"{prefix}runtime") == "attach":
-            raise SpecError(f"The runtime 'attach' needs the address of a server: {prefix}url.")
-        return None
-    if both := [name for name, given in (contradicting or {}).items() if given is not None]:
-        raise SpecError(
-            f"{prefix}url names a server that runs already, and {both[0]} says how to start one.",
-            advice="Give one of the two.",
-        )
-    known = held_at(url)
-    shared = SharedFolder.parse(share) if share else None
-    if shared is None and known and known.folder and Path(known.folder).is_dir():
-        shared = SharedFolder(Path(known.folder), EXCHANGE)
-    return Attachment(
-        url,
-        api_key=os.environ.get("SGLANG_API_KEY") or (known.api_key if known else None),
-        allow_changes=allow_changes,
-        shared=shared,
-        model=Path(known.model) if known and known.model and Path(known.model).is_dir() else None,
-    )
 
 
 def release(held: Held) -> list[str]:
