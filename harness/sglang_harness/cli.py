@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,14 +201,18 @@ def down(
         raise SpecError(
             f"No kept server or parent is named {name}.", advice="'docker ps' shows what runs."
         )
-    for server in servers:
-        if failed := kept_servers.release(server):
-            raise HarnessError("; ".join(failed))
-        console.print(f"stopped {server.name}", highlight=False)
-    for parent in parents:
-        if failed := kept_parents.end(parent):
-            raise HarnessError("; ".join(failed))
-        console.print(f"stopped {parent.name}", highlight=False)
+    failed: list[str] = []
+    releases = [(each.name, partial(kept_servers.release, each)) for each in servers]
+    for stopped, release in [*releases, *((p.name, partial(kept_parents.end, p)) for p in parents)]:
+        try:
+            left = release()
+        except HarnessError as error:
+            left = [f"{stopped}: {error}"]
+        failed += left
+        if not left:
+            console.print(f"stopped {stopped}", highlight=False)
+    if failed:
+        raise HarnessError("Not everything could be stopped: " + "; ".join(failed))
     if not servers and not parents:
         console.print("nothing is kept")
 

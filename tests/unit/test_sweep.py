@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,13 +12,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scripted_server import BOUND
 
+from sglang_harness import cli
 from sglang_harness._base import paths, temporary
 from sglang_harness._base.owner import Owner
-from sglang_harness.errors import EngineError
+from sglang_harness.errors import EngineError, HarnessError
 from sglang_harness.runtime import engine
 from sglang_harness.runtime.engine import Leftover
 from sglang_harness.runtime.path_map import FolderReach
@@ -249,3 +253,66 @@ def test_a_server_of_another_engine_is_not_forgotten_here(
     assert not record.is_of_this_engine()
     monkeypatch.setenv("DOCKER_HOST", "tcp://there")
     assert record.is_of_this_engine()
+
+
+def a_server(name: str, folder: Path) -> Any:
+    """What :func:`kept_servers.hold` reads of a server."""
+    running = SimpleNamespace(
+        shared_folder=folder, run_id=f"run-of-{name}", api_key="k", watch=SimpleNamespace()
+    )
+    return SimpleNamespace(
+        running=running, about=lambda: {"container": name}, address="http://127.0.0.1:5", model=None
+    )
+
+
+def test_a_kept_server_is_on_record_with_its_engine() -> None:
+    folder = FolderReach(None).folder
+    server = a_server("c", folder)
+    held = kept_servers.hold(server)
+    assert kept_servers.held_servers() == [held]
+    assert held.file.stat().st_mode & 0o077 == 0
+    assert server.running.watch.expected
+    assert (folder / temporary.RECORD).read_text().splitlines()[1] == (f"run-of-c {paths.state()}")
+
+
+def test_an_interruption_before_a_server_is_kept_leaves_no_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(temporary, "keep", interrupted)
+    server = a_server("c", FolderReach(None).folder)
+    with pytest.raises(KeyboardInterrupt):
+        kept_servers.hold(server)
+    assert kept_servers.held_servers() == []
+    assert not hasattr(server.running.watch, "expected"), "whoever started it still has to stop it"
+
+
+def test_down_stops_what_it_can_and_tells_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = [a_server(name, FolderReach(None).folder) for name in ("a", "b")]
+    kept = [kept_servers.hold(server) for server in servers]
+    asked: list[str] = []
+
+    def release(held: kept_servers.Held) -> list[str]:
+        asked.append(held.name)
+        if held.name == "a":
+            raise EngineError("No answer.")
+        return []
+
+    monkeypatch.setattr(kept_servers, "release", release)
+    with pytest.raises(HarnessError, match=r"Not everything could be stopped: a: No answer\."):
+        cli.down(None)
+    assert asked == [each.name for each in kept]
+
+
+def test_every_temporary_folder_of_the_package_has_a_record_of_its_owner() -> None:
+    """What is made under the user's own folders (``dir=``) is that folder's."""
+    source = Path(temporary.__file__).parents[1]
+    made = {
+        file.relative_to(source).as_posix()
+        for file in source.rglob("*.py")
+        for call in re.findall(r"(?:mkdtemp|mkstemp|TemporaryDirectory)\(.*", file.read_text())
+        if "dir=" not in call
+    }
+    assert made == {"_base/temporary.py"}

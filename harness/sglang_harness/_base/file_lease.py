@@ -1,4 +1,4 @@
-"""One thing, several processes, one user at a time: a lease that says who holds it."""
+"""A resource for one process at a time: a file lock with a record of its holder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 
 from sglang_harness.errors import HarnessError
 
-#: Seconds between two signs of life of a holder.
+#: Seconds between two heartbeats of a holder.
 HEARTBEAT = 1.0
 
 
 class LeaseTaken(HarnessError):
-    """Somebody else has held the lease for as long as one was ready to wait."""
+    """Another process held the lease for all of the time that there was to wait."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,27 @@ class Holder:
 
 
 class Lease:
-    """A file lock that the kernel gives back when its holder dies, with the holder's name and
-    signs of life beside it.
+    """A file lock that the kernel releases when its holder dies, with the holder's name and
+    heartbeat beside it.
 
     Args:
         path: of the lock; ``path.holder`` is written beside it.
-        name: of whoever asks, such as ``gw1``.
+        name: of this process, such as ``gw1``.
+        what: what is leased, for messages.
+        advice: what to do where it was not free.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        # One lock for all threads of this process: whoever releases it need not be who took it.
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        what: str = "the lease",
+        advice: str = "Wait longer, or end that process.",
+    ) -> None:
+        self._what = what
+        self._advice = advice
+        # One lock for all threads of this process: another one than took it may release it.
         self._lock = FileLock(path, thread_local=False)
         self._holder = path.with_name(path.name + ".holder")
         self._name = name
@@ -74,10 +85,10 @@ class Lease:
         """Waits up to ``timeout`` seconds.
 
         Returns:
-            whoever held it before and died without giving it back; ``None`` when nobody did.
+            the previous holder, where it died without releasing the lease; else ``None``.
 
         Raises:
-            LeaseTaken: the time is over; says who holds it, for what, and since when.
+            LeaseTaken: the time is over; names the holder, its purpose, and since when.
         """
         try:
             self._lock.acquire(timeout=timeout, poll_interval=0.02)
@@ -91,17 +102,19 @@ class Lease:
         return before
 
     def release(self) -> None:
-        """Gives it back. Again: nothing."""
+        """Releases it. Called again, it does nothing."""
         if not self.held:
             return
         self._over.set()
         if self._heart is not None:
             self._heart.join(HEARTBEAT)
-        self._holder.unlink(missing_ok=True)
-        self._lock.release()
+        try:
+            self._holder.unlink(missing_ok=True)
+        finally:
+            self._lock.release()
 
     def holder(self) -> Holder | None:
-        """Whoever is on record; ``None`` where nobody is, or the record is half written."""
+        """The holder on record; ``None`` where there is none, or the record is half written."""
         try:
             return Holder(**json.loads(self._holder.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -120,14 +133,17 @@ class Lease:
     def _taken(self, waited: float) -> LeaseTaken:
         holder = self.holder()
         if holder is None:
-            return LeaseTaken(f"The lease {self._lock.lock_file} was not free for {waited:g} s.")
+            return LeaseTaken(
+                f"{self._what[:1].upper()}{self._what[1:]} was not free within {waited:g} s "
+                f"({self._lock.lock_file})."
+            )
         try:
             silent = time.time() - self._holder.stat().st_mtime
         except OSError:
             silent = 0.0
         return LeaseTaken(
-            f"{holder.name} (process {holder.pid}) has held the server for "
+            f"{holder.name} (process {holder.pid}) has held {self._what} for "
             f"{time.time() - holder.since:.0f} s for {holder.purpose}; "
-            f"its last sign of life was {silent:.0f} s ago.",
-            advice="Wait longer, or give each worker a server of its own.",
+            f"last heartbeat {silent:.0f} s ago.",
+            advice=self._advice,
         )

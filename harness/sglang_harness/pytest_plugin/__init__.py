@@ -255,7 +255,12 @@ def _sglang_session(
 
         owner = RpcClient(*shared)
         # The lock is beside the socket: it belongs to this run alone and is removed with it.
-        lease = Lease(Path(owner.socket).with_name("lease"), os.environ["PYTEST_XDIST_WORKER"])
+        lease = Lease(
+            Path(owner.socket).with_name("lease"),
+            os.environ["PYTEST_XDIST_WORKER"],
+            what="the shared server",
+            advice="Wait longer (--sglang-lease-timeout), or use --sglang-own-server.",
+        )
         with _one_line(None):
             owner.ask("configure", sglang_spec, sglang_runtime)
         keeper = RemoteKeeper(owner)
