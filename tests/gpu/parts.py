@@ -105,7 +105,7 @@ def figures(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampler(asked: argparse.Namespace) -> dict[str, Any]:
-    """What sampling costs, and how long one reading and one snapshot take."""
+    """What sampling costs, and how long one reading of each device takes."""
     from sglang_harness.memory.gpu.driver import Driver
     from sglang_harness.memory.gpu.nvml import NvmlMemory
     from sglang_harness.memory.sampler import Sampler
@@ -122,8 +122,8 @@ def sampler(asked: argparse.Namespace) -> dict[str, Any]:
         found, _ = driver.gpus()
         began = time.monotonic()
         for gpu in found:
-            driver.snapshot(gpu)
-        snapshot = time.monotonic() - began
+            driver.memory(gpu.uuid)
+        reading = time.monotonic() - began
     memory.close()
     told = {
         "devices": len(found),
@@ -131,7 +131,7 @@ def sampler(asked: argparse.Namespace) -> dict[str, Any]:
         "missed": running.missed,
         "slowest_seconds": running.slowest,
         "share_of_a_core": share,
-        "snapshot_seconds": snapshot,
+        "reading_seconds": reading,
     }
     assert not running.gaps, running.gaps
     assert running.taken >= 9 * asked.seconds, (
@@ -213,8 +213,6 @@ def mock(asked: argparse.Namespace) -> dict[str, Any]:
             base=row["used"],
             name=row["name"],
             parent=row["parent"],
-            clocks=None,
-            ecc=None,
         )
         for row in told["devices"]
     ]
