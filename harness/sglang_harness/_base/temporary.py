@@ -97,7 +97,9 @@ def remove(folder: Path) -> list[str]:
             attempt(each)
     if not errors:
         attempt(folder)
-    return [f"{folder}: {errors[0]}"] if errors else []
+    if errors:
+        return [f"{folder}: {errors[0]}"]
+    return [f"{folder}: it is still there"] if folder.exists() else []
 
 
 @dataclass(frozen=True)
