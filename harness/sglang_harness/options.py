@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +61,8 @@ class Option:
 _COMMAND: tuple[Door, ...] = ("command",)
 _PYTEST: tuple[Door, ...] = ("pytest",)
 
-TABLE = (
+#: Those that belong to no single runtime; :func:`table` has all.
+COMMON = (
     Option("image", "Image to run (default: the pinned one for the device)."),
     Option(
         "version",
@@ -81,10 +82,7 @@ TABLE = (
     Option("port", "Port on this machine (default: a free one).", "number", doors=_COMMAND),
     Option("spec", "YAML file with fields of a server spec; options override it.", "path"),
     Option("server-arg", "An SGLang flag, NAME=VALUE or NAME. Repeatable.", "list"),
-    Option("runtime", "auto (the default), docker, compose, or process (no container)."),
-    Option("python", "Runtime process: a Python that has SGLang.", "path"),
-    Option("compose-file", "Runtime compose: your own compose file.", "path"),
-    Option("compose-service", "Runtime compose: the service in your file."),
+    Option("runtime", "How to start servers: auto (the default), docker, ..."),
     Option(
         "url",
         "Attach to a running server instead of starting one; its key comes from SGLANG_API_KEY.",
@@ -134,9 +132,39 @@ TABLE = (
 )
 
 
+def of_runtimes() -> tuple[Option, ...]:
+    """Those that belong to one runtime, as the registry of runtimes has them."""
+    from sglang_harness.runtime.registry import KINDS
+
+    return tuple(
+        Option(
+            option.name,
+            f"Runtime {kind.name}: {option.help}.",
+            "path" if option.is_path else "text",
+        )
+        for kind in KINDS
+        for option in kind.options
+    )
+
+
+def table() -> tuple[Option, ...]:
+    """All options. Imports the runtimes."""
+    from sglang_harness.runtime.registry import NAMES
+
+    every: list[Option] = []
+    for option in COMMON:
+        if option.name == "runtime":
+            names = ", ".join(NAMES)
+            every.append(replace(option, help=f"How to start servers: {names} (default: auto)."))
+            every += of_runtimes()
+        else:
+            every.append(option)
+    return tuple(every)
+
+
 def at(door: Door) -> tuple[Option, ...]:
     """The options that can be given at ``door``."""
-    return tuple(option for option in TABLE if door in option.doors)
+    return tuple(option for option in table() if door in option.doors)
 
 
 @dataclass(frozen=True)
@@ -176,7 +204,7 @@ def settle(values: Mapping[str, Any], door: Door, *, default_model: str | None =
     )
     runtime = attachment or registry.choose(
         given.get("runtime", "auto"),
-        {name: given.get(name) for name in registry.OPTIONS},
+        {option.name: given.get(option.name) for option in registry.OPTIONS},
         prefix="--sglang-" if door == "pytest" else "--",
     )
     return Wanted(spec, runtime)
@@ -195,7 +223,7 @@ def seconds(given: Mapping[str, Any], name: str, door: Door) -> float | None:
     try:
         return float(given[name])
     except ValueError:
-        flag = next(option.flag(door) for option in TABLE if option.name == name)
+        flag = next(option.flag(door) for option in COMMON if option.name == name)
         raise SpecError(f"{flag} {given[name]!r} is not a number of seconds.") from None
 
 
@@ -213,7 +241,8 @@ def attached(given: Mapping[str, Any], door: Door) -> Attachment | None:
     from sglang_harness.runtime.path_map import EXCHANGE
     from sglang_harness.upkeep import kept_servers
 
-    flags = {option.name: option.flag(door) for option in TABLE}
+    every = table()
+    flags = {option.name: option.flag(door) for option in every}
     url = given.get("url")
     if url is None:
         for name in ("allow-changes", "share"):
@@ -225,7 +254,7 @@ def attached(given: Mapping[str, Any], door: Door) -> Attachment | None:
             raise SpecError(f"The runtime 'attach' needs the server's URL: {flags['url']}.")
         return None
     chosen = given.get("runtime") not in (None, "auto", "attach")
-    for option in TABLE:
+    for option in every:
         if option.starts and option.name in given and (option.name != "runtime" or chosen):
             raise SpecError(
                 f"{flags['url']} names a running server, and {flags[option.name]} says how to "

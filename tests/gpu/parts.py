@@ -173,10 +173,9 @@ def leases(asked: argparse.Namespace) -> dict[str, Any]:
     """Processes that all want the same GPU have it one after another."""
     del asked
     try:
-        import filelock  # noqa: F401
         import psutil  # noqa: F401
-    except ImportError as error:
-        raise NotHere(f"{error.name} is not installed, and leases stand on it") from None
+    except ImportError:
+        raise NotHere("psutil is not installed, and leases need it") from None
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "SGLANG_HARNESS_GPU_LEASES": folder}
         children = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import pickle
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from sglang_harness.peer import Peer
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.weights.routes.buckets import plan
 from sglang_harness.weights.routes.peer import largest, slots
-from sglang_harness.weights.source.staging import as_it_lies, stage, write_safetensors
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -85,18 +85,6 @@ def folder(tmp_path: Path) -> Path:
 
 def described(name: str, tensor: Any) -> TensorInfo:
     return TensorInfo(name, str(tensor.dtype)[6:], tuple(tensor.shape))
-
-
-class Held:
-    """A checkpoint in memory."""
-
-    def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
-        self.path = path
-        self.tensors = {name: described(name, t) for name, t in tensors.items()}
-        self._held = tensors
-
-    def read(self, names=None):
-        return ((n, self._held[n]) for n in names or self._held)
 
 
 def test_a_bucket_arrives_by_a_handle_and_nothing_stays(peer: Peer, here: Here, folder: Path):
@@ -184,6 +172,21 @@ def test_a_bucket_that_does_not_fit_into_shared_memory_is_refused_in_words(
         peer.ask("ready", room=1 << 50, shared=True, timeout=60)
 
 
+def test_the_port_of_a_rendezvous_is_kept_free_until_it_is_there(peer: Peer):
+    """Between being told and being used it could be given to another process."""
+    port = peer.ask("port", timeout=10.0)["port"]
+    with socket.socket() as thief, pytest.raises(OSError, match="in use"):
+        thief.bind(("127.0.0.1", port))
+    store = torch.distributed.TCPStore("127.0.0.1", port, 1, True, timedelta(seconds=20))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    del store
+    peer.ask("leave", timeout=10.0)
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
+
+
 def test_an_order_too_many_is_no_answer_to_another(peer: Peer):
     peer.tell("port")
     with pytest.raises(PeerFailed, match="still owes an answer to 'port'"):
@@ -202,6 +205,56 @@ def test_a_peer_that_takes_too_long_is_bounded(peer: Peer):
     os.kill(peer.about["pid"], 19)
     with pytest.raises(PeerFailed, match=r"took longer than 0\.2 s"):
         peer.ask("port", timeout=0.2)
+
+
+class Answers:
+    """What stands beside a server, and says one line whatever it is told."""
+
+    name = "peer"
+
+    def __init__(self, line: bytes) -> None:
+        self.lines = [b'{"pid": 1}', line]
+        self.left = ["process 7"]
+
+    def beside(self, script: str) -> Answers:
+        return self
+
+    def write(self, line: bytes) -> None: ...
+
+    def read(self, timeout: float) -> bytes | None:
+        return self.lines.pop(0)
+
+    def words(self) -> str:
+        return "Traceback\nits last line"
+
+    def end(self) -> list[str]:
+        return self.left
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1, 2]", b'"text"', b"7", b"null", b"not JSON", b"\xff\xfe", b""]
+)
+def test_an_answer_that_is_not_an_object_is_a_failure_of_the_peer(line: bytes):
+    """A list was a TypeError, and what is not JSON a JSONDecodeError."""
+    peer = Peer(Answers(line))  # type: ignore[arg-type]
+    with pytest.raises(PeerFailed, match=r"'pack' was answered with .*its last line"):
+        peer.ask("pack", timeout=1.0)
+
+
+@pytest.mark.parametrize("line", [b'{"peak_bytes": null}', b"{}", b'{"peak_bytes": "many"}'])
+def test_a_peer_that_does_not_say_what_it_held_has_failed(line: bytes):
+    peer = Peer(Answers(line))  # type: ignore[arg-type]
+    with pytest.raises(PeerFailed, match="peak_bytes"):
+        peer.peak_bytes()
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"{}", b'{"left": null}', b'{"error": "OSError: disk full"}']
+)
+def test_a_peer_that_does_not_close_is_ended_all_the_same_and_told(line: bytes):
+    left = Peer(Answers(line)).end()  # type: ignore[arg-type]
+    assert left[0].startswith("closing the peer")
+    assert left[-1] == "process 7"
 
 
 def test_it_ends_when_nobody_speaks_to_it_any_more(peer: Peer, here: Here):
@@ -248,49 +301,3 @@ def test_other_peoples_segments_are_left_alone(tmp_path: Path):
         (tmp_path / name).touch()
     remove_segments([12], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sem.x", "torch_123_a_0"]
-
-
-# --- staging --------------------------------------------------------------------------------------
-
-
-def test_safetensors_are_written_as_others_read_them(tmp_path: Path):
-    file = tmp_path / "model.safetensors"
-    write_safetensors(Held(tmp_path, WEIGHTS), file)
-    got = safetensors.load_file(file)
-    assert got.keys() == WEIGHTS.keys()
-    assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in WEIGHTS.items())
-    header = file.read_bytes()[8:]
-    assert json.loads(header[: int.from_bytes(file.read_bytes()[:8], "little")])
-
-
-def test_a_folder_is_taken_as_it_lies_only_under_the_same_names(folder: Path):
-    assert as_it_lies(Held(folder, WEIGHTS)) == folder
-    assert as_it_lies(Held(folder, {"a": WEIGHTS["a"]})) is None
-    assert as_it_lies(Held(folder / "1.safetensors", WEIGHTS)) is None
-
-
-class Exchange:
-    """A server with an exchange folder of its own, as a container's."""
-
-    def __init__(self, folder: Path) -> None:
-        self.shared_folder = folder
-        self.reach = self
-
-    def share(self, path: Path) -> Path:
-        assert path.is_relative_to(self.shared_folder), "nothing is copied twice"
-        return Path("/exchange") / path.relative_to(self.shared_folder)
-
-
-def test_staged_weights_cost_no_second_copy_and_can_be_read_by_others(folder: Path, tmp_path: Path):
-    exchange = tmp_path / "exchange"
-    exchange.mkdir()
-    for file in folder.iterdir():
-        file.chmod(0o644)
-    (folder / "2.safetensors").chmod(0o600)
-    inside, made = stage(Held(folder, WEIGHTS), Exchange(exchange))  # type: ignore[arg-type]
-    assert made is not None
-    assert str(inside) == f"/exchange/{made.name}"
-    assert (made / "1.safetensors").samefile(folder / "1.safetensors")
-    assert not (made / "2.safetensors").samefile(folder / "2.safetensors")
-    assert {f.stat().st_mode & 0o777 for f in made.iterdir()} == {0o644}
-    assert (folder / "2.safetensors").stat().st_mode & 0o777 == 0o600

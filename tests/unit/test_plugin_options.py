@@ -6,17 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_harness import options
 from sglang_harness.errors import SpecError
 from sglang_harness.pytest_plugin.options import (
     COMMAND_LINE,
     ENVIRONMENT,
     INI,
-    OPTIONS,
     gather,
     settle,
 )
 
 pytest_plugins = ["pytester"]
+
+OPTIONS = options.at("pytest")
 
 
 def gathered(command_line=None, ini=None, environment=None):
@@ -223,10 +225,28 @@ def test_the_plugin_imports_nothing_heavy_until_it_is_asked(pytester: pytest.Pyt
         """
         import sys
 
-        HEAVY = "docker requests pydantic torch yaml testcontainers psutil filelock".split()
+        HEAVY = "docker requests pydantic torch yaml testcontainers psutil".split()
 
         def test_x():
             assert not [name for name in HEAVY if name in sys.modules]
         """
     )
     run(pytester, "-p", "no:hypothesispytest").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("where", ["command line", "ini", "environment"])
+def test_an_option_of_one_runtime_is_taken_from_each_source(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    words: tuple[str, ...] = ()
+    if where == "command line":
+        words = ("--sglang-python", "/nowhere/python")
+    elif where == "ini":
+        pytester.makeini("[pytest]\nsglang_python = /nowhere/python\n")
+    else:
+        monkeypatch.setenv("SGLANG_HARNESS_PYTHON", "/nowhere/python")
+    pytester.makepyfile(
+        "def test_x(sglang_runtime): assert sglang_runtime.name == 'process', sglang_runtime.name"
+    )
+    done = run(pytester, "-W", "error", *words)
+    done.assert_outcomes(passed=1)

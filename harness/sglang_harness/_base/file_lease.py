@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -11,16 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
+from sglang_harness._base import shared_file
 from sglang_harness.errors import HarnessError
 
 #: Seconds between two heartbeats of a holder.
 HEARTBEAT = 1.0
 
+#: Seconds between two attempts to lock.
+POLL = 0.02
+
 
 class LeaseTaken(HarnessError):
-    """Another process held the lease for all of the time that there was to wait."""
+    """Another process has held the lease for as long as this one was to wait."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ class Lease:
     ) -> None:
         self._what = what
         self._advice = advice
-        # One lock for all threads of this process: another one than took it may release it.
-        self._lock = FileLock(path, thread_local=False)
+        self._path = path
+        self._locked: int | None = None
+        """The descriptor of the locked file."""
         self._holder = path.with_name(path.name + ".holder")
         self._name = name
         self._over = threading.Event()
@@ -79,7 +84,7 @@ class Lease:
     @property
     def held(self) -> bool:
         """Whether this object holds it."""
-        return bool(self._lock.is_locked)
+        return self._locked is not None
 
     def acquire(self, purpose: str, *, timeout: float) -> Holder | None:
         """Waits up to ``timeout`` seconds.
@@ -90,10 +95,12 @@ class Lease:
         Raises:
             LeaseTaken: the time is over; names the holder, its purpose, and since when.
         """
-        try:
-            self._lock.acquire(timeout=timeout, poll_interval=0.02)
-        except Timeout:
-            raise self._taken(timeout) from None
+        until = time.monotonic() + timeout
+        while (locked := _lock(self._path)) is None:
+            if time.monotonic() >= until:
+                raise self._taken(timeout)
+            time.sleep(POLL)
+        self._locked = locked
         before = self.holder()
         self._write(Holder.this_process(self._name, purpose))
         self._over.clear()
@@ -102,16 +109,17 @@ class Lease:
         return before
 
     def release(self) -> None:
-        """Releases it. Called again, it does nothing."""
-        if not self.held:
+        """Releases it, from any thread. Called again, it does nothing."""
+        locked, self._locked = self._locked, None
+        if locked is None:
             return
         self._over.set()
         if self._heart is not None:
             self._heart.join(HEARTBEAT)
-        try:
-            self._holder.unlink(missing_ok=True)
-        finally:
-            self._lock.release()
+        shared_file.clear(self._holder)
+        # The lock is of the open file, which a child that was forked meanwhile may have, too.
+        fcntl.flock(locked, fcntl.LOCK_UN)
+        os.close(locked)
 
     def holder(self) -> Holder | None:
         """The holder on record; ``None`` where there is none, or the record is half written."""
@@ -121,9 +129,7 @@ class Lease:
             return None
 
     def _write(self, holder: Holder) -> None:
-        beside = self._holder.with_name(f"{self._holder.name}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(holder)), encoding="utf-8")
-        beside.replace(self._holder)
+        shared_file.write(self._holder, json.dumps(asdict(holder)))
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT):
@@ -135,7 +141,7 @@ class Lease:
         if holder is None:
             return LeaseTaken(
                 f"{self._what[:1].upper()}{self._what[1:]} was not free within {waited:g} s "
-                f"({self._lock.lock_file})."
+                f"({self._path})."
             )
         try:
             silent = time.time() - self._holder.stat().st_mtime
@@ -147,3 +153,27 @@ class Lease:
             f"last heartbeat {silent:.0f} s ago.",
             advice=self._advice,
         )
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of ``path``, locked; ``None``: another has it.
+
+    Another user's file may be locked as well, in a folder with the sticky bit, too: there its owner
+    alone could remove it, and packages for file locks refuse it for that.
+
+    Raises:
+        OSError: it cannot be opened, or is a link.
+    """
+    descriptor = shared_file.opened(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A lock of a file that was removed meanwhile excludes nobody.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

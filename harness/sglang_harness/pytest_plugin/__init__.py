@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from sglang_harness.pytest_plugin.options import OPTIONS, gather, settle
+from sglang_harness.options import COMMON, at, of_runtimes
+from sglang_harness.pytest_plugin.options import gather, settle
 
 if TYPE_CHECKING:
     from sglang_harness.client import Generation
+    from sglang_harness.options import Option
     from sglang_harness.pytest_plugin.options import Wanted
     from sglang_harness.runtime import Runtime
     from sglang_harness.server import Server
@@ -48,8 +50,24 @@ _SPECS: pytest.StashKey[dict[str, ServerSpec]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    _add(parser, [option for option in COMMON if "pytest" in option.doors])
+
+
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> None:
+    """Options of single runtimes are asked of the runtimes, whose modules are not imported where
+    nothing of this plugin is used."""
+    ours = ("--sglang-", "SGLANG_HARNESS_")
+    given = any(w in ("-h", "--help") or w.startswith(ours) for w in (*args, *os.environ))
+    file = early_config.inipath
+    if given or (file and "sglang_" in file.read_text(encoding="utf-8", errors="replace")):
+        _add(parser, of_runtimes())
+
+
+def _add(parser: pytest.Parser, added: Iterable[Option]) -> None:
     group = parser.getgroup("sglang", "SGLang servers (sglang-harness)")
-    for option in OPTIONS:
+    for option in added:
         how: dict[str, Any] = {"dest": option.ini, "default": None}
         if option.kind == "flag":
             how |= {"action": "store_const", "const": True}
@@ -68,8 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; leave out with -m 'not slow'")
     config.stash[_TALLIES] = []
     config.stash[_RUN] = uuid.uuid4().hex[:12]
-    given = any(config.getoption(o.ini, None) not in (None, []) for o in OPTIONS)
-    if given and not hasattr(config, "workerinput"):
+    given = [v for name, v in vars(config.option).items() if name.startswith("sglang_")]
+    if any(value not in (None, []) for value in given) and not hasattr(config, "workerinput"):
         _refuse_slips(config)
 
 
@@ -162,11 +180,16 @@ def _end(*keepers: LocalKeeper) -> None:
 def _wanted(config: pytest.Config) -> Wanted:
     """What the options ask for. Raises :class:`SpecError`."""
 
+    names = {option.name: option.ini for option in at("pytest")}
+
     def ini(name: str) -> Any:
-        return config.getini(next(o.ini for o in OPTIONS if o.name == name))
+        try:
+            return config.getini(names[name])
+        except ValueError:  # of a runtime, and not in the ini file: see above
+            return None
 
     def command_line(name: str) -> Any:
-        return config.getoption(next(o.ini for o in OPTIONS if o.name == name), None)
+        return config.getoption(names[name], None)
 
     return settle(gather(command_line, ini, os.environ))
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 #: Precedence of each source of an option: the lowest number wins.
 COMMAND_LINE, INI, ENVIRONMENT = 0, 1, 2
 
-OPTIONS = options.at("pytest")
-
 
 @dataclass(frozen=True)
 class Given:
@@ -50,7 +48,7 @@ def gather(
         ini: the same for the ini file.
     """
     found = {}
-    for option in OPTIONS:
+    for option in options.at("pytest"):
         written = environment.get(option.variable, "")
         sources = (
             (COMMAND_LINE, command_line(option.name)),
@@ -80,7 +78,7 @@ def _from_environment(option: Option, text: str) -> Any:
 def _without_overridden(given: dict[str, Given]) -> dict[str, Given]:
     """Of options that exclude each other, those of the higher-precedence source stay. A
     contradiction within one source stays too, and is refused by :func:`settle`."""
-    starts = {option.name for option in OPTIONS if option.starts}
+    starts = {option.name for option in options.at("pytest") if option.starts}
     with_url = {"url", "allow-changes", "share"}
     for one, other in ((with_url, starts), ({"image"}, {"version"})):
         sources = [

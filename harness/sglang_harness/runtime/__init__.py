@@ -22,6 +22,7 @@ __all__ = [
     "DeathWatch",
     "Introduction",
     "Kind",
+    "KindOption",
     "Order",
     "Reach",
     "Running",
@@ -279,16 +280,29 @@ class Runtime(Protocol):
 
 
 @dataclass(frozen=True)
+class KindOption:
+    """An option that belongs to one runtime.
+
+    Attributes:
+        name: ``python`` is ``--python`` on the command line, ``--sglang-python`` for pytest.
+        help: one line, without the runtime's name.
+        is_path: its value is a path of this machine.
+    """
+
+    name: str
+    help: str
+    is_path: bool = False
+
+
+@dataclass(frozen=True)
 class Kind:
     """A runtime as the registry lists it.
 
     Attributes:
-        options: names of the options that belong to it alone: ``python`` is ``--python`` on the
-            command line. They are described in :mod:`sglang_harness.options`.
         make: makes the runtime from the values of those of its options that were given, by name.
             Raises :class:`SpecError` where these are invalid or contradictory.
     """
 
     name: str
     make: Callable[[Mapping[str, str | Path]], Runtime]
-    options: tuple[str, ...] = ()
+    options: tuple[KindOption, ...] = ()

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from docker.errors import APIError, DockerException
 from testcontainers.compose import DockerCompose
 
-from sglang_harness._base import assets
+from sglang_harness._base import assets, bounded
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
@@ -31,9 +31,9 @@ from sglang_harness._base.temporary import within_temporary_folder
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.runtime import (
     Kind,
+    KindOption,
     Order,
     Started,
-    bounded,
     cpu_binding,
     engine,
     images,
@@ -515,7 +515,10 @@ def _make(given: Mapping[str, str | Path]) -> ComposeRuntime:
 KIND = Kind(
     "compose",
     _make,
-    ("compose-file", "compose-service"),
+    (
+        KindOption("compose-file", "a compose file of yours", is_path=True),
+        KindOption("compose-service", "the service of your compose file"),
+    ),
 )
 
 

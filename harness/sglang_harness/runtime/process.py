@@ -28,7 +28,7 @@ from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.process import ProcessMemory
-from sglang_harness.runtime import Kind, Order, Started, cpu_binding, images, log_file
+from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, images, log_file
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
@@ -336,7 +336,7 @@ class ProcessRuntime:
 KIND = Kind(
     "process",
     lambda given: ProcessRuntime(Path(given["python"]) if "python" in given else None),
-    ("python",),
+    (KindOption("python", "a Python that has SGLang", is_path=True),),
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import (
     Kind,
+    KindOption,
     Order,
     Running,
     Runtime,
@@ -96,7 +97,7 @@ NAMES = tuple(kind.name for kind in KINDS)
 
 #: Every option that belongs to one runtime. Each says how to start a server, so each contradicts
 #: the address of one that runs already.
-OPTIONS: tuple[str, ...] = tuple(option for kind in KINDS for option in kind.options)
+OPTIONS: tuple[KindOption, ...] = tuple(option for kind in KINDS for option in kind.options)
 
 
 def choose(
@@ -118,7 +119,7 @@ def choose(
     if name not in kinds:
         raise SpecError(f"{prefix}runtime {name!r} is unknown. It can be {', '.join(NAMES)}.")
     values = {option: value for option, value in (given or {}).items() if value is not None}
-    owners = {option: kind for kind in KINDS for option in kind.options}
+    owners = {option.name: kind for kind in KINDS for option in kind.options}
     chosen = kinds[name]
     for option in values:
         if chosen.name == "auto":
