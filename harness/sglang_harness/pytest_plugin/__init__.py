@@ -58,8 +58,7 @@ def pytest_load_initial_conftests(
 ) -> None:
     """Options of single runtimes are asked of the runtimes, whose modules are not imported where
     nothing of this plugin is used."""
-    ours = ("--sglang-", "SGLANG_HARNESS_")
-    given = any(w in ("-h", "--help") or w.startswith(ours) for w in (*args, *os.environ))
+    given = any(word in ("-h", "--help") or word.startswith("--sglang-") for word in args)
     file = early_config.inipath
     if given or (file and "sglang_" in file.read_text(encoding="utf-8", errors="replace")):
         _add(parser, of_runtimes())
