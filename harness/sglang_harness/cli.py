@@ -1,23 +1,25 @@
-"""The command line: ``sglang-harness``. Thin: parses, calls, shows, and exits."""
+"""The command line: ``sglang-harness``. Thin: parses, calls, prints, and exits."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sglang_harness import __version__, report, suite
+from sglang_harness import __version__, options, report, suite
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
 from sglang_harness.report import terminal
-from sglang_harness.spec import from_options
 from sglang_harness.upkeep import kept_servers
 from sglang_harness.verdict import Verdict
 
@@ -26,161 +28,95 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Tells, with evidence, whether an SGLang server can be trusted.",
+    help="Tests an SGLang server and returns a verdict with evidence.",
 )
 console = Console()
 errors = Console(stderr=True)
 
-Image = Annotated[
-    str | None, typer.Option(help="Image to run; without it the pinned one for the device.")
-]
-SglangVersion = Annotated[
-    str | None,
-    typer.Option("--sglang-version", help="Version to build for the CPU, or of the GPU image."),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder, a hub name, 'smollm2' (the default), 'tiny[:SEED]', or a tiny one of "
-        "another architecture: tiny-qwen2, tiny-qwen3, tiny-qwen3-moe, tiny-mixtral."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or gpu.")]
-Gpus = Annotated[str | None, typer.Option(help="all, or indices or UUIDs joined by commas.")]
-RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="auto, docker, compose, or process (no container).")
-]
-Python = Annotated[Path | None, typer.Option(help="Runtime process: a Python that has SGLang.")]
-ComposeFile = Annotated[Path | None, typer.Option(help="Runtime compose: a compose file of yours.")]
-ComposeService = Annotated[
-    str | None, typer.Option(help="Runtime compose: which service of your file.")
-]
-Url = Annotated[
-    str | None,
-    typer.Option(help="Look at a server that runs already; its key comes from SGLANG_API_KEY."),
-]
-AllowChanges = Annotated[
-    bool,
-    typer.Option("--allow-changes", help="With --url: also what changes it and is put back."),
-]
-Share = Annotated[
-    str | None,
-    typer.Option(help="With --url: LOCAL:INSIDE, a folder that the server sees too."),
-]
-Pull = Annotated[str | None, typer.Option(help="missing, always or never.")]
-Port = Annotated[int | None, typer.Option(help="Port on the host; without it a free one.")]
-SpecFile = Annotated[
-    Path | None, typer.Option("--spec", help="YAML file with the fields of a server spec.")
-]
-ServerArg = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--server-arg",
-        help="A flag of SGLang's: name=value, or name. Repeat it for more flags, or more values.",
-    ),
-]
-Start = Annotated[
-    str | None,
-    typer.Option(
-        help="auto, cold (each server as its image starts it) or warm (forked from a parent that "
-        "has imported SGLang)."
-    ),
-]
-StartLimit = Annotated[
-    float | None, typer.Option("--start-timeout", help="Seconds until the first generation.")
-]
-CheckLimit = Annotated[float | None, typer.Option("--check-timeout", help="Seconds a check.")]
-RunLimit = Annotated[float | None, typer.Option("--run-timeout", help="Seconds for all of it.")]
+#: A parameter's type for each kind of option.
+_TYPES: dict[options.Kind, Any] = {
+    "text": str | None,
+    "path": Path | None,
+    "number": int | None,
+    "seconds": float | None,
+    "list": list[str] | None,
+    "flag": bool,
+}
+
+#: What to start, for commands that start one server and nothing else.
+_WHAT = ("image", "version", "model", "device", "gpus", "pull", "port", "spec", "server-arg")
+
+
+def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options ``names`` of the table, and their values by name as its first
+    argument."""
+    chosen = [option for option in options.at("command") if option.name in names]
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            given = {o.name: values.pop(o.name.replace("-", "_")) for o in chosen}
+            command(given, **values)
+
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        added = [
+            inspect.Parameter(
+                option.name.replace("-", "_"),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if option.kind == "flag" else None,
+                annotation=Annotated[
+                    _TYPES[option.kind], typer.Option(option.flag("command"), help=option.help)
+                ],
+            )
+            for option in chosen
+        ]
+        parameters = [*added, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorated
 
 
 @app.command()
+@_with_options(*(option.name for option in options.at("command")))
 def qualify(
-    image: Image = None,
-    sglang_version: SglangVersion = None,
-    model: Model = None,
-    device: Device = None,
-    gpus: Gpus = None,
-    pull: Pull = None,
-    port: Port = None,
-    spec: SpecFile = None,
-    server_arg: ServerArg = None,
-    runtime: RuntimeName = "auto",
-    python: Python = None,
-    compose_file: ComposeFile = None,
-    compose_service: ComposeService = None,
-    url: Url = None,
-    allow_changes: AllowChanges = False,
-    share: Share = None,
-    profile: Annotated[str, typer.Option(help="quick: one server. full: more.")] = "quick",
+    given: dict[str, Any],
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="quick: checks that share one server. full: also checks that start their own."
+        ),
+    ] = "quick",
     select: Annotated[
-        list[str] | None, typer.Option("-k", help="Only checks whose id holds this. Repeatable.")
+        list[str] | None,
+        typer.Option("-k", help="Run only the checks whose id contains this. Repeatable."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out"),
     junit_file: Annotated[
-        Path | None, typer.Option("--junit", help="A second copy of junit.xml.")
+        Path | None, typer.Option("--junit", help="Write a second copy of junit.xml here.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Makes prompts and perturbations repeatable.")] = 0,
-    keep_on_failure: Annotated[
-        bool, typer.Option("--keep-on-failure", help="Leave the server running if it is no pass.")
-    ] = False,
     strict_known: Annotated[
-        bool, typer.Option("--strict-known", help="A listed defect that does not show is red.")
+        bool,
+        typer.Option("--strict-known", help="Fail the run if a known defect no longer reproduces."),
     ] = False,
-    start: Start = None,
-    start_timeout: StartLimit = None,
-    check_timeout: CheckLimit = None,
-    run_timeout: RunLimit = None,
 ) -> None:
-    """Start a server, ask it every question, and judge. Exit code 0 pass, 1 fail, 2 error."""
+    """Start a server, run every check on it, and judge. Exit code 0 pass, 1 fail, 2 error."""
     from sglang_harness.run.qualification import Qualification, Request
-    from sglang_harness.runtime.registry import choose
 
     if profile not in ("quick", "full"):
         raise SpecError(f"--profile {profile!r} is neither 'quick' nor 'full'.")
-    wanted = from_options(
-        spec,
-        {"start": start_timeout, "check": check_timeout, "run": run_timeout},
-        server_arg,
-        image=image,
-        sglang_version=sglang_version,
-        model=model,
-        device=device,
-        gpus=gpus,
-        pull=pull,
-        port=port,
-        start=start,
-    )
-    attachment = kept_servers.attachment(
-        url,
-        allow_changes=allow_changes,
-        share=share,
-        contradicting={
-            "--image": image, "--sglang-version": sglang_version, "--device": device,
-            "--gpus": gpus, "--pull": pull, "--port": port, "--server-arg": server_arg or None,
-            "--spec": spec, "--python": python, "--start": start,
-            "--compose-file": compose_file,
-            "--compose-service": compose_service,
-            "--keep-on-failure": keep_on_failure or None,
-            "--runtime": None if runtime in ("auto", "attach" if url else "") else runtime,
-        },
-    )  # fmt: skip
+    wanted = options.settle(given, "command")
     view = terminal.Terminal(console)
     request = Request(
-        spec=wanted,
+        spec=wanted.spec,
         out=out,
-        runtime=attachment
-        or choose(
-            runtime,
-            {
-                "python": python,
-                "compose-file": compose_file,
-                "compose-service": compose_service,
-            },
-        ),
+        runtime=wanted.runtime,
         profile="full" if profile == "full" else "quick",
         patterns=select or [],
         seed=seed,
-        keep_on_failure=keep_on_failure,
+        keep_on_failure=given["keep-on-failure"],
         strict_known=strict_known,
     )
     run = Qualification(request, view)
@@ -200,64 +136,50 @@ def qualify(
 
 
 @app.command()
-def up(
-    image: Image = None,
-    sglang_version: SglangVersion = None,
-    model: Model = None,
-    device: Device = None,
-    gpus: Gpus = None,
-    pull: Pull = None,
-    port: Port = None,
-    spec: SpecFile = None,
-    server_arg: ServerArg = None,
-    start_timeout: StartLimit = None,
-) -> None:
-    """Start a server and leave it running for you."""
+@_with_options(*_WHAT, "start-timeout")
+def up(given: dict[str, Any]) -> None:
+    """Start a server and keep it running for you."""
     from sglang_harness.server import Server
 
-    wanted = from_options(
-        spec,
-        {"start": start_timeout},
-        server_arg,
-        image=image,
-        sglang_version=sglang_version,
-        model=model,
-        device=device,
-        gpus=gpus,
-        pull=pull,
-        port=port,
-    )
+    wanted = options.settle(given, "command")
     view = terminal.Terminal(console)
     try:
         with interruptions():
-            server = Server.start(wanted, say=view.say, held=True)
-            kept = kept_servers.hold(server)
+            server = Server.start(wanted.spec, say=view.say, held=True)
+            try:
+                kept = kept_servers.hold(server)
+            except BaseException:
+                server.stop(at_once=True)
+                raise
     finally:
         view.close()
     _show_held(kept)
 
 
 @app.command()
+@_with_options("version")
 def warm(
-    sglang_version: SglangVersion = None,
+    given: dict[str, Any],
     runtime: Annotated[str, typer.Option("--runtime", help="auto, docker or process.")] = "auto",
-    python: Python = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Runtime process: a Python that has SGLang.")
+    ] = None,
 ) -> None:
-    """Keep a parent that has imported SGLang: servers forked from it answer in seconds.
+    """Keep a parent process that has imported SGLang: servers forked from it answer in seconds.
 
-    'pytest', and what 'qualify' starts after its first server, find it by themselves. It ends by
-    itself after an hour without use, or by 'down'.
+    'pytest', and what 'qualify' starts after its first server, find it by themselves. It ends
+    after an hour without use, or by 'down'.
     """
     from sglang_harness.runtime.warm.keep import keep_warm
 
     view = terminal.Terminal(console)
-    wanted = from_options(None, {}, None, sglang_version=sglang_version)
+    wanted = options.settle(given, "command")
     try:
         with interruptions():
-            kept, seconds = keep_warm(wanted, runtime, python, view.say)
+            kept, seconds = keep_warm(wanted.spec, runtime, python, view.say)
     finally:
         view.close()
-    how = "is there already" if seconds is None else f"is ready after {seconds:.1f} s"
+    how = "is running already" if seconds is None else f"is ready after {seconds:.1f} s"
     console.print(
         f"A parent of SGLang {kept.version} {how}: [bold]{kept.name}[/bold] ({kept.runtime})\n"
         f"  stop: {_own_command()} down {kept.name}  (it ends by itself after an hour without use)",
@@ -268,50 +190,60 @@ def warm(
 
 @app.command()
 def down(
-    name: Annotated[str | None, typer.Argument(help="Which one; without it all of yours.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which one (default: all of yours).")] = None,
 ) -> None:
-    """Stop servers that 'up' or --keep-on-failure left running, and parents kept by 'warm'."""
+    """Stop servers kept by 'up' or --keep-on-failure, and parents kept by 'warm'."""
     from sglang_harness.runtime.warm import kept_parents
 
     servers = [s for s in kept_servers.held_servers() if name is None or s.name == name]
     parents = [p for p in kept_parents.on_record() if name is None or p.name == name]
     if name is not None and not servers and not parents:
         raise SpecError(
-            f"Nothing that is held is named {name}.", advice="'docker ps' shows what runs."
+            f"No kept server or parent is named {name}.", advice="'docker ps' shows what runs."
         )
-    for server in servers:
-        if failed := kept_servers.release(server):
-            raise HarnessError("; ".join(failed))
-        console.print(f"stopped {server.name}", highlight=False)
-    for parent in parents:
-        if failed := kept_parents.end(parent):
-            raise HarnessError("; ".join(failed))
-        console.print(f"stopped {parent.name}", highlight=False)
+    failed: list[str] = []
+    releases = [(each.name, partial(kept_servers.release, each)) for each in servers]
+    for stopped, release in [*releases, *((p.name, partial(kept_parents.end, p)) for p in parents)]:
+        try:
+            left = release()
+        except HarnessError as error:
+            left = [f"{stopped}: {error}"]
+        failed += left
+        if not left:
+            console.print(f"stopped {stopped}", highlight=False)
+    if failed:
+        raise HarnessError("Not everything could be stopped: " + "; ".join(failed))
     if not servers and not parents:
-        console.print("nothing is held")
+        console.print("nothing is kept")
 
 
 @app.command()
 def sweep(
     everything: Annotated[
-        bool, typer.Option("--all", help="Also what is held, and other live runs' things.")
+        bool,
+        typer.Option(
+            "--all", help="Also remove kept servers and resources of other running sessions."
+        ),
     ] = False,
 ) -> None:
     """Remove what dead runs left on the Docker engine and on disk."""
     from sglang_harness.upkeep.sweep import sweep as sweep_now
 
-    removed, failed = sweep_now(everything=everything)
-    for line in removed:
-        console.print(f"removed {line}", highlight=False)
-    if not removed and not failed:
-        console.print("nothing of ours was left behind")
-    if failed:
-        raise HarnessError("Not everything could be removed: " + "; ".join(failed))
+    swept = sweep_now(everything=everything)
+    for what, lines in (("removed", swept.removed), ("left", swept.left)):
+        for line in lines:
+            console.print(f"{what} {line}", highlight=False, markup=False, soft_wrap=True)
+    if swept.left:
+        console.print("  remove these by hand, or with --all, once nothing uses them")
+    if not swept.removed and not swept.left and not swept.failed:
+        console.print("nothing was left behind")
+    if swept.failed:
+        raise HarnessError("Not everything could be removed: " + "; ".join(swept.failed))
 
 
 @app.command()
 def doctor() -> None:
-    """Look at what is needed: engine, GPU, driver, images, disk, ports, versions."""
+    """Check the prerequisites: engine, GPU, driver, images, disk, ports, versions."""
     from sglang_harness.upkeep.doctor import examine
 
     findings = examine()
@@ -354,9 +286,9 @@ def judge(
 
 @app.command()
 def checks(
-    as_json: Annotated[bool, typer.Option("--json", help="As data.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="As the tables of docs/checks.md.")
+        bool, typer.Option("--markdown", help="Print the tables of docs/checks.md.")
     ] = False,
 ) -> None:
     """List every check: id, sentence, needs, profile."""
@@ -416,12 +348,12 @@ def model(
         str, typer.Argument(help="'smollm2', or 'tiny[-ARCHITECTURE][:SEED]'.")
     ] = "smollm2",
 ) -> None:
-    """Make a model that needs no hub, where it is missing, and print its folder."""
+    """Make a model that needs no hub, unless it is there, and print its folder."""
     from sglang_harness import checkpoint
 
     folder = checkpoint.locate(name, lambda message: errors.print(message, highlight=False))
     if folder is None:
-        raise SpecError(f"{name} is a name on the hub, which the server fetches itself.")
+        raise SpecError(f"{name} is a name on the hub; the server downloads it itself.")
     print(folder)
 
 
@@ -433,7 +365,7 @@ def version() -> None:
 
 def _show_held(server: kept_servers.Held) -> None:
     console.print(
-        f"The server is left running: [bold]{escape(server.address)}[/bold]", highlight=False
+        f"The server keeps running: [bold]{escape(server.address)}[/bold]", highlight=False
     )
     console.print(
         f"  key:  export SGLANG_API_KEY=$({_own_command()} key {server.name})\n"
@@ -445,7 +377,7 @@ def _show_held(server: kept_servers.Held) -> None:
 
 
 def _own_command() -> str:
-    """How this command is called here: by its name where that finds it."""
+    """How this command is called here: by its name, where the search path finds it."""
     called = Path(sys.argv[0])
     named = shutil.which("sglang-harness")
     if called.name != "sglang-harness" or (named and Path(named).samefile(called)):
@@ -454,17 +386,17 @@ def _own_command() -> str:
 
 
 @app.command()
-def key(name: Annotated[str, typer.Argument(help="Name of a held server.")]) -> None:
-    """Print the API key of a held server, for a variable of your shell."""
+def key(name: Annotated[str, typer.Argument(help="Name of a kept server.")]) -> None:
+    """Print the API key of a kept server, for a variable of your shell."""
     for server in kept_servers.held_servers():
         if server.name == name:
             print(server.api_key)
             return
-    raise SpecError(f"No held server is named {name}.")
+    raise SpecError(f"No kept server is named {name}.")
 
 
 def main() -> None:
-    """Entry point. Every mistake of a person ends in one line and exit code 2."""
+    """Entry point. Every mistake in its use ends in one line and exit code 2."""
     try:
         # Without its standalone mode typer hands the exit code back.
         sys.exit(app(standalone_mode=False) or 0)
@@ -484,8 +416,8 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors
-            if words := error.format_message():  # empty where the help was printed already
-                line = f"[bold red]sglang-harness:[/bold red] {escape(words)}"
+            if message := error.format_message():  # empty where the help was printed already
+                line = f"[bold red]sglang-harness:[/bold red] {escape(message)}"
                 errors.print(line, highlight=False, soft_wrap=True)
             sys.exit(2)
         raise

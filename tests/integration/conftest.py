@@ -12,10 +12,10 @@ import pytest
 from commands import COMMAND, COMMAND_LIMIT
 from secret_watch import SecretWatch
 
+from sglang_harness._base.owner import Owner
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
 from sglang_harness.runtime.docker import DockerRuntime
-from sglang_harness.runtime.engine import Owner
 from sglang_harness.server import Server
 from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer
 from sglang_harness.spec import ServerSpec

@@ -72,7 +72,7 @@ def test_twenty_pushes_cost_one_start_and_a_failing_test_shows_its_server(
     done.assert_outcomes(passed=24, failed=1)
     text = done.stdout.str()
     (summary,) = re.findall(
-        r"sglang: 1 server start \((.+) s, 1 of them warm\), put back after 25 tests", text
+        r"sglang: 1 server started \((.+) s, 1 of them warm\); state restored after 25 tests", text
     )
     assert float(summary) > 1
     assert "replaced" not in text
@@ -127,7 +127,7 @@ def test_the_workers_of_xdist_share_one_server_and_one_that_is_killed_takes_noth
     # The test that killed its worker is the one that failed.
     done.assert_outcomes(passed=10, failed=1)
     text = done.stdout.str()
-    assert "sglang: 1 server start " in text
+    assert "sglang: 1 server started " in text
     assert "replaced" not in text
 
 
@@ -175,6 +175,6 @@ def test_a_server_that_dies_under_a_test_is_told_and_replaced(pytester: pytest.P
     done.assert_outcomes(passed=2, errors=1)
     text = done.stdout.str()
     assert "ServerDied: The server ended (exit code 137)" in text
-    assert "sglang: 2 server starts" in text
+    assert "sglang: 2 servers started" in text
     assert "sglang: a server was replaced: The server ended (exit code 137)" in text
     assert "Traceback" not in text

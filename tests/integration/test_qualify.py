@@ -162,14 +162,14 @@ def test_a_failed_run_can_keep_its_server_for_a_person(tmp_path: Path, command: 
         "-k", "generate/logprobs",
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "left running" in done.stdout
+    assert "keeps running" in done.stdout
     (address,) = re.findall(r"http://127\.0\.0\.1:\d+", done.stdout)
     (name,) = set(re.findall(r"sglang-harness-[0-9a-f]{8}", done.stdout))
     try:
         key = command("key", name).stdout.strip()
         headers = {"Authorization": f"Bearer {key}"}
         assert requests.get(f"{address}/model_info", headers=headers, timeout=10).status_code == 200
-        assert name not in command("sweep").stdout, "a held server is not swept"
+        assert name not in command("sweep").stdout, "a kept server is not swept"
     finally:
         stopped = command("down")
     assert f"stopped {name}" in stopped.stdout

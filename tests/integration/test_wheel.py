@@ -101,4 +101,4 @@ def test_the_readmes_example_runs_as_pasted_in_a_folder_of_its_own(
     done = run(python, "-m", "pytest", "-p", "no:cacheprovider", cwd=project)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert "2 passed" in done.stdout
-    assert "sglang: 1 server start (" in done.stdout
+    assert "sglang: 1 server started (" in done.stdout

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from scripted_server import Answer, ScriptedServer
 
+from sglang_harness import options
 from sglang_harness.client import Client, RequestsTransport, calls
 from sglang_harness.errors import AttachError, ReadOnly, SpecError
 from sglang_harness.runtime.attach import AttachedServer, Attachment, SharedFolder
@@ -143,26 +144,44 @@ def test_a_shared_folder_that_cannot_be_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("given", "words"),
     [
-        ({"url": None, "allow_changes": True}, "--url is missing"),
-        ({"url": None, "share": "/tmp"}, "--url is missing"),
-        ({"url": None, "contradicting": {"--runtime": "attach"}}, "--url"),
-        ({"url": "http://h:1", "contradicting": {"--image": "x"}}, "--image"),
-        ({"url": "http://h:1", "contradicting": {"--port": 1, "--gpus": None}}, "--port"),
+        ({"allow-changes": True}, "--allow-changes applies to a running server, and --url is miss"),
+        ({"share": "/tmp"}, "--share applies to a running server, and --url is missing"),
+        ({"runtime": "attach"}, "the server's URL: --url"),
+        ({"url": "http://h:1", "image": "x"}, "--image says how to start one"),
+        ({"url": "http://h:1", "port": 1, "gpus": None}, "--port says how"),
+        ({"url": "http://h:1", "version": "0.5.23"}, "--sglang-version says how"),
+        ({"url": "http://h:1", "runtime": "docker"}, "--runtime says how"),
+        ({"url": "http://h:1", "keep-on-failure": True}, "--keep-on-failure says how"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(options, words):
+def test_options_that_contradict_each_other_are_refused(given, words):
     with pytest.raises(SpecError, match=words):
-        kept_servers.attachment(**options)
+        options.settle(given, "command")
+
+
+@pytest.mark.parametrize("door", ["command", "pytest"])
+def test_every_option_that_says_how_to_start_a_server_contradicts_a_url(door):
+    for option in options.at(door):
+        given = {"url": "http://h:1", option.name: "docker"}
+        if option.starts:
+            with pytest.raises(SpecError, match=f"{option.flag(door)} says how to start one"):
+                options.settle(given, door)
+
+
+def test_a_runtime_that_is_named_for_a_url_is_attach():
+    for runtime in ("auto", "attach"):
+        given = {"url": "http://h:1", "runtime": runtime}
+        assert options.settle(given, "command").runtime.name == "attach"
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("SGLANG_API_KEY", raising=False)
-    assert kept_servers.attachment("http://h:1").api_key is None
+    assert options.attached({"url": "http://h:1"}, "command").api_key is None
     monkeypatch.setenv("SGLANG_API_KEY", "from-the-environment")
-    assert kept_servers.attachment("http://h:1").api_key == "from-the-environment"
+    assert options.attached({"url": "http://h:1"}, "command").api_key == "from-the-environment"
 
 
 def test_what_this_user_holds_is_known_by_its_address(
@@ -176,7 +195,7 @@ def test_what_this_user_holds_is_known_by_its_address(
     )  # fmt: skip
     record.file.parent.mkdir(parents=True)
     record.file.write_text(record.model_dump_json())
-    known = kept_servers.attachment("http://127.0.0.1:5/")
+    known = options.attached({"url": "http://127.0.0.1:5/"}, "command")
     assert known.api_key == "kept-on-record"
     assert known.model == tmp_path
     assert known.shared.share(tmp_path / "w") == PurePosixPath("/exchange/w")

@@ -37,7 +37,7 @@ def holder(path: Path, name: str = "gw1") -> subprocess.Popen[str]:
     return process
 
 
-def test_whoever_waits_too_long_is_told_who_has_it_and_for_what(tmp_path: Path) -> None:
+def test_a_timeout_names_the_holder_and_its_purpose(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holder(path) as other:
         with pytest.raises(LeaseTaken) as taken:
@@ -46,11 +46,12 @@ def test_whoever_waits_too_long_is_told_who_has_it_and_for_what(tmp_path: Path) 
         assert f"gw1 (process {other.pid})" in words
         assert "for a long test" in words
         assert "last heartbeat 0 s ago" in words or "last heartbeat 1 s ago" in words
+        assert "has held the lease for" in words, "GPUs are leased too"
         assert "Traceback" not in words
         other.communicate("\n", timeout=10)
 
 
-def test_it_passes_on_as_soon_as_it_is_given_back(tmp_path: Path) -> None:
+def test_it_passes_on_as_soon_as_it_is_released(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     with holder(path) as other:
         assert other.stdin is not None
@@ -81,7 +82,7 @@ def test_the_lease_of_a_dead_holder_is_free_at_once_and_says_who_died(tmp_path: 
     lease.release()
 
 
-def test_a_holder_shows_signs_of_life(tmp_path: Path) -> None:
+def test_a_holder_has_a_heartbeat(tmp_path: Path) -> None:
     path = tmp_path / "lease"
     lease = Lease(path, "gw0")
     lease.acquire("mine", timeout=1)

@@ -21,11 +21,12 @@ from fake_docker import refusal
 from scripted_server import BOUND, Answer, ScriptedServer
 
 from sglang_harness._base import assets, bounded
+from sglang_harness._base.owner import Owner
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import EngineError, ImageError, Interrupted, SpecError
 from sglang_harness.runtime import engine, images
 from sglang_harness.runtime.device import choose, engine_gives_gpus, gpus
-from sglang_harness.runtime.engine import Owner, seconds_since
+from sglang_harness.runtime.engine import seconds_since
 from sglang_harness.spec import ServerSpec
 
 # --- owners -------------------------------------------------------------------------------------

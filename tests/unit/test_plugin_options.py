@@ -6,17 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_harness import options
 from sglang_harness.errors import SpecError
 from sglang_harness.pytest_plugin.options import (
     COMMAND_LINE,
     ENVIRONMENT,
     INI,
-    OPTIONS,
     gather,
     settle,
 )
 
 pytest_plugins = ["pytester"]
+
+OPTIONS = options.at("pytest")
 
 
 def gathered(command_line=None, ini=None, environment=None):
@@ -26,14 +28,18 @@ def gathered(command_line=None, ini=None, environment=None):
 def test_the_command_line_wins_over_ini_over_environment() -> None:
     environment = {"SGLANG_HARNESS_MODEL": "e", "SGLANG_HARNESS_DEVICE": "cpu"}
     given = gathered({"model": "c"}, {"model": "i", "gpus": "0"}, environment)
-    assert {n: (g.value, g.place) for n, g in given.items()} == {
+    assert {n: (g.value, g.source) for n, g in given.items()} == {
         "model": ("c", COMMAND_LINE),
         "gpus": ("0", INI),
         "device": ("cpu", ENVIRONMENT),
     }
 
 
-@given(st.lists(st.sampled_from([o.name for o in OPTIONS if o.kind == "text"]), unique=True))
+@given(
+    st.lists(
+        st.sampled_from([o.name for o in OPTIONS if o.kind not in ("flag", "list")]), unique=True
+    )
+)
 def test_an_option_means_the_same_wherever_it_is_written(names: list[str]) -> None:
     written = dict.fromkeys(names, "x")
     variables = {o.variable: "x" for o in OPTIONS if o.name in written}
@@ -45,19 +51,19 @@ def test_an_option_means_the_same_wherever_it_is_written(names: list[str]) -> No
     assert values[0] == written
 
 
-def test_an_address_on_the_command_line_outvotes_an_image_in_the_ini_file() -> None:
+def test_an_address_on_the_command_line_overrides_an_image_in_the_ini_file() -> None:
     given = gathered({"url": "http://127.0.0.1:1"}, {"image": "a", "runtime": "docker"})
     assert set(given) == {"url"}
     assert settle(given).runtime.name == "attach"
 
 
-def test_an_image_on_the_command_line_outvotes_an_address_in_the_environment() -> None:
+def test_an_image_on_the_command_line_overrides_an_address_in_the_environment() -> None:
     environment = {"SGLANG_HARNESS_URL": "http://127.0.0.1:1", "SGLANG_HARNESS_SHARE": "/tmp"}
     wanted = settle(gathered({"image": "a"}, None, environment))
     assert (wanted.spec.image, wanted.runtime.name) == ("a", "auto")
 
 
-def test_a_version_on_the_command_line_outvotes_an_image_in_the_ini_file() -> None:
+def test_a_version_on_the_command_line_overrides_an_image_in_the_ini_file() -> None:
     wanted = settle(gathered({"version": "0.5.20"}, {"image": "a"}))
     assert (wanted.spec.image, wanted.spec.sglang_version) == (None, "0.5.20")
 
@@ -74,14 +80,14 @@ def test_a_version_on_the_command_line_outvotes_an_image_in_the_ini_file() -> No
         ({"share": "/tmp"}, "--sglang-url is missing"),
         ({"runtime": "podman"}, "podman"),
         ({"python": "/bin/python", "runtime": "docker"}, "process"),
-        ({"start-timeout": "soon"}, "'soon' is no number of seconds"),
+        ({"start-timeout": "soon"}, "'soon' is not a number of seconds"),
         ({"start-timeout": "-1"}, "start"),
-        ({"lease-timeout": "x"}, "no number of seconds"),
+        ({"lease-timeout": "x"}, "--sglang-lease-timeout .* not a number of seconds"),
         ({"server-arg": ["port=3"]}, "set by the harness"),
         ({"spec": "/no/such/file.yaml"}, "cannot be read"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_words(options: dict, words: str) -> None:
+def test_invalid_option_combinations_are_rejected_with_a_reason(options: dict, words: str) -> None:
     with pytest.raises(SpecError, match=words):
         settle(gathered(options))
 
@@ -226,3 +232,21 @@ def test_the_plugin_imports_nothing_heavy_until_it_is_asked(pytester: pytest.Pyt
         """
     )
     run(pytester, "-p", "no:hypothesispytest").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("where", ["command line", "ini", "environment"])
+def test_an_option_of_one_runtime_is_taken_from_each_source(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    words: tuple[str, ...] = ()
+    if where == "command line":
+        words = ("--sglang-python", "/nowhere/python")
+    elif where == "ini":
+        pytester.makeini("[pytest]\nsglang_python = /nowhere/python\n")
+    else:
+        monkeypatch.setenv("SGLANG_HARNESS_PYTHON", "/nowhere/python")
+    pytester.makepyfile(
+        "def test_x(sglang_runtime): assert sglang_runtime.name == 'process', sglang_runtime.name"
+    )
+    done = run(pytester, "-W", "error", *words)
+    done.assert_outcomes(passed=1)

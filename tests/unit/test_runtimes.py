@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,14 @@ import pytest
 from fake_docker import FakeDocker
 from scripted_server import Answer, ScriptedServer
 
-from sglang_harness import checkpoint
+from sglang_harness import checkpoint, options
 from sglang_harness.errors import AttachError, EngineError, SpecError
 from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Running, Runtime, registry
 from sglang_harness.runtime.attach import Attachment, SharedFolder
 from sglang_harness.runtime.compose import Project
 from sglang_harness.runtime.docker import SGLangServerContainer
 from sglang_harness.server import Server
-from sglang_harness.sharing.xdist import BorrowedServer, Lender
+from sglang_harness.sharing.xdist import RemoteServer, ServerOwner
 from sglang_harness.spec import ServerSpec
 
 GENERATED = {
@@ -101,6 +102,8 @@ def test_every_option_belongs_to_one_runtime() -> None:
     names = [option.name for option in registry.OPTIONS]
     assert len(names) == len(set(names))
     assert {"python", "compose-file", "compose-service"} <= set(names)
+    described = {option.name for option in options.table() if option.starts}
+    assert set(names) <= described, "the command line and pytest take it"
 
 
 # --- a server that runs already -------------------------------------------------------------------
@@ -160,25 +163,27 @@ def test_what_a_verdict_cannot_vouch_for_is_the_runtimes_to_say(allow: bool, wor
 
 
 class Asked:
-    """Answers a borrower's questions in this process."""
+    """Answers a worker's questions in this process."""
 
-    def __init__(self, lender: Lender) -> None:
-        self._lender = lender
+    def __init__(self, owner: ServerOwner) -> None:
+        self._answers = owner.answers()
 
-    def ask(self, question: str, *arguments: Any) -> Any:
-        return getattr(self._lender, question)(*arguments)
+    def ask(self, question: str, *arguments: Any, timeout: float | None = 0.0) -> Any:
+        del timeout
+        return self._answers[question](*arguments)
 
 
 @pytest.mark.parametrize("shares", [True, False])
-def test_a_worker_knows_of_a_borrowed_server_what_its_owner_knows(
+def test_a_worker_knows_of_the_shared_server_what_its_owner_knows(
     tmp_path: Path, shares: bool
 ) -> None:
     # A worker took each server for one that reads this machine's files.
     folder = SharedFolder.parse(f"{tmp_path}:/inside") if shares else None
     with served() as http:
-        lender = Lender()
-        lender.configure(ServerSpec(), Attachment(http.url, shared=folder))
-        running = BorrowedServer(lender.loan(), Asked(lender))  # type: ignore[arg-type]
+        owner = ServerOwner()
+        threading.Thread(target=owner.work, daemon=True).start()
+        owner.configure(ServerSpec(), Attachment(http.url, shared=folder))
+        running = RemoteServer(owner.handle(), Asked(owner))  # type: ignore[arg-type]
         assert not running.owned
         assert not running.may_change
         assert running.cores() == []
@@ -190,7 +195,7 @@ def test_a_worker_knows_of_a_borrowed_server_what_its_owner_knows(
         if shares:
             assert str(running.share(tmp_path / "x")) == "/inside/x"
         running.end()
-        lender.close()
+        assert owner.close() == []
 
 
 # --- connections to the engine --------------------------------------------------------------------

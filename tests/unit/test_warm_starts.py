@@ -629,11 +629,11 @@ def test_what_is_left_of_a_kept_parent_that_has_ended_is_swept(state: Path, tmp_
     kept = kept_parents.keep("process", recipe, "", quiet)
     found = kept_parents.find("process", recipe)
     assert found is not None
-    assert kept_parents.sweep() == [], "it lives"
+    assert kept_parents.sweep() == ([], []), "it lives"
     found.preloaded.ask("quit")
     found.end()
     assert kept_parents.find("process", recipe) is None
-    assert kept_parents.sweep() == [kept.name]
+    assert kept_parents.sweep() == ([kept.name], [])
     assert not Path(kept.folder).exists()
     assert not kept.file.exists()
 

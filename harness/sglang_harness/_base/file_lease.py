@@ -1,4 +1,4 @@
-"""One thing, several processes, one user at a time: a lease that says who holds it."""
+"""A resource for one process at a time: a file lock with a record of its holder."""
 
 from __future__ import annotations
 
@@ -58,10 +58,21 @@ class Lease:
 
     Args:
         path: of the lock; ``path.holder`` is written beside it.
-        name: of the one who asks, such as ``gw1``.
+        name: of this process, such as ``gw1``.
+        what: what is leased, for messages.
+        advice: what to do where it was not free.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        what: str = "the lease",
+        advice: str = "Wait longer, or end that process.",
+    ) -> None:
+        self._what = what
+        self._advice = advice
         self._path = path
         self._locked: int | None = None
         """The descriptor of the locked file."""
@@ -79,10 +90,10 @@ class Lease:
         """Waits up to ``timeout`` seconds.
 
         Returns:
-            the holder that died without releasing it; ``None`` where none did.
+            the previous holder, where it died without releasing the lease; else ``None``.
 
         Raises:
-            LeaseTaken: the time is over; says who holds it, for what, and since when.
+            LeaseTaken: the time is over; names the holder, its purpose, and since when.
         """
         until = time.monotonic() + timeout
         while (locked := _lock(self._path)) is None:
@@ -98,7 +109,7 @@ class Lease:
         return before
 
     def release(self) -> None:
-        """Releases it; from any thread. Again: nothing."""
+        """Releases it, from any thread. Called again, it does nothing."""
         locked, self._locked = self._locked, None
         if locked is None:
             return
@@ -128,16 +139,19 @@ class Lease:
     def _taken(self, waited: float) -> LeaseTaken:
         holder = self.holder()
         if holder is None:
-            return LeaseTaken(f"The lease {self._path} was not free for {waited:g} s.")
+            return LeaseTaken(
+                f"{self._what[:1].upper()}{self._what[1:]} was not free within {waited:g} s "
+                f"({self._path})."
+            )
         try:
             silent = time.time() - self._holder.stat().st_mtime
         except OSError:
             silent = 0.0
         return LeaseTaken(
-            f"{holder.name} (process {holder.pid}) has held the lease for "
+            f"{holder.name} (process {holder.pid}) has held {self._what} for "
             f"{time.time() - holder.since:.0f} s for {holder.purpose}; "
             f"last heartbeat {silent:.0f} s ago.",
-            advice="Wait longer, or give each worker a server of its own.",
+            advice=self._advice,
         )
 
 

@@ -15,6 +15,29 @@ def cache() -> Path:
 
 
 def state() -> Path:
-    """What is needed to find and stop servers that are held for a person."""
+    """Records of servers and parents that are kept for a person: ``held/*.json`` and
+    ``parents/*.json``."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "sglang-harness"
+
+
+def on_record(state: Path, run_id: str) -> bool:
+    """Whether a record in the state folder ``state`` keeps the things of the run ``run_id``; true
+    as well where this user may not look, because then nobody here can tell."""
+    for kind in ("held", "parents"):
+        try:
+            files = list((state / kind).iterdir())
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except (OSError, ValueError):
+                return True
+            if f'"{run_id}"' in text:
+                return True
+    return False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become one exception, once; what cleans up is not interrupted again."""
+"""Ctrl-C and SIGTERM raise one exception, once; the clean-up is not interrupted again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Interruptions:
         self._calm = False
 
     def calm(self) -> None:
-        """From now on a signal is remembered and raises nothing: cleaning up has begun."""
+        """From now on a signal is recorded and raises nothing: the clean-up has begun."""
         self._calm = True
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
@@ -37,8 +37,8 @@ class Interruptions:
 def interruptions() -> Iterator[Interruptions]:
     """Inside, the first SIGINT or SIGTERM raises :class:`Interrupted` in the main thread.
 
-    Later ones are remembered and ignored until the block is left, so that a second Ctrl-C
-    cannot leave a container behind. Elsewhere than in the main thread this does nothing.
+    Later ones are ignored until the block is left, so that a second Ctrl-C cannot leave a
+    container behind. In other threads than the main one this does nothing.
     """
     state = Interruptions()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""The pytest plugin: fixtures on a real SGLang server. Thin; what it does lies elsewhere.
+"""The pytest plugin: fixtures on a real SGLang server. Thin: the work is done elsewhere.
 
 Imported by every pytest run where the package is installed, so it imports nothing else until a
 test asks for one of its fixtures.
@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from sglang_harness.pytest_plugin.options import OPTIONS, gather, settle
+from sglang_harness.options import COMMON, at, of_runtimes
+from sglang_harness.pytest_plugin.options import gather, settle
 
 if TYPE_CHECKING:
     from sglang_harness.client import Generation
+    from sglang_harness.options import Option
     from sglang_harness.pytest_plugin.options import Wanted
     from sglang_harness.runtime import Runtime
     from sglang_harness.server import Server
-    from sglang_harness.sharing.rpc import OpenCounter
-    from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer, Tally
-    from sglang_harness.sharing.xdist import Lender
+    from sglang_harness.sharing.owner_process import OwnerProcess
+    from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer
+    from sglang_harness.sharing.tally import Tally
     from sglang_harness.spec import ServerSpec
     from sglang_harness.weights import PushReport
 
@@ -34,32 +36,48 @@ LOG_LINES = 60
 _INI_TYPES: dict[str, Literal["bool", "linelist", "string"]] = {
     "flag": "bool",
     "list": "linelist",
-    "text": "string",
 }
 
 _FAILED = pytest.StashKey[bool]()
 _SERVERS: pytest.StashKey[list[tuple[str, Server]]] = pytest.StashKey()
 _LOST_LOG = pytest.StashKey[str]()
 _RUN = pytest.StashKey[str]()
-_COUNTER: pytest.StashKey[OpenCounter] = pytest.StashKey()
+_OWNER: pytest.StashKey[OwnerProcess] = pytest.StashKey()
+_SESSION: pytest.StashKey[SessionServer] = pytest.StashKey()
 _IN_ORDER: pytest.StashKey[ExitStack] = pytest.StashKey()
 _TALLIES: pytest.StashKey[list[Tally]] = pytest.StashKey()
 _SPECS: pytest.StashKey[dict[str, ServerSpec]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    _add(parser, [option for option in COMMON if "pytest" in option.doors])
+
+
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> None:
+    """Options of single runtimes are asked of the runtimes, whose modules are not imported where
+    nothing of this plugin is used."""
+    given = any(word in ("-h", "--help") or word.startswith("--sglang-") for word in args)
+    file = early_config.inipath
+    if given or (file and "sglang_" in file.read_text(encoding="utf-8", errors="replace")):
+        _add(parser, of_runtimes())
+
+
+def _add(parser: pytest.Parser, added: Iterable[Option]) -> None:
     group = parser.getgroup("sglang", "SGLang servers (sglang-harness)")
-    for option in OPTIONS:
-        words: dict[str, Any] = {"dest": option.ini, "default": None}
+    for option in added:
+        how: dict[str, Any] = {"dest": option.ini, "default": None}
         if option.kind == "flag":
-            words |= {"action": "store_const", "const": True}
+            how |= {"action": "store_const", "const": True}
         elif option.kind == "list":
-            words |= {"action": "append", "metavar": "FLAG"}
+            how |= {"action": "append", "metavar": "FLAG"}
         else:
-            words |= {"metavar": "VALUE"}
-        group.addoption(option.flag, help=option.help, **words)
-        help = f"{option.flag}: {option.help}"
-        parser.addini(option.ini, help, type=_INI_TYPES[option.kind], default=None)
+            how |= {"metavar": "VALUE"}
+        flag, help = option.flag("pytest"), option.help.replace("%", "%%")
+        group.addoption(flag, help=help, **how)
+        kind = _INI_TYPES.get(option.kind, "string")
+        parser.addini(option.ini, f"{flag}: {option.help}", type=kind, default=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,68 +85,110 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; leave out with -m 'not slow'")
     config.stash[_TALLIES] = []
     config.stash[_RUN] = uuid.uuid4().hex[:12]
-    given = any(config.getoption(o.ini, None) not in (None, []) for o in OPTIONS)
-    if given and not hasattr(config, "workerinput"):
+    given = [v for name, v in vars(config.option).items() if name.startswith("sglang_")]
+    if any(value not in (None, []) for value in given) and not hasattr(config, "workerinput"):
         _refuse_slips(config)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Options in files and in the environment count only for tests that use a server."""
     if hasattr(session.config, "workerinput"):
-        return  # a worker's usage error would be told as a crash; its tests tell it in a line
+        return  # a worker's usage error would look like a crash; its tests report it in a line
     if any("sglang_spec" in getattr(item, "fixturenames", ()) for item in session.items):
         _refuse_slips(session.config)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """pytest-xdist's controller keeps the server that its workers share."""
+    """pytest-xdist's controller has a process that owns the server of its workers."""
     stash = node.config.stash
-    if _COUNTER not in stash:
-        from sglang_harness.sharing.rpc import OpenCounter
+    if _OWNER not in stash:
+        from sglang_harness.sharing.owner_process import OwnerProcess
 
-        def lender() -> Lender:
-            from sglang_harness.sharing.xdist import Lender
-
-            return Lender()
-
-        stash[_COUNTER] = OpenCounter(lender)
+        stash[_OWNER] = OwnerProcess()
         stash[_IN_ORDER] = ExitStack()
         stash[_IN_ORDER].enter_context(_sigterm_ends_in_order())
-    counter = stash[_COUNTER].counter
-    node.workerinput["sglang_counter"] = (counter.socket, counter.key)
+    client = stash[_OWNER].client
+    node.workerinput["sglang_owner"] = (client.socket, client.key)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker's own figures; one that crashed has none."""
-    from sglang_harness.sharing.shared_server import Tally
+    """A worker's own figures; a worker that crashed has none."""
+    from sglang_harness.sharing.tally import Tally
 
     for told in getattr(node, "workeroutput", {}).get("sglang", ()):
         node.config.stash[_TALLIES].append(Tally(**told))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+# Around all others: a worker that waits for a server is answered before xdist ends the workers, and
+# the folder that they share is removed afterwards.
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     config = session.config
-    if hasattr(config, "workeroutput"):
-        config.workeroutput["sglang"] = [vars(tally) for tally in config.stash[_TALLIES]]
-    elif _COUNTER in config.stash:
-        lender: Any = config.stash[_COUNTER].answering
-        config.stash[_COUNTER].close()
-        if lender is not None:
-            lender.close()
-            config.stash[_TALLIES].append(lender.tally)
+    if _SESSION in config.stash:
+        # A test that still has its server now was interrupted.
+        config.stash[_SESSION].ending = True
+    _end_owner(config)
+    try:
+        yield
+    finally:
+        _remove_owner(config)
+        if hasattr(config, "workeroutput"):
+            config.workeroutput["sglang"] = [vars(tally) for tally in config.stash[_TALLIES]]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A session that never began has no end, and may have an owner."""
+    _end_owner(config)
+    _remove_owner(config)
+
+
+def _end_owner(config: pytest.Config) -> None:
+    if (owner := config.stash.get(_OWNER, None)) is not None:
+        with _uninterrupted():
+            config.stash[_TALLIES].append(owner.close())
         config.stash[_IN_ORDER].close()
+
+
+def _remove_owner(config: pytest.Config) -> None:
+    if (owner := config.stash.get(_OWNER, None)) is not None:
+        del config.stash[_OWNER]
+        config.stash[_TALLIES][-1].left += owner.remove()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ends a server: a second Ctrl-C, or one that comes now, waits until that is done."""
+    from sglang_harness._base.signals import interruptions
+
+    with interruptions() as signals:
+        signals.calm()
+        yield
+    if signals.seen is not None:
+        raise pytest.exit.Exception(str(signals.seen), returncode=128 + signals.seen.signal_number)
+
+
+def _end(*keepers: LocalKeeper) -> None:
+    """Ends servers of this process; what could not be removed is told at the end of the run."""
+    with _uninterrupted():
+        for keeper in keepers:
+            keeper.tally.left += keeper.close()
 
 
 def _wanted(config: pytest.Config) -> Wanted:
     """What the options ask for. Raises :class:`SpecError`."""
 
+    names = {option.name: option.ini for option in at("pytest")}
+
     def ini(name: str) -> Any:
-        return config.getini(next(o.ini for o in OPTIONS if o.name == name))
+        try:
+            return config.getini(names[name])
+        except ValueError:  # of a runtime, and not in the ini file: see above
+            return None
 
     def command_line(name: str) -> Any:
-        return config.getoption(next(o.ini for o in OPTIONS if o.name == name), None)
+        return config.getoption(names[name], None)
 
     return settle(gather(command_line, ini, os.environ))
 
@@ -145,14 +205,14 @@ def _refuse_slips(config: pytest.Config) -> None:
 
 @contextmanager
 def _sigterm_ends_in_order() -> Iterator[None]:
-    """A CI job that is called off ends its tests with SIGTERM, which Python dies of on the spot;
-    inside, the first one ends the run as ``pytest.exit`` does, so that no container stays. Who
-    has a handler of their own keeps it."""
+    """A cancelled CI job gets SIGTERM, of which Python dies without any clean-up. Inside, the first
+    one ends the run as ``pytest.exit`` does, so that no container stays. A handler that was set
+    elsewhere is kept."""
     import signal
     import threading
 
     def end(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what gives servers back is not interrupted
+        signal.signal(number, signal.SIG_IGN)  # the clean-up is not interrupted
         raise pytest.exit.Exception("SIGTERM", returncode=128 + number)
 
     ours = (
@@ -171,28 +231,29 @@ def _sigterm_ends_in_order() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _in_order() -> Iterator[None]:
-    """Every fixture that may start a server stands on this one."""
+    """Every fixture that may start a server depends on this one."""
     with _sigterm_ends_in_order():
         yield
 
 
 @pytest.fixture(scope="session")
 def sglang_spec(pytestconfig: pytest.Config) -> ServerSpec:
-    """What to run, by the options. Override it in a conftest.py to say it in Python."""
+    """What to run, by the options. Override it in a conftest.py to set it in Python."""
     with _one_line(None):
         return _wanted(pytestconfig).spec
 
 
 @pytest.fixture(scope="session")
 def sglang_runtime(pytestconfig: pytest.Config) -> Runtime:
-    """How servers come to be, by the options."""
+    """How servers are started, by the options."""
     with _one_line(None):
         return _wanted(pytestconfig).runtime
 
 
 @pytest.fixture(scope="session")
 def _parents_stay(sglang_runtime: Runtime, _in_order: None) -> Iterator[None]:
-    """A session may start more than one server: what makes the next start faster is kept."""
+    """A session may start more than one server: preloaded parents, from which the next start is
+    faster, are kept."""
     with sglang_runtime.keeping_parents():
         yield
 
@@ -207,28 +268,41 @@ def _sglang_session(
     """The session's server: this process's own, or one that xdist's workers share."""
     from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer
 
-    shared = getattr(pytestconfig, "workerinput", {}).get("sglang_counter")
+    shared = getattr(pytestconfig, "workerinput", {}).get("sglang_owner")
     wanted = _wanted(pytestconfig)
     if shared and not wanted.own_server:
         from sglang_harness._base.file_lease import Lease
-        from sglang_harness.sharing.rpc import Counter
-        from sglang_harness.sharing.xdist import Borrower
+        from sglang_harness.sharing.rpc import RpcClient
+        from sglang_harness.sharing.xdist import RemoteKeeper
 
-        counter = Counter(*shared)
-        # The lock lies beside the socket: one of this run alone, gone with it.
-        lease = Lease(Path(counter.socket).with_name("lease"), os.environ["PYTEST_XDIST_WORKER"])
+        owner = RpcClient(*shared)
+        # The lock is beside the socket: it belongs to this run alone and is removed with it.
+        lease = Lease(
+            Path(owner.socket).with_name("lease"),
+            os.environ["PYTEST_XDIST_WORKER"],
+            what="the shared server",
+            advice="Wait longer (--sglang-lease-timeout), or use --sglang-own-server.",
+        )
         with _one_line(None):
-            counter.ask("configure", sglang_spec, sglang_runtime)
-        borrowed = SessionServer(Borrower(counter), lease=lease, patience=wanted.lease_timeout)
-        pytestconfig.stash[_TALLIES].append(borrowed.keeper.tally)
-        yield borrowed
+            owner.ask("configure", sglang_spec, sglang_runtime)
+        keeper = RemoteKeeper(owner)
+        pytestconfig.stash[_TALLIES].append(keeper.tally)
+        yield _known(
+            pytestconfig, SessionServer(keeper, lease=lease, patience=wanted.lease_timeout)
+        )
         return
     own = LocalKeeper(sglang_spec, sglang_runtime, run_id=pytestconfig.stash[_RUN])
     pytestconfig.stash[_TALLIES].append(own.tally)
     try:
-        yield SessionServer(own)
+        yield _known(pytestconfig, SessionServer(own))
     finally:
-        own.close()
+        _end(own)
+
+
+def _known(config: pytest.Config, session_server: SessionServer) -> SessionServer:
+    """Remembers the session's server for the end of the session."""
+    config.stash[_SESSION] = session_server
+    return session_server
 
 
 def _another(spec: ServerSpec) -> ServerSpec:
@@ -238,7 +312,7 @@ def _another(spec: ServerSpec) -> ServerSpec:
 
 @contextmanager
 def _one_line(item: pytest.Item | None) -> Iterator[None]:
-    """Errors of the harness end a test with their words, not with a stack trace."""
+    """Errors of the harness end a test with their message, without a stack trace."""
     from sglang_harness.errors import HarnessError
 
     try:
@@ -250,7 +324,7 @@ def _one_line(item: pytest.Item | None) -> Iterator[None]:
 
 
 def _lend(item: pytest.Item, name: str, server: Server) -> Server:
-    """Remembers which servers a test has used, and leaves out what they cannot give it."""
+    """Remembers which servers a test has used, and skips it where it needs a GPU they lack."""
     item.stash.setdefault(_SERVERS, []).append((name, server))
     if item.get_closest_marker("gpu") and server.device != "gpu":
         pytest.skip("needs a GPU, and the server runs on a CPU")
@@ -258,7 +332,7 @@ def _lend(item: pytest.Item, name: str, server: Server) -> Server:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test that needs a GPU does not start a server to find out that there is none."""
+    """Skips a test that needs a GPU before a server is started, where there is none."""
     if item.get_closest_marker("gpu") and "sglang_spec" in getattr(item, "fixturenames", ()):
         from sglang_harness.runtime.device import gpus
 
@@ -273,10 +347,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def sglang_server(
     request: pytest.FixtureRequest, _sglang_session: SessionServer
 ) -> Iterator[Server]:
-    """The session's server, lent to one test at a time.
+    """The session's server, used by one test at a time.
 
-    After the test the server itself is asked what differs (weights, labels, adapters, pause),
-    and that is put back; where it cannot be, the next test gets another server.
+    After the test the plugin compares the server with its first state (weights, labels, adapters,
+    pause) and restores any difference; where it cannot, the next test gets another server.
     """
     item = request.node
     with _one_line(item):
@@ -297,7 +371,7 @@ def _given_back(item: pytest.Item, borrowing: Any) -> Iterator[None]:
             try:
                 borrowing.__exit__(None, None, None)
             except ServerDied:
-                # A test that failed has told of it already.
+                # The report of a test that failed has it already.
                 if not item.stash.get(_FAILED, False):
                     raise
 
@@ -309,7 +383,7 @@ def fresh_sglang_server(
     sglang_runtime: Runtime,
     _parents_stay: None,
 ) -> Iterator[Server]:
-    """A server of this test's own, for tests that break theirs. It costs a start."""
+    """A server for this test alone, for tests that break theirs. It costs a start."""
     from sglang_harness.sharing.shared_server import LocalKeeper
 
     run = request.config.stash[_RUN]
@@ -320,7 +394,7 @@ def fresh_sglang_server(
             server, _ = own.server()
         yield _lend(request.node, "its own server", server)
     finally:
-        own.close()
+        _end(own)
 
 
 @pytest.fixture(scope="session")
@@ -329,8 +403,7 @@ def _named_servers(_parents_stay: None) -> Iterator[dict[str, LocalKeeper]]:
     try:
         yield servers
     finally:
-        for each in servers.values():
-            each.close()
+        _end(*servers.values())
 
 
 @pytest.fixture
@@ -342,8 +415,8 @@ def sglang_servers(
 ) -> Callable[..., Server]:
     """Servers by name, each with its own spec: ``sglang_servers("draft", model="tiny:7")``.
 
-    A name is started once, and kept until the session ends; fields that are not given are the
-    options'. They are not put back: a name is for the tests that share it on purpose.
+    A name is started once and kept until the session ends; fields that are not given are the
+    options'. They are not restored: a name is for the tests that share it on purpose.
     """
     from sglang_harness.errors import SpecError
     from sglang_harness.sharing.shared_server import LocalKeeper
@@ -358,7 +431,7 @@ def sglang_servers(
             if specs.setdefault(name, spec) != spec:
                 raise SpecError(
                     f"The server {name!r} was started with another spec.",
-                    advice="Give it another name.",
+                    advice="Use another name for this one.",
                 )
             if name not in _named_servers:
                 run = request.config.stash[_RUN]
@@ -373,7 +446,7 @@ def sglang_servers(
 
 def _startable(runtime: Runtime) -> Runtime:
     if not runtime.starts:
-        pytest.skip("needs a server of its own, and --sglang-url names one that runs already")
+        pytest.skip("needs a server of its own, and --sglang-url names a running one")
     return runtime
 
 
@@ -396,8 +469,9 @@ def push_weights(sglang_server: Server) -> Callable[..., PushReport]:
     """``push_weights(checkpoint, version=None)``: other weights on the session's server, until
     the test ends.
 
-    The checksums have to show that they arrived; ``logprobs=True`` asks for the oracle too. Other
-    keywords are those of :meth:`sglang_harness.weights.WeightPusher.push`, such as ``route``.
+    The checksums have to show that they arrived; ``logprobs=True`` compares with the reference
+    model too. Other keywords are those of :meth:`sglang_harness.weights.WeightPusher.push`, such
+    as ``route``.
     """
 
     def push(checkpoint: str | Path, version: str | None = None, **options: Any) -> PushReport:
@@ -405,7 +479,7 @@ def push_weights(sglang_server: Server) -> Callable[..., PushReport]:
 
         path = Path(checkpoint).expanduser()
         found = path if path.exists() else locate(str(checkpoint), lambda _: None)
-        assert found is not None, f"{checkpoint} is on the hub, not here"
+        assert found is not None, f"{checkpoint} is a name on the hub, and no folder here"
         wanted = {"version": version, "logprobs": False, **options}
         return sglang_server.weights.push(found, **wanted)
 
@@ -427,7 +501,7 @@ def gpu_memory(sglang_server: Server) -> Callable[[], dict[str, int]]:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failing test shows how its server came up, and what it wrote."""
+    """A failing test shows the phases of its server's start, and the server's log."""
     report = yield
     if not report.failed:
         return report
@@ -448,19 +522,23 @@ def _log_section(title: str, log: str) -> tuple[str, str]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What the servers of this run have cost, where there were any."""
+    """What the servers of this run have cost, where there were any, and what they left."""
     tallies = config.stash[_TALLIES]
     starts = [seconds for tally in tallies for seconds in tally.starts]
     restored = [seconds for tally in tallies for seconds in tally.restored]
-    replaced = [why for tally in tallies for why in tally.replaced]
-    if not starts and not restored:
-        return
-    plural = "" if len(starts) == 1 else "s"
-    warm = sum(tally.warm for tally in tallies)
-    told = f", {warm} of them warm" if warm else ""
-    terminalreporter.write_line(
-        f"sglang: {len(starts)} server start{plural} ({sum(starts):.1f} s{told}), put back after "
-        f"{len(restored)} tests ({sum(restored):.1f} s)"
-    )
-    for why in replaced:
-        terminalreporter.write_line(f"sglang: a server was replaced: {why}")
+    if starts or restored:
+        warm = sum(tally.warm for tally in tallies)
+        told = f", {warm} of them warm" if warm else ""
+        terminalreporter.write_line(
+            f"sglang: {_counted(len(starts), 'server')} started ({sum(starts):.1f} s{told}); state "
+            f"restored after {_counted(len(restored), 'test')} ({sum(restored):.1f} s)"
+        )
+    for tally in tallies:
+        for why in tally.replaced:
+            terminalreporter.write_line(f"sglang: a server was replaced: {why}")
+        for what in tally.left:
+            terminalreporter.write_line(f"sglang: could not be removed: {what}", red=True)
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from sglang_harness import report, suite
 from sglang_harness._base.signals import interruptions
 from sglang_harness._base.teardown import Teardown
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import (
     DidNotComeUp,
@@ -138,7 +139,7 @@ class Qualification:
         _can_be_written(self._request.out)
         for added in self._record.added:
             self._viewer.say(f"with {len(added.checks)} checks of {added.package} {added.version}")
-        self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-scratch-"))
+        self._scratch = temporary_folder("scratch")
         with interruptions() as signals:
             try:
                 with self._request.runtime.keeping_parents():

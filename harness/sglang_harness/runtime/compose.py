@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -28,6 +27,7 @@ from sglang_harness._base import assets, bounded
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
+from sglang_harness._base.temporary import within_temporary_folder
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
 from sglang_harness.runtime import (
     Kind,
@@ -409,8 +409,8 @@ class ComposeRuntime:
         check_readable(model)
         device = devices.choose(spec, client.info())
         image = images.for_spec(spec, device, client, order.say)
-        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
-            here = engine.sees_this_disk(client, image, Path(probe))
+        with within_temporary_folder("probe") as probe:
+            here = engine.sees_this_disk(client, image, probe)
         if not here:
             raise EngineError(
                 "The Docker engine does not see this machine's disk, and compose mounts folders "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from testcontainers.core.container import DockerContainer, Reaper
 from sglang_harness._base import assets
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
+from sglang_harness._base.temporary import within_temporary_folder
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Kind, Order, cpu_binding, engine, images
 from sglang_harness.runtime import device as devices
@@ -394,8 +394,8 @@ def _sees_this_disk(docker_host: str | None, image: str) -> bool:
         return False
     client = engine.connect()
     try:
-        with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
-            return engine.sees_this_disk(client, image, Path(probe))
+        with within_temporary_folder("probe") as probe:
+            return engine.sees_this_disk(client, image, probe)
     finally:
         client.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import docker
-import psutil
 from docker.errors import APIError, DockerException, NotFound
 from testcontainers.core.utils import inside_container
 
+from sglang_harness._base import paths
+from sglang_harness._base.owner import Owner
 from sglang_harness.errors import EngineError
 
 #: Everything that the harness makes on an engine carries these labels.
@@ -61,71 +61,43 @@ def in_container() -> bool:
     return bool(inside_container())
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The process that something belongs to; while it lives, ``sweep`` removes nothing of it."""
-
-    host: str
-    pid: int
-    started: int
-    """Start of the process in whole seconds since the epoch: distinguishes a reused pid."""
-
-    @classmethod
-    def this_process(cls) -> Owner:
-        return cls(socket.gethostname(), os.getpid(), int(psutil.Process().create_time()))
-
-    @classmethod
-    def parse(cls, text: str) -> Owner | None:
-        try:
-            host, pid, started = text.rsplit(":", 2)
-            owner = cls(host, int(pid), int(started))
-        except ValueError:
-            return None
-        return owner if 0 < owner.pid < 1 << 31 else None
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.pid}:{self.started}"
-
-    def is_gone(self) -> bool:
-        """True only where this host can tell; another host's processes are never 'gone'."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            # Where no parent reaps (process 1 of a CI job's container), the dead stay listed.
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return True
-            return abs(int(process.create_time()) - self.started) > 1
-        except psutil.NoSuchProcess:
-            return True
-
-
 def labels(run_id: str, *, held: bool = False) -> dict[str, str]:
     """The labels for something made by this process in the run ``run_id``.
 
-    ``held``: it is meant to outlive this process, so ``sweep`` leaves it alone.
+    ``held``: it may outlive this process, once a record in the state folder keeps it: the label
+    names that folder. Killed before the record was written, it is abandoned like anything else.
     """
     own = {LABEL: "1", LABEL_RUN: run_id, LABEL_OWNER: str(Owner.this_process())}
-    return {**own, LABEL_HELD: "1"} if held else own
+    return {**own, LABEL_HELD: str(paths.state().absolute())} if held else own
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something on the engine that the harness has made."""
+    """Something of this package on the engine.
+
+    Attributes:
+        held: the state folder whose record keeps it, where it may outlive its process; else
+            ``None``.
+    """
 
     kind: str
     name: str
     run_id: str
     owner: Owner | None
-    held: bool
+    held: Path | None
 
     def is_abandoned(self) -> bool:
-        """The process that made it has gone, and it was not meant to outlive it."""
-        return not self.held and (self.owner is None or self.owner.is_gone())
+        """The process that made it has gone, and no record keeps it."""
+        if self.owner is not None and not self.owner.is_gone():
+            return False
+        if self.held is None:
+            return True
+        # A label that names no folder cannot be looked up: a person may be using it.
+        return self.held.is_absolute() and not paths.on_record(self.held, self.run_id)
 
 
 def ours(client: docker.DockerClient) -> list[Leftover]:
-    """Every container, volume and network that carries our label, stopped ones too."""
+    """Every container, volume and network with the label of this package, stopped ones too."""
     query: dict[str, Any] = {"label": LABEL}
     found = [
         _leftover("container", c.name, c.labels)
@@ -145,7 +117,8 @@ def ours(client: docker.DockerClient) -> list[Leftover]:
 def _leftover(kind: str, name: str | None, labelled: dict[str, str] | None) -> Leftover:
     marks = labelled or {}
     owner = Owner.parse(marks.get(LABEL_OWNER, ""))
-    return Leftover(kind, name or "", marks.get(LABEL_RUN, ""), owner, LABEL_HELD in marks)
+    held = Path(marks[LABEL_HELD]) if LABEL_HELD in marks else None
+    return Leftover(kind, name or "", marks.get(LABEL_RUN, ""), owner, held)
 
 
 def remove(client: docker.DockerClient, things: Iterable[Leftover]) -> list[str]:

@@ -15,8 +15,10 @@ import docker
 from docker.errors import DockerException
 from docker.types import Mount
 
+from sglang_harness._base import temporary
 from sglang_harness._base.permissions import make_readable
 from sglang_harness._base.teardown import Teardown
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
 
@@ -56,7 +58,7 @@ class FolderReach:
     ) -> None:
         self._model = model
         if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="sglang-harness-exchange-"))
+            folder = temporary_folder("exchange")
             # The server's user opens its contents by name; other users of this machine do not
             # know the names and cannot list them.
             folder.chmod(0o711)
@@ -92,8 +94,7 @@ class FolderReach:
 
     def close(self) -> list[str]:
         """Removes the folder with everything in it; returns what could not be removed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return [str(self.folder)] if self.folder.exists() else []
+        return temporary.remove(self.folder)
 
 
 def copy_readable(source: Path, target: Path) -> None:

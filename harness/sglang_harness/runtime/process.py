@@ -9,10 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -23,9 +21,10 @@ from typing import Any, Literal
 
 import psutil
 
-from sglang_harness._base import assets
+from sglang_harness._base import assets, temporary
 from sglang_harness._base.secrets import Redactor, new_api_key
 from sglang_harness._base.teardown import Teardown
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.process import ProcessMemory
@@ -79,7 +78,7 @@ class SGLangProcess:
         self._python = python
         self.model = model
         self.arguments = spec.arguments(device)
-        self._folder = Path(tempfile.mkdtemp(prefix="sglang-harness-process-"))
+        self._folder = temporary_folder("process")
         self._log = self._folder / "server.log"
         self._port: Port | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -252,7 +251,7 @@ class SGLangProcess:
         return [*self._failures, *running, *folder]
 
     def _remove_folder(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        temporary.remove(self._folder)
 
 
 class ProcessRuntime:

@@ -1,52 +1,36 @@
-"""One server for a whole session of tests: started once, lent to one test at a time, put back
-after each, and replaced only where it cannot be put back."""
+"""One server for a whole session of tests: started once, used by one test at a time, restored
+after each, and replaced only where it cannot be restored."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_harness._base.file_lease import Lease
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import HarnessError, ServerDied
 from sglang_harness.server import Server
 from sglang_harness.server.state import CannotRestore, State, restore
+from sglang_harness.sharing.tally import Tally
 
 if TYPE_CHECKING:
     from sglang_harness.runtime import Runtime
     from sglang_harness.spec import ServerSpec
 
 
-@dataclass
-class Tally:
-    """What a session's server has cost.
-
-    Attributes:
-        starts: seconds of each start.
-        warm: how many of these were warm.
-        restored: seconds of each look at the server after a test, putting back included.
-        replaced: why each server but the last had to go.
-    """
-
-    starts: list[float] = field(default_factory=list)
-    warm: int = 0
-    restored: list[float] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
-
-
 class Keeper(Protocol):
-    """Whoever has the server: this process, or another one that lends it."""
+    """Starts and replaces the server: in this process, or by asking the one that owns it."""
 
     tally: Tally
 
     def server(self) -> tuple[Server, State | None]:
-        """The server, started where there is none, and how it was at first; ``None`` where
-        it is only looked at, and so cannot have changed."""
+        """The server, started where there is none, and its first state; ``None`` where it is only
+        read, and so cannot have changed."""
 
     def replace(self, server: Server, why: str) -> None:
-        """Ends ``server``, unless that was done already; the next one who asks gets another."""
+        """Ends ``server``, unless that was done already; the next test gets another."""
 
 
 class LocalKeeper:
@@ -71,7 +55,7 @@ class LocalKeeper:
         self._runtime = runtime
         self._say = say
         self.current: Server | None = None
-        """The server, where there is one; asking starts none."""
+        """The server, where there is one; reading this starts none."""
         self._first: State | None = None
         self._failed: HarnessError | None = None
 
@@ -81,7 +65,7 @@ class LocalKeeper:
 
         Raises:
             SpecError, EngineError, ImageError, ModelError, ServerDied, StartTimeout, AttachError:
-                it could not be started; the same again for everyone who asks later.
+                it could not be started; the same again for each later call.
         """
         if self._failed is not None:
             raise self._failed
@@ -92,9 +76,10 @@ class LocalKeeper:
                     self._spec, runtime=self._runtime, say=self._say, run_id=self._run_id
                 )
                 self._first = State.of(self.current) if self.current.may_change else None
-            except HarnessError as error:
-                self._failed = error
-                self.close()
+            except BaseException as error:
+                if isinstance(error, HarnessError):
+                    self._failed = error
+                self.tally.left += self.close()
                 raise
             self.tally.starts.append(time.monotonic() - began)
             self.tally.warm += self.current.running.started.how == "warm"
@@ -104,32 +89,36 @@ class LocalKeeper:
         """See :class:`Keeper`.
 
         Raises:
-            CannotRestore: it is somebody else's, and no other can be had.
+            CannotRestore: this run did not start it, so that it is not replaced.
         """
         if server is not self.current:
             return
         if not self._runtime.starts:
             self._failed = CannotRestore(
-                f"{why} It is somebody else's server, so it is not replaced.",
-                advice="Restart it, and look at what the test before did to it.",
+                f"{why} This run did not start the server, so it is not replaced.",
+                advice="Restart it, and check what the previous test did to it.",
             )
             raise self._failed
         self.tally.replaced.append(why)
-        self.current, self._first = None, None
-        server.stop(at_once=True)
+        self.tally.left += self.close()
 
-    def close(self) -> None:
-        """Ends the server, where there is one."""
-        if self.current is not None:
-            self.current.stop(at_once=True)
-            self.current = None
+    def close(self) -> list[str]:
+        """Ends the server, where there is one; returns what could not be removed, with why."""
+        server, self.current, self._first = self.current, None, None
+        if server is None:
+            return []
+        with Teardown() as down:
+            down.collect(
+                f"server at {server.address}", lambda: server.stop(at_once=True).left_behind
+            )
+        return down.failures
 
 
 class SessionServer:
-    """Lends a keeper's server to one test at a time.
+    """Gives a keeper's server to one test at a time.
 
     Args:
-        lease: where other processes borrow the same server.
+        lease: where other processes use the same server.
         patience: seconds to wait for the lease.
     """
 
@@ -140,14 +129,17 @@ class SessionServer:
         self._lease = lease
         self._patience = patience
         self.current: Server | None = None
-        """The server that is, or was last, lent."""
+        """The server of the current test, or of the last one."""
+        self.ending = False
+        """The run was interrupted: a server that it started is ended and no longer restored,
+        which could take as long as its weights take to load."""
 
     @contextmanager
     def lent(self, purpose: str) -> Iterator[Server]:
-        """The server, as it was at first; afterwards it is brought back to that.
+        """Yields the server in its first state and restores that afterwards.
 
         Raises:
-            LeaseTaken: others have held it for all of ``patience``.
+            LeaseTaken: other processes have held it for all of ``patience``.
             ServerDied: afterwards, where it has ended meanwhile.
         """
         died_holding = None
@@ -156,7 +148,7 @@ class SessionServer:
         try:
             server, first = self.keeper.server()
             if died_holding is not None and self._restore(server, first):
-                # Whoever had it before was killed with it in hand, and it could not be mended.
+                # Its last holder was killed, and what that one had changed could not be restored.
                 server, first = self.keeper.server()
             self.current = server
             try:
@@ -168,8 +160,8 @@ class SessionServer:
                 self._lease.release()
 
     def _restore(self, server: Server, first: State | None) -> bool:
-        """Whether the server had to go."""
-        if first is None:
+        """Whether the server had to be replaced."""
+        if first is None or (self.ending and server.running.owned):
             return False
         began = time.monotonic()
         try:
@@ -180,5 +172,8 @@ class SessionServer:
         except HarnessError as error:
             self.keeper.replace(server, error.message)
             return True
+        except Exception as error:
+            self.keeper.replace(server, f"Restoring failed: {type(error).__name__}: {error}.")
+            raise
         self.keeper.tally.restored.append(time.monotonic() - began)
         return False

@@ -6,9 +6,7 @@ import importlib.util
 import platform
 import shutil
 import socket
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import docker
@@ -17,6 +15,7 @@ from testcontainers.core.config import testcontainers_config
 
 from sglang_harness import __version__
 from sglang_harness._base import assets, paths
+from sglang_harness._base.temporary import within_temporary_folder
 from sglang_harness.errors import HarnessError
 from sglang_harness.runtime import device, engine, images
 from sglang_harness.runtime.docker import SGLangServerContainer
@@ -181,9 +180,9 @@ def _reach(client: docker.DockerClient) -> list[Finding]:
     image = _any_image(client)
     if image is None:
         return []
-    with tempfile.TemporaryDirectory(prefix="sglang-harness-doctor-") as folder:
-        Path(folder).chmod(0o755)
-        if engine.sees_this_disk(client, image, Path(folder)):
+    with within_temporary_folder("doctor") as folder:
+        folder.chmod(0o755)
+        if engine.sees_this_disk(client, image, folder):
             return [Finding("reach", "ok", "the engine sees this disk: models are mounted")]
     return [Finding("reach", "note", "the engine does not see this disk: models go in a volume")]
 

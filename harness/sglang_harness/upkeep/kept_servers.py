@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness._base import paths
-from sglang_harness.errors import SpecError
+from sglang_harness._base import paths, temporary
+from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
-from sglang_harness.runtime.attach import Attachment, SharedFolder
-from sglang_harness.runtime.path_map import EXCHANGE
 from sglang_harness.server import Server
 
 
 class Held(BaseModel):
-    """What is needed to use a held server and to stop it. Its file is readable by its owner
+    """What is needed to use a kept server and to stop it. Its file is readable by its owner
     alone, because it holds the key."""
 
     model_config = ConfigDict(extra="forbid")
@@ -31,18 +27,32 @@ class Held(BaseModel):
     """The exchange folder on this machine, to be removed with the server."""
     model: str | None = None
     """The served checkpoint's folder on this machine."""
+    engine: str | None = None
+    """``DOCKER_HOST`` of the engine that runs it, empty for the default; ``None`` where the record
+    does not say."""
 
     @property
     def file(self) -> Path:
         return _folder() / f"{self.name}.json"
+
+    def is_of_this_engine(self) -> bool:
+        """False where ``DOCKER_HOST`` names another engine than the one that runs it."""
+        return self.engine in (None, _engine())
 
 
 def _folder() -> Path:
     return paths.state() / "held"
 
 
+def _engine() -> str:
+    return os.environ.get("DOCKER_HOST", "")
+
+
 def hold(server: Server) -> Held:
-    """Records ``server`` as held; from now on nothing but :func:`release` removes it."""
+    """Records ``server`` as kept for a person; from now on only :func:`release` removes it.
+
+    Interrupted, it leaves no record, and the server is still the caller's to stop.
+    """
     shared = server.running.shared_folder
     held = Held(
         name=str(server.about()["container"]),
@@ -51,10 +61,19 @@ def hold(server: Server) -> Held:
         api_key=server.running.api_key or "",
         folder=None if shared is None else str(shared),
         model=None if server.model is None else str(server.model),
+        engine=_engine(),
     )
-    held.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    held.file.touch(mode=0o600)
-    held.file.write_text(held.model_dump_json(), encoding="utf-8")
+    try:
+        held.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = held.file.with_suffix(f".{os.getpid()}")
+        new.touch(mode=0o600)
+        new.write_text(held.model_dump_json(), encoding="utf-8")
+        new.replace(held.file)
+        if shared is not None:
+            temporary.keep(shared, held.run_id)
+    except BaseException:
+        held.file.unlink(missing_ok=True)
+        raise
     server.running.watch.expected = True
     return held
 
@@ -70,55 +89,23 @@ def held_servers() -> list[Held]:
     return found
 
 
-def attachment(
-    url: str | None,
-    *,
-    allow_changes: bool = False,
-    share: str | None = None,
-    contradicting: Mapping[str, object] | None = None,
-    prefix: str = "--",
-) -> Attachment | None:
-    """What ``--url`` and the options beside it mean; ``None`` where no URL was given.
-
-    The key comes from ``SGLANG_API_KEY``. Of a server that this user holds everything is on
-    record: key, model, and the folder that both sides see.
-
-    Args:
-        contradicting: options that say how to start a server, with what they were given.
-        prefix: what the options begin with where they were given.
-
-    Raises:
-        SpecError: options contradict each other, or cannot be meant.
-    """
-    if url is None:
-        for option, given in (("allow-changes", allow_changes), ("share", share)):
-            if given:
-                raise SpecError(
-                    f"{prefix}{option} is for a server that runs already: {prefix}url is missing."
-                )
-        if (contradicting or {}).get(f"{prefix}runtime") == "attach":
-            raise SpecError(f"The runtime 'attach' needs the address of a server: {prefix}url.")
-        return None
-    if both := [name for name, given in (contradicting or {}).items() if given is not None]:
-        raise SpecError(
-            f"{prefix}url names a server that runs already, and {both[0]} says how to start one.",
-            advice="Give one of the two.",
-        )
-    known = next((h for h in held_servers() if h.address.rstrip("/") == url.rstrip("/")), None)
-    shared = SharedFolder.parse(share) if share else None
-    if shared is None and known and known.folder and Path(known.folder).is_dir():
-        shared = SharedFolder(Path(known.folder), EXCHANGE)
-    return Attachment(
-        url,
-        api_key=os.environ.get("SGLANG_API_KEY") or (known.api_key if known else None),
-        allow_changes=allow_changes,
-        shared=shared,
-        model=Path(known.model) if known and known.model and Path(known.model).is_dir() else None,
-    )
+def held_at(url: str) -> Held | None:
+    """The server on record with this base URL."""
+    return next((h for h in held_servers() if h.address.rstrip("/") == url.rstrip("/")), None)
 
 
 def release(held: Held) -> list[str]:
-    """Stops and removes a held server; returns what could not be removed, with why."""
+    """Stops and removes a kept server; returns what could not be removed, with why.
+
+    Raises:
+        EngineError: no engine answers, or ``DOCKER_HOST`` names another than the server's.
+    """
+    if not held.is_of_this_engine():
+        raise EngineError(
+            f"{held.name} runs on the Docker engine at {held.engine or 'the default socket'}, and "
+            f"DOCKER_HOST names {_engine() or 'the default socket'}.",
+            advice="Set DOCKER_HOST to what it was when the server was started.",
+        )
     client = engine.connect()
     try:
         mine = [t for t in engine.ours(client) if t.run_id == held.run_id]
@@ -126,7 +113,7 @@ def release(held: Held) -> list[str]:
     finally:
         client.close()
     if held.folder:
-        shutil.rmtree(held.folder, ignore_errors=True)
+        failed += temporary.remove(Path(held.folder))
     if not failed:
         held.file.unlink(missing_ok=True)
     return failed

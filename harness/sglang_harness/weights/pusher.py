@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import (
     BadAnswer,
     HarnessError,
@@ -379,7 +379,7 @@ class WeightPusher:
 
     def _room(self) -> Path:
         if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-weights-"))
+            self._scratch = temporary_folder("weights")
         return self._scratch
 
     # --- the end of a push -------------------------------------------------------------------

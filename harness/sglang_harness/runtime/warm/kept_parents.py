@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness._base import paths
+from sglang_harness._base import paths, temporary
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime.process_family import until_gone
@@ -124,11 +123,16 @@ def _record(
         recipe=recipe.digest(),
         folder=str(folders.root),
     )
-    kept.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    beside = kept.file.with_suffix(f".{os.getpid()}")
-    beside.touch(mode=0o600)
-    beside.write_text(kept.model_dump_json(), encoding="utf-8")
-    beside.replace(kept.file)
+    try:
+        kept.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        beside = kept.file.with_suffix(f".{os.getpid()}")
+        beside.touch(mode=0o600)
+        beside.write_text(kept.model_dump_json(), encoding="utf-8")
+        beside.replace(kept.file)
+        temporary.keep(folders.root, run_id)
+    except BaseException:
+        end(kept)  # nothing else would ever find it
+        raise
     return kept
 
 
@@ -138,7 +142,7 @@ def end(kept: KeptParent) -> list[str]:
         down.collect(kept.name, lambda: _quit(kept))
         if kept.runtime == "docker":
             down.collect(kept.name, lambda: parent_container.remove(kept.name))
-        down.step(kept.folder, lambda: shutil.rmtree(kept.folder, ignore_errors=True))
+        down.collect(kept.folder, lambda: temporary.remove(Path(kept.folder)))
         if not down.failures:
             down.step(str(kept.file), lambda: kept.file.unlink(missing_ok=True))
     return down.failures
@@ -173,10 +177,22 @@ def _until_gone(pid: int) -> list[str]:
     return [f"process {each.pid}" for each in until_gone([process], 5.0)]
 
 
-def sweep(*, everything: bool = False) -> list[str]:
-    """Removes the records and folders of kept parents that have ended, or ends all; returns their
-    names."""
-    gone = [kept for kept in on_record() if everything or not kept.answers()]
-    for kept in gone:
-        end(kept)
-    return [kept.name for kept in gone]
+def sweep(*, everything: bool = False) -> tuple[list[str], list[str]]:
+    """Removes the records and folders of kept parents that have ended, or ends all.
+
+    Returns:
+        the names of those that are gone, and what could not be removed, with why.
+    """
+    gone: list[str] = []
+    failed: list[str] = []
+    for kept in on_record():
+        if not everything and kept.answers():
+            continue
+        try:
+            left = end(kept)
+        except EngineError as error:
+            left = [f"parent {kept.name}: {error}"]
+        failed += left
+        if not left:
+            gone.append(kept.name)
+    return gone, failed

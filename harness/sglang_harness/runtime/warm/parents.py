@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from sglang_harness._base import temporary
 from sglang_harness._base.teardown import Teardown
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Beside, Started, cpu_binding
-from sglang_harness.runtime.engine import Owner
 from sglang_harness.runtime.path_map import FolderReach, SameMachine
 from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.warm.protocol import IMPORTS_WITHIN, Link, Preloaded, Recipe, SocketLink
@@ -32,9 +33,6 @@ from sglang_harness.spec import Argument, ServerSpec
 Say = Callable[[str], None]
 
 log = logging.getLogger(__name__)
-
-#: A file in a folder that names the process it belongs to.
-OWNER = "owner"
 
 #: How many parents one run has at most. One holds some 700 MB before it has a server.
 MOST = 2
@@ -67,8 +65,7 @@ class Folders:
 
     def remove(self) -> list[str]:
         """Removes all of it; returns what could not be removed."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        return [str(self.root)] if self.root.exists() else []
+        return temporary.remove(self.root)
 
     @property
     def socket(self) -> Path:
@@ -90,11 +87,8 @@ class Folders:
 
 
 def new_root() -> Path:
-    """A folder that only this user may enter, with contents that the server's user may read. Names
-    its owner, for ``sweep``."""
-    root = Path(tempfile.mkdtemp(prefix="sglang-harness-parent-"))
-    (root / OWNER).write_text(str(Owner.this_process()), encoding="utf-8")
-    return root
+    """A folder that only this user may enter, with contents that the server's user may read."""
+    return temporary_folder("parent")
 
 
 def new_name() -> str:

@@ -4,12 +4,12 @@ copy again."""
 from __future__ import annotations
 
 import shutil
-import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
+from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_safetensors
 from sglang_harness.weights.report import NotPrepared
@@ -125,7 +125,7 @@ def stage(source: Source, running: Running, *, reader: Literal["server", "peer"]
 
 def _write(source: Source, reach: Reach, lies: Lies | None, shared: Path | None) -> Staged:
     if shared is None:
-        room = Path(tempfile.mkdtemp(prefix="sglang-harness-staged-"))
+        room = temporary_folder("staged")
     else:
         # Here already where the server sees it: nothing is copied twice.
         room = shared / f"staged-{uuid.uuid4().hex[:8]}"
