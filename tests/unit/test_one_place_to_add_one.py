@@ -129,7 +129,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sglang_harness.errors import EngineError
-from sglang_harness.runtime import Kind, Order, Running
+from sglang_harness.runtime import Kind, KindOption, Order, Running
 
 
 class TeapotRuntime:
@@ -150,16 +150,12 @@ class TeapotRuntime:
         yield
 
 
-KIND = Kind("teapot", lambda given: TeapotRuntime(), ("spout",))
+KIND = Kind("teapot", lambda given: TeapotRuntime(), (KindOption("spout", "which spout"),))
 """
     )
     registry = package / "runtime" / "registry.py"
     add_line(registry, "from sglang_harness.spec import", IMPORTS_THE_TEAPOT)
     add_line(registry, "    process.KIND,", "    TEAPOT,")
-    # An option of its own is a row in the table of options, which every pytest run reads.
-    add_line(
-        package / "options.py", "TABLE = (", '    Option("spout", "Runtime teapot: which spout."),'
-    )
     for given in (["--runtime", "teapot"], ["--spout", "left"]):
         told = ask("qualify", "--model", "tiny", "--out", "out", *given, exit_code=2)
         assert "It is a teapot." in told

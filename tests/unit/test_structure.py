@@ -22,8 +22,8 @@ ORDER = (
     ("server",),
     ("suite", "sharing", "container"),
     ("upkeep",),
-    ("run", "pytest_plugin"),
-    ("cli",),
+    ("run", "options"),
+    ("pytest_plugin", "cli"),
 )
 
 #: What 'import sglang_harness' offers; a name is imported when it is first used.
