@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +16,7 @@ from sglang_harness._base.permissions import make_readable
 from sglang_harness.checkpoint.formats.safetensors_files import DTYPES
 from sglang_harness.checkpoint.formats.spans import SIZES, bytes_of
 from sglang_harness.checkpoint.reading import TensorInfo
-from sglang_harness.errors import MissingExtra, ModelError
+from sglang_harness.errors import MissingExtra, ModelError, NotEnoughRoom
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +73,39 @@ def write_model(
 
     Raises:
         FileExistsError: the target is there already.
-        ModelError: the source gives another tensor than was announced.
+        NotEnoughRoom: the disk is full.
+        ModelError: the source gives another tensor than described.
+
+    Whatever is raised, nothing stays of a target that was not there before.
     """
     shards = _shards(list(tensors), shard_bytes, files)
     target.mkdir(parents=True)
+    try:
+        with disk_may_be_full(target):
+            _write(model_folder, target, shards, source)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return target
+
+
+@contextmanager
+def disk_may_be_full(target: Path) -> Iterator[None]:
+    """Writing to ``target``. Raises NotEnoughRoom: the disk, or the user's quota, is used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NotEnoughRoom(
+            f"The disk was full before {target} was complete.",
+            advice="Set TMPDIR to a folder with more space, or take a smaller model.",
+        ) from None
+
+
+def _write(
+    model_folder: Path, target: Path, shards: Mapping[str, list[TensorInfo]], source: Source
+) -> None:
     copy_all_but_weights(model_folder, target)
     for name, infos in shards.items():
         write_safetensors(target / name, infos, source)
@@ -87,7 +118,6 @@ def write_model(
             json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
     make_readable(target)
-    return target
 
 
 def copy_all_but_weights(model_folder: Path, target: Path) -> None:

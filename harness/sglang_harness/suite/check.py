@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness.errors import HarnessError, MissingExtra, ServerDied, SpecError
+from sglang_harness.errors import HarnessError, MissingExtra, NotEnoughRoom, ServerDied, SpecError
 from sglang_harness.verdict import CheckResult, Figure, Outcome
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
 
     try:
         seen = check.observe(context)
-    except NotProvided as error:
+    except (NotProvided, NotEnoughRoom) as error:
         return result(Outcome.NOT_RUN, str(error)), []
     except ServerDied as error:
         return result(Outcome.FAIL, f"expected a server that lives; {error}"), []

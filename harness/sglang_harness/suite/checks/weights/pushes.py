@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from sglang_harness import oracle as oracles
+from sglang_harness.checkpoint import footprint
+from sglang_harness.checkpoint.footprint import Size
 from sglang_harness.errors import HarnessError, MissingExtra
 from sglang_harness.suite.check import (
     Check,
@@ -455,13 +457,14 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
 
 SENTENCE = "The quick brown fox learned to sing on a Tuesday night."
 
-#: A model that is trained here needs four times its size in float32, and seconds a step.
+#: Bytes of weights as they are saved: a step of a larger model takes longer than seconds.
 TRAINABLE_BYTES = 1 << 30
 
 
 def _too_large_to_train(server: Any) -> str | None:
-    files = server.model.glob("*.safetensors") if server.model else ()
-    size = sum(file.stat().st_size for file in files)
+    if server.model is None:
+        return None
+    size = Size.of_folder(server.model).saved_bytes
     if size > TRAINABLE_BYTES:
         return f"training a model of {size / 1e9:.1f} GB takes too long here"
     return None
@@ -506,14 +509,17 @@ class TaughtIsSaid(Check[TaughtSentence]):
         server, client = context.server, context.server.client
         if server.model is None:
             raise NotProvided(
-                f"{server.spec.model} is on the hub, not here: it cannot be trained.",
+                f"{server.spec.model} is not on this machine: it cannot be trained.",
                 advice="Give the model as a folder.",
             )
         try:
             from sglang_harness.checkpoint.made.training import teach
         except ImportError:
             raise NotProvided(str(MissingExtra("Teaching a model", "torch"))) from None
-        taught = teach(server.model, SENTENCE, context.scratch / "taught", seed=context.seed)
+        target = context.scratch / "taught"
+        needs = footprint.training(Size.of_folder(server.model))
+        footprint.require(f"Training {server.model}", needs, target)
+        taught = teach(server.model, SENTENCE, target, seed=context.seed)
 
         def ask() -> Said:
             client.flush_cache()
