@@ -59,8 +59,8 @@ class Checkpoint:
 
     Attributes:
         path: as it was given, resolved.
-        layout: ``safetensors``, ``torch zip``, ``torch legacy`` or ``distributed checkpoint``;
-            with ``, sharded`` where it is in several files.
+        layout: ``safetensors``, ``torch zip`` or ``distributed checkpoint``; with ``, sharded``
+            if it is in several files.
         tensors: by name, wrappers' marks taken off, in the order of the files.
         notes: what a person should know, such as which part was read.
         saved_as: the name that each tensor has in its file.
@@ -305,9 +305,7 @@ def _read_file(file: Path) -> tuple[str, dict[str, Span], list[str]]:
             f"{file} holds {empty[0]} without its values, as {len(empty)} of its tensors.",
             advice="Save the model after it is filled, not from torch's meta device.",
         )
-    if opened.layout == "torch legacy":
-        notes.append("an old file of torch, from before 1.6; streamed like any other")
-    return opened.layout, {name: opened.span(name, it) for name, it in weights.items()}, notes
+    return "torch zip", {name: opened.span(name, it) for name, it in weights.items()}, notes
 
 
 def _made(path: Path, layout: str, found: dict[str, Found], notes: list[str]) -> Checkpoint:

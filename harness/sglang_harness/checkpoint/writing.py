@@ -207,12 +207,11 @@ def held(state: Mapping[str, torch.Tensor]) -> tuple[list[TensorInfo], Source]:
     return infos, source
 
 
-def write_torch(file: Path, content: Any, *, legacy: bool = False) -> Path:
+def write_torch(file: Path, content: Any) -> Path:
     """A file of ``torch.save``.
 
     Args:
-        content: a state dict, or whatever a trainer nests it in.
-        legacy: as torch wrote before 1.6, without a zip archive.
+        content: a state dict, or the object that a trainer nests it in.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -222,7 +221,7 @@ def write_torch(file: Path, content: Any, *, legacy: bool = False) -> Path:
     except ImportError:
         raise MissingExtra("Writing a torch checkpoint", "torch") from None
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    torch.save(content, file)
     file.chmod(0o644)
     return file
 

@@ -194,7 +194,6 @@ class Reader(pickle.Unpickler):
         self._path = path
         self._boxes = BOXES | more_boxes
         self._answers: dict[str, Any] = {}
-        self.storages: dict[str, str] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         # Protocol 2, which torch writes, has Python 2's name for it.
@@ -246,11 +245,6 @@ class Reader(pickle.Unpickler):
         return _Dict(pairs)
 
     def persistent_load(self, pid: Any) -> Storage:
-        storage = self._storage(pid)
-        self.storages.setdefault(storage.key, storage.dtype)
-        return storage
-
-    def _storage(self, pid: Any) -> Storage:
         match pid:
             case ("storage", StorageType(dtype), str(key), _, int(count)) if is_size(count):
                 return Storage(dtype, key, count)
@@ -282,13 +276,9 @@ def read_pickle(
     path: Path,
     *,
     more_boxes: frozenset[str] = frozenset(),
-    storages: dict[str, str] | None = None,
 ) -> Any:
     """The object of the pickle that begins where ``file`` stands; tensors are described only.
     ``file`` is left where the pickle ends.
-
-    Args:
-        storages: is given the dtype of every storage that the pickle names, by its key.
 
     Raises:
         UnsafeCheckpoint: names something that is no tensor. Nothing was run.
@@ -308,8 +298,6 @@ def read_pickle(
             f"{path} cannot be read: its pickle is broken ({reason.rstrip('.')}).",
             advice="Copy or write it again.",
         ) from None
-    if storages is not None:
-        storages |= reader.storages
     return content
 
 
