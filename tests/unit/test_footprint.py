@@ -11,6 +11,7 @@ from sglang_harness.checkpoint.footprint import (
     EXAMPLES,
     Needs,
     Size,
+    least,
     push,
     reference_model,
     require,
@@ -81,6 +82,14 @@ def test_what_models_need_in_gigabytes(
     assert push(size, bucket=BUCKET, staged=True).disk == variant(size).disk
     assert push(size, bucket=BUCKET, staged=False).disk == 0
     assert training(size).memory / 1e9 == pytest.approx(trained, abs=0.06)
+
+
+def test_the_least_that_checks_take_is_the_larger_of_writing_and_scoring():
+    size = EXAMPLES["8B"]
+    assert least(size) == variant(size)
+    many = Size(parameters=100 << 20, bytes_per_weight=2, largest=1 << 20, part=50 << 20)
+    assert least(many).memory == reference_model(many, streamed=True).memory
+    assert least(many).disk == variant(many).disk
 
 
 def test_a_bucket_is_no_smaller_than_the_largest_tensor():

@@ -129,6 +129,13 @@ def training(size: Size) -> Needs:
     return Needs(4 * FLOAT32 * size.parameters + BESIDE, size.saved_bytes)
 
 
+def least(size: Size) -> Needs:
+    """What the checks of a model take at a time that push a second checkpoint: that is written, or
+    one reference model is streamed after the other."""
+    written = variant(size)
+    return Needs(max(written.memory, reference_model(size, streamed=True).memory), written.disk)
+
+
 #: Models of the field in bfloat16, by their names there: Qwen2.5-0.5B, Llama-3.1-8B and -70B. The
 #: figures are those of their configurations: vocabulary x width, and one decoder layer.
 EXAMPLES = {
