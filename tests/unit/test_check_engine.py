@@ -26,6 +26,7 @@ from sglang_harness.errors import (
     Interrupted,
     MissingExtra,
     NoAnswerInTime,
+    NotEnoughRoom,
     Refused,
     RequestFailed,
     ServerDied,
@@ -167,6 +168,13 @@ def test_what_the_harness_cannot_provide_is_not_run_with_reason_and_advice(conte
     result, _ = run_check(raising(missing), context)
     assert result.outcome is Outcome.NOT_RUN
     assert result.message == "The oracle cannot read it. Give the model as a folder."
+
+
+def test_a_model_for_which_this_machine_is_too_small_is_not_run_with_reason_and_advice(context):
+    small = NotEnoughRoom("It needs 64.0 GB of memory.", advice="Take a smaller model.")
+    result, _ = run_check(raising(small), context)
+    assert result.outcome is Outcome.NOT_RUN
+    assert result.message == "It needs 64.0 GB of memory. Take a smaller model."
 
 
 def test_an_unexpected_exception_is_an_error_that_names_its_place_and_shows_no_traceback(context):

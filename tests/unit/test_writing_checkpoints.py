@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from sglang_harness.checkpoint.writing import (
     write_model,
     write_safetensors,
 )
-from sglang_harness.errors import ModelError
+from sglang_harness.errors import ModelError, NotEnoughRoom
 
 
 def test_what_is_written_tensor_by_tensor_the_library_reads(tmp_path: Path):
@@ -81,3 +83,20 @@ def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp
     _, other = held({"a": torch.ones(3)})
     with pytest.raises(ModelError, match="expected the tensor"):
         write_safetensors(tmp_path / "a.safetensors", infos, other)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path):
+    """Half a checkpoint stayed, and stood in the way of the next try."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    infos, whole = held({"a": torch.ones(2)})
+
+    def full(_: object) -> Iterator[tuple[str, torch.Tensor]]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NotEnoughRoom, match="The disk was full") as refused:
+        write_model(model, tmp_path / "made", infos, full)
+    assert "TMPDIR" in refused.value.advice
+    assert not (tmp_path / "made").exists()
+    write_model(model, tmp_path / "made", infos, whole)
