@@ -171,9 +171,11 @@ def qualify(
         runtime=attachment
         or choose(
             runtime,
-            python=python,
-            compose_file=compose_file,
-            compose_service=compose_service,
+            {
+                "python": python,
+                "compose-file": compose_file,
+                "compose-service": compose_service,
+            },
         ),
         profile="full" if profile == "full" else "quick",
         patterns=select or [],

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sglang_harness.runtime.death import Death
+    from sglang_harness.runtime.death import Death, Unknown
 
 
 class HarnessError(Exception):
@@ -14,11 +14,14 @@ class HarnessError(Exception):
 
     Attributes:
         advice: what the reader can do about it, one sentence; may be empty.
+        log: the output of a server whose start failed and that is gone by now, without secrets;
+            empty where none was started.
     """
 
-    def __init__(self, message: str, *, advice: str = "") -> None:
+    def __init__(self, message: str, *, advice: str = "", log: str = "") -> None:
         super().__init__(message)
         self.advice = advice
+        self.log = log
 
     @property
     def message(self) -> str:
@@ -135,6 +138,18 @@ class ServerDied(HarnessError):
         self.death = death
 
 
+class ServerLost(EngineError):
+    """Whether the server still runs, or how it ended, cannot be observed any more.
+
+    Attributes:
+        unknown: why.
+    """
+
+    def __init__(self, unknown: Unknown) -> None:
+        super().__init__(unknown.sentence(), advice=unknown.advice())
+        self.unknown = unknown
+
+
 class StartTimeout(HarnessError):
     """The server lives but did not answer a generation within ``limits.start`` seconds."""
 
@@ -203,9 +218,11 @@ class Interrupted(BaseException):
 
     Attributes:
         signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus it.
+        log: as of :class:`HarnessError`.
     """
 
     def __init__(self, signal_number: int) -> None:
         name = {2: "Ctrl-C (SIGINT)", 15: "SIGTERM"}.get(signal_number, f"signal {signal_number}")
         super().__init__(f"interrupted by {name}")
         self.signal_number = signal_number
+        self.log = ""

@@ -15,15 +15,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import requests
 
 from nvml_mock import GIB, MIB, Scenario
-from sglang_harness.runtime import Started
+from sglang_harness.runtime import Order, Started
 from sglang_harness.server import Server
-from sglang_harness.spec import ServerSpec
 
 UUID = "GPU-a"
 #: What the server is said to hold, and what CUDA itself takes. Bytes.
@@ -188,6 +186,8 @@ class OnGpu:
     runtime = "proxy"
     device = "gpu"
     started = Started("cold")
+    owned = True
+    may_change = True
 
     def __init__(self, real: Server, proxy: GpuProxy, run_id: str, *, host_memory: bool) -> None:
         self.proxy = proxy
@@ -198,6 +198,7 @@ class OnGpu:
         self.api_key = real.running.api_key
         self.watch = real.running.watch
         self.reach = real.running.reach
+        self.shared_folder = real.running.shared_folder
         self._real = real
         self._host_memory = host_memory
 
@@ -206,6 +207,15 @@ class OnGpu:
 
     def memory(self) -> list[Any]:
         return self._real.running.memory() if self._host_memory else []
+
+    def cores(self) -> list[int]:
+        return self._real.running.cores()
+
+    def why_no_files(self) -> str | None:
+        return self._real.running.why_no_files()
+
+    def why_no_sidecar(self) -> str | None:
+        return "it stands behind a proxy"
 
     def model_path(self) -> str:
         return self._real.running.model_path()
@@ -232,6 +242,10 @@ class ProxyRuntime:
     """Prepares :class:`OnGpu` servers in front of one real server."""
 
     name = "proxy"
+    starts = True
+    decides_gpus = False
+    decides_model = True
+    caveat: str | None = None
 
     def __init__(
         self, real: Server, scenario: Scenario, conduct: Conduct, *, host_memory: bool = False
@@ -242,12 +256,12 @@ class ProxyRuntime:
     def keeping_parents(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def prepare(
-        self, spec: ServerSpec, *, run_id: str, held: bool, say: Callable[[str], None]
-    ) -> OnGpu:
-        del spec, held, say
+    def for_another_server(self) -> ProxyRuntime:
+        return self
+
+    def prepare(self, order: Order) -> OnGpu:
         proxy = GpuProxy(self._real, self._conduct, self._scenario)
-        return OnGpu(self._real, proxy, run_id, host_memory=self._host_memory)
+        return OnGpu(self._real, proxy, order.run_id, host_memory=self._host_memory)
 
 
 class Hoarder:
@@ -266,7 +280,7 @@ class Hoarder:
     )
 
     def __init__(self, real: Server) -> None:
-        self._file = Path(real.reach.folder) / "hoard"  # type: ignore[attr-defined]
+        self._file = real.running.shared_folder / "hoard"  # type: ignore[operator]
         self._held = 0
         self._tell(0)
         container = real.running._container  # type: ignore[attr-defined]

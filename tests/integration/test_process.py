@@ -14,6 +14,7 @@ from secret_watch import SecretWatch
 
 from sglang_harness import Server, ServerDied, ServerSpec
 from sglang_harness.errors import SpecError
+from sglang_harness.runtime import Order
 from sglang_harness.runtime.process import ProcessRuntime
 from sglang_harness.verdict import Verdict
 
@@ -118,4 +119,4 @@ def test_what_only_a_container_gives_is_refused_in_one_line() -> None:
         (ServerSpec(model="tiny", device="gpu"), False, "--python"),
     ):
         with pytest.raises(SpecError, match=words):
-            runtime.prepare(spec, run_id="x", held=held, say=print)
+            runtime.prepare(Order(spec, model=None, run_id="x", held=held))

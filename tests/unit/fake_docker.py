@@ -29,6 +29,7 @@ class FakeDocker:
         self.refuses: dict[str, BaseException] = {}
         self.calls: list[str] = []
         self.closed = 0
+        self.waits_cut = 0
         self.containers = _Collection(self, "container")
         self.volumes = _Collection(self, "volume")
         self.networks = _Collection(self, "network")
@@ -92,7 +93,10 @@ class FakeThing:
         self.id = f"id-of-{name}"
         self.how = how
         self.labels = how.get("labels") or {}
-        self.attrs: dict[str, Any] = {"State": {"ExitCode": 0, "OOMKilled": False}}
+        self.status = "running"
+        self.attrs: dict[str, Any] = {
+            "State": {"ExitCode": 0, "OOMKilled": False, "FinishedAt": "", "Status": "exited"}
+        }
 
     def _called(self, what: str) -> None:
         self._engine.called(f"{self._among.kind}.{what}")
@@ -106,6 +110,14 @@ class FakeThing:
 
     def start(self) -> None:
         self._called("start")
+
+    def wait(self, **_: Any) -> dict[str, Any]:
+        """Returns once it was asked as often as ``waits_cut`` says the connection is cut."""
+        self._called("wait")
+        if self._engine.waits_cut:
+            self._engine.waits_cut -= 1
+            raise requests.exceptions.ConnectionError("connection reset")
+        return {"StatusCode": self.attrs["State"]["ExitCode"]}
 
     def reload(self) -> None:
         self._called("reload")

@@ -17,6 +17,11 @@ print("argv", words, flush=True)
 print("TMPDIR", os.environ.get("TMPDIR"), os.environ.get("GIVEN"), flush=True)
 
 
+def say(line):
+    # In one piece: the server and its child write to one log, and print writes word by word.
+    os.write(1, f"{line}\\n".encode())
+
+
 def segment():
     """As SGLang makes them: mapped for as long as the process lives."""
     name = f"/dev/shm/sglang_loads_test_{os.getpid()}_{time.time_ns()}.shm"
@@ -28,7 +33,7 @@ def segment():
 def child():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     held = segment()
-    print("segment", held[1], flush=True)
+    say(f"segment {held[1]}")
     time.sleep(600)
 
 
@@ -46,7 +51,7 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(0 if "stubborn" not in words e
 if "stubborn" in words:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(os.path.join(os.environ["TMPDIR"], "left"), "w").close()
-print("serving", process.pid, flush=True)
+say(f"serving {process.pid}")
 while True:
     time.sleep(600)
 '''

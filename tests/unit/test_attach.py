@@ -27,7 +27,7 @@ def closed_port():
 
 def test_a_server_introduces_itself():
     with ScriptedServer({"GET /model_info": MODEL, "GET /server_info": SERVER}) as server:
-        about = introduce(Attachment(server.url))
+        about = introduce(server.url, None)
     assert (about.version, about.model_path, about.device) == ("0.5.23", "/models/it", "gpu")
 
 
@@ -44,14 +44,14 @@ def test_a_server_introduces_itself():
 def test_what_is_no_sglang_or_lets_nobody_in_is_told_in_one_line(answers, words):
     script = {"GET /server_info": SERVER, **answers}
     with ScriptedServer(script) as server, pytest.raises(AttachError) as told:
-        introduce(Attachment(server.url))
+        introduce(server.url, None)
     assert words in str(told.value)
     assert "\n" not in str(told.value)
 
 
 def test_nothing_that_answers_is_told_with_its_address(closed_port):
     with pytest.raises(AttachError, match=f"127.0.0.1:{closed_port}.*connection refused"):
-        introduce(Attachment(f"http://127.0.0.1:{closed_port}"))
+        introduce(f"http://127.0.0.1:{closed_port}", None)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,12 @@ from sglang_harness.errors import (
     Refused,
     RequestFailed,
     ServerDied,
+    ServerLost,
     SpecError,
     Unreachable,
 )
 from sglang_harness.oracle import TOLERANCE
-from sglang_harness.runtime.death import Death
+from sglang_harness.runtime.death import Death, Unknown
 from sglang_harness.suite import check as engine
 from sglang_harness.suite.check import (
     Check,
@@ -140,7 +141,7 @@ def test_a_server_that_dies_under_a_check_fails_it_and_its_last_words_are_kept(c
     assert result.outcome is Outcome.FAIL
     assert result.message.startswith("expected a server that lives; The server ended")
     assert "IndexError: out of range" in result.message
-    assert "Its last words: loading | out of range" in result.message
+    assert "Last output: loading | out of range" in result.message
     assert (result.evidence, figures) == (None, [])
 
 
@@ -152,6 +153,7 @@ def test_a_server_that_dies_under_a_check_fails_it_and_its_last_words_are_kept(c
         NoAnswerInTime("POST /generate", "no answer within 20 s"),
         Refused("POST /generate", 500, "Internal Server Error"),
         BadAnswer("POST /generate", "an answer that cannot be read"),
+        ServerLost(Unknown("its container was removed from outside this run")),
         HarnessError("No usable stop string in the answer ''."),
         MissingExtra("The oracle", "torch"),
     ],

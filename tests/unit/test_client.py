@@ -19,9 +19,11 @@ from sglang_harness.errors import (
     Refused,
     RequestFailed,
     ServerDied,
+    ServerLost,
     TimeIsOver,
     Unreachable,
 )
+from sglang_harness.runtime.death import DeathWatch, Unknown
 
 #: May be sent twice; read as JSON.
 SAFE: Call[Any] = Call("GET", "/a", lambda reply: reply.json(), repeatable=True)
@@ -276,6 +278,18 @@ def test_a_broken_connection_to_a_dead_server_is_reported_as_its_death(make_clie
     assert caught.value.death == A_DEATH
     # The broken connection is not forgotten: it is the cause.
     assert isinstance(caught.value.__cause__, Unreachable)
+
+
+def test_a_broken_connection_to_a_server_that_cannot_be_observed_is_not_its_death(
+    make_client: MakeClient,
+):
+    watch = DeathWatch(lambda: Unknown("its container was removed from outside this run"))
+    with (
+        ScriptedServer({"POST /generate": Answer(ending="reset")}) as server,
+        pytest.raises(ServerLost, match="removed from outside") as lost,
+    ):
+        make_client(server, watch=watch).generate("a")
+    assert isinstance(lost.value.__context__, Unreachable)
 
 
 def test_a_process_that_is_gone_a_moment_after_its_connections_is_waited_for(

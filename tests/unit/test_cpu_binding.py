@@ -87,12 +87,12 @@ def test_a_container_is_bound_to_cores_that_its_engine_has(monkeypatch: pytest.M
 # --- what a server of two processes needs ---------------------------------------------------------
 
 
-def server_on(kind: str, gpus: str = "all") -> Any:
+def server_on(kind: str, gpus: str = "all", cores: int = 2) -> Any:
     return SimpleNamespace(
         device=kind,
         lacks={},
         spec=ServerSpec(gpus=gpus),
-        running=SimpleNamespace(runtime="process"),
+        running=SimpleNamespace(cores=lambda: list(range(cores))),
     )
 
 
@@ -108,11 +108,9 @@ def test_two_gpus_are_those_that_the_spec_means(
     assert needs.TWO_DEVICES.lacking(server_on("gpu", gpus)) == reason
 
 
-def test_on_a_cpu_it_takes_two_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_binding, "cores_here", lambda: [0])
-    assert needs.TWO_DEVICES.lacking(server_on("cpu")) == "needs 2 processor cores"
-    monkeypatch.setattr(cpu_binding, "cores_here", lambda: [0, 1])
-    assert needs.TWO_DEVICES.lacking(server_on("cpu")) is None
+def test_on_a_cpu_it_takes_two_cores():
+    assert needs.TWO_DEVICES.lacking(server_on("cpu", cores=1)) == "needs 2 processor cores"
+    assert needs.TWO_DEVICES.lacking(server_on("cpu", cores=2)) is None
 
 
 # --- a server beside another ----------------------------------------------------------------------

@@ -8,7 +8,8 @@ import time
 import pytest
 from scripted_server import A_DEATH, BOUND, Mortal
 
-from sglang_harness.runtime.death import Death, read_death
+from sglang_harness.errors import EngineError, ServerDied, ServerLost
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
 
 #: What every healthy start of 0.5.23 on a CPU writes: full of words that mean nothing.
 START = """\
@@ -305,11 +306,11 @@ def test_listeners_are_called_once_whether_they_come_before_the_death_or_after()
         calls.append("early")
         heard.set()
 
-    mortal.watch.call_on_death(early)
+    mortal.watch.call_on_end(early)
     assert calls == []
     mortal.die()
     assert heard.wait(BOUND)
-    mortal.watch.call_on_death(lambda: calls.append("late"))
+    mortal.watch.call_on_end(lambda: calls.append("late"))
     assert calls == ["early", "late"]
 
 
@@ -317,7 +318,66 @@ def test_a_listener_can_ask_how_the_server_died():
     mortal = Mortal()
     seen: list[Death | None] = []
     heard = threading.Event()
-    mortal.watch.call_on_death(lambda: (seen.append(mortal.watch.death), heard.set()))
+    mortal.watch.call_on_end(lambda: (seen.append(mortal.watch.death), heard.set()))
     mortal.die()
     assert heard.wait(BOUND)
     assert seen == [A_DEATH]
+
+
+def unwatched(reason: str = "the Docker engine stopped answering") -> DeathWatch:
+    """Of a server that can no longer be observed."""
+    watch = DeathWatch(lambda: Unknown(reason))
+    over = threading.Event()
+    watch.call_on_end(over.set)
+    assert over.wait(BOUND)
+    return watch
+
+
+def test_a_server_that_cannot_be_observed_is_not_dead_and_whoever_waits_is_told():
+    watch = unwatched()
+    assert watch.death is None
+    assert watch.ended == Unknown("the Docker engine stopped answering")
+    for ask in (lambda: watch.wait(0.0), watch.raise_if_ended):
+        with pytest.raises(ServerLost, match="stopped answering") as lost:
+            ask()
+        assert lost.value.unknown == watch.ended
+        assert isinstance(lost.value, EngineError)
+        assert not isinstance(lost.value, ServerDied)
+
+
+def test_a_wait_that_fails_is_noticed_by_everyone_who_waits():
+    def fails() -> Death:
+        raise KeyError("OOMKilled")
+
+    heard = threading.Event()
+    watch = DeathWatch(fails)
+    watch.call_on_end(heard.set)
+    assert heard.wait(BOUND)
+    with pytest.raises(ServerLost, match=r"can no longer be watched \(KeyError: 'OOMKilled'\)"):
+        watch.wait(BOUND)
+
+
+def test_an_end_that_was_asked_for_is_not_a_lost_server_either():
+    watch = unwatched()
+    watch.expected = True
+    assert watch.wait(0.0) is None
+    assert watch.ended is None
+    watch.raise_if_ended()
+
+
+def test_asking_whether_it_ended_raises_its_death_and_nothing_while_it_lives():
+    mortal = Mortal()
+    mortal.watch.raise_if_ended()
+    mortal.die()
+    assert mortal.watch.wait(BOUND) == A_DEATH
+    with pytest.raises(ServerDied):
+        mortal.watch.raise_if_ended()
+
+
+def test_a_listener_that_fails_keeps_the_next_from_nothing():
+    mortal = Mortal()
+    heard = threading.Event()
+    mortal.watch.call_on_end(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    mortal.watch.call_on_end(heard.set)
+    mortal.die()
+    assert heard.wait(BOUND)

@@ -68,7 +68,7 @@ def test_a_version_on_the_command_line_outvotes_an_image_in_the_ini_file() -> No
         ({"image": "a", "version": "0.5.20"}, "contradict each other"),
         ({"url": "http://127.0.0.1:1", "image": "a"}, "--sglang-image says how to start one"),
         ({"url": "http://127.0.0.1:1", "runtime": "docker"}, "--sglang-runtime"),
-        ({"url": "nowhere"}, "no URL of a server"),
+        ({"url": "nowhere"}, "not a valid server URL"),
         ({"runtime": "attach"}, "--sglang-url"),
         ({"allow-changes": True}, "--sglang-url is missing"),
         ({"share": "/tmp"}, "--sglang-url is missing"),

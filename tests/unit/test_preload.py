@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,9 @@ class Forks:
 
     def serving(self, name: str, *words: str, environment: dict[str, str] | None = None) -> int:
         pid = self(name, *words, environment=environment)
-        wait_until(lambda: "segment" in self.said(name), f"{name} to serve")
+        # Two processes write these, in either order.
+        lines = r"(?m)^(?:serving|segment) .*\n"
+        wait_until(lambda: len(re.findall(lines, self.said(name))) == 2, f"{name} to serve")
         return pid
 
     def log(self, name: str) -> Path:

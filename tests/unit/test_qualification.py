@@ -34,7 +34,7 @@ class Running:
         self.may_change = True
         how = "cold" if spec.start == "cold" else "warm"
         self.running = SimpleNamespace(
-            runtime="docker", started=Started(how), watch=SimpleNamespace(death=None)
+            runtime="docker", owned=True, started=Started(how), watch=SimpleNamespace(death=None)
         )
         self.report = StartReport(phases=[Phase("create", 1.0), Phase("import", 2.0)])
         self.client = SimpleNamespace(
@@ -79,10 +79,15 @@ class Keeps:
     """A runtime whose parents are counted."""
 
     name = "docker"
+    starts = True
+    caveat: str | None = None
 
     def __init__(self) -> None:
         self.open = 0
         self.opened = 0
+
+    def for_another_server(self) -> Keeps:
+        return self
 
     @contextmanager
     def keeping_parents(self) -> Iterator[None]:
@@ -186,7 +191,7 @@ def test_a_server_that_never_comes_up_fails_the_run_with_its_words(
     start: Starts, tmp_path: Path, patterns: tuple[str, ...]
 ) -> None:
     died = ServerDied(DEATH)
-    died.server_log = "its last words"  # type: ignore[attr-defined]
+    died.log = "its last words"
     start.fails = died
     verdict = run(tmp_path, *patterns)
     assert verdict.verdict == "fail"

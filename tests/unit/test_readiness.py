@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from scripted_server import BOUND, Answer, Mortal, ScriptedServer
 
-from sglang_harness.errors import HarnessError, ServerDied, StartTimeout
+from sglang_harness.errors import HarnessError, ServerDied, ServerLost, StartTimeout
+from sglang_harness.runtime.death import DeathWatch, Unknown
 from sglang_harness.server.readiness import PHASES, StartReport, wait_until_ready
 
 STARTING = Answer(503, "")
@@ -125,6 +126,12 @@ def test_a_server_that_dies_while_it_starts_is_told_at_once_and_not_at_the_limit
             wait(server, limit=60.0, watch=mortal.watch)
     # Within a second of its exit.
     assert time.monotonic() - began < 1.3
+
+
+def test_a_server_that_can_no_longer_be_observed_is_lost_at_once_and_not_dead():
+    watch = DeathWatch(lambda: Unknown("the Docker engine stopped answering"))
+    with ScriptedServer({"GET /ready": STARTING}) as server, pytest.raises(ServerLost):
+        wait(server, limit=60.0, watch=watch)
 
 
 def test_a_server_that_dies_under_its_first_generation_is_told_at_once():

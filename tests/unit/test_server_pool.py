@@ -155,7 +155,7 @@ def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
     servers: OwnServers, monkeypatch: pytest.MonkeyPatch
 ):
     died = ServerDied(DEATH)
-    died.server_log = "its last words"  # type: ignore[attr-defined]
+    died.log = "its last words"
     monkeypatch.setattr(server_pool.Server, "start", starts := Starts(died))
     with (
         pytest.raises(DidNotComeUp, match="no such flag"),

@@ -53,7 +53,7 @@ class Nowhere(Parent):
     def _unused(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("no server is started here")
 
-    address_words = address = temporary = binding = share_model = reach = _unused
+    address_words = address = temporary = cores = share_model = reach = _unused
     host_pids = beside = peers_left = about = _unused
 
 
@@ -329,8 +329,8 @@ class Place(Nowhere):
     def temporary(self, name: str) -> PurePosixPath:
         return PurePosixPath("/tmp") / name
 
-    def binding(self, arguments: Any) -> dict[str, str]:
-        return {"BOUND": "0|1"}
+    def cores(self) -> list[int]:
+        return [3, 5]
 
     def share_model(self, model: Path) -> PurePosixPath:
         return self.folders.models / place(model, self.folders.root / "models")
@@ -375,7 +375,10 @@ def test_it_is_forked_with_its_own_key_log_folder_and_cores(
     ]
     assert "--tp-size" in asked["argv"]
     assert server.api_key not in asked["argv"]
-    assert asked["environment"] == {"BOUND": "0|1", "SGLANG_API_KEY": server.api_key}
+    assert asked["environment"] == {
+        "SGLANG_CPU_OMP_THREADS_BIND": "3|5",
+        "SGLANG_API_KEY": server.api_key,
+    }
     assert asked["folder"] == f"/tmp/{server.name}"
     assert server.address == "http://127.0.0.1:20500"
     Path(asked["log"]).write_text("one\ntwo\n")

@@ -11,6 +11,7 @@ import pytest
 
 import sglang_harness
 from sglang_harness.errors import SpecError
+from sglang_harness.runtime.attach import AttachedServer, Attachment
 from sglang_harness.weights import routes
 from sglang_harness.weights.routes import Job, Needs, Route, Sent, base
 from sglang_harness.weights.routes.buckets import Bucket
@@ -84,7 +85,9 @@ def target(**about: Any) -> Any:
     client = SimpleNamespace(
         has_route=lambda method, path: path == "/there", server_info=lambda: {"dp_size": 2}
     )
-    running = SimpleNamespace(runtime="attach", shares_a_folder=False)
+    running = AttachedServer(
+        Attachment("http://127.0.0.1:1"), run_id="r", device="cpu", model_path="/m", model=None
+    )
     return SimpleNamespace(client=client, running=running, device="cpu")
 
 

@@ -190,13 +190,22 @@ class _Running:
     runtime = "double"
     device = "cpu"
     run_id = "double"
+    owned = True
+    may_change = True
     api_key = None
+    shared_folder = None
 
     def __init__(self, double: WeightServer) -> None:
         self.model = double.model
         self.address = double.http.url
         self.watch = double.mortal.watch
         self.reach = SameMachine()
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        return None
 
     def model_path(self) -> str:
         return str(self.model)

@@ -22,13 +22,16 @@ class Teardown:
     Ctrl-C or SIGTERM inside a step does not skip the remaining ones: the first is raised again
     when the block is left. Errors are never raised; whoever tears down reports ``failures``.
 
+    Args:
+        failures: the list to add to; by default a new one.
+
     Attributes:
         failures: one line for each step that raised (``WHAT: ERROR TYPE: MESSAGE``), and every
             line that :meth:`collect` was given, in order.
     """
 
-    def __init__(self) -> None:
-        self.failures: list[str] = []
+    def __init__(self, failures: list[str] | None = None) -> None:
+        self.failures = [] if failures is None else failures
         self._interruption: BaseException | None = None
 
     def step(self, what: str, do: Callable[[], T]) -> T | None:

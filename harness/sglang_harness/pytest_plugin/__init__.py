@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sglang_harness.client import Generation
     from sglang_harness.pytest_plugin.options import Wanted
     from sglang_harness.runtime import Runtime
-    from sglang_harness.runtime.attach import Attachment
     from sglang_harness.server import Server
     from sglang_harness.sharing.rpc import OpenCounter
     from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer, Tally
@@ -185,14 +184,14 @@ def sglang_spec(pytestconfig: pytest.Config) -> ServerSpec:
 
 
 @pytest.fixture(scope="session")
-def sglang_runtime(pytestconfig: pytest.Config) -> Runtime | Attachment:
+def sglang_runtime(pytestconfig: pytest.Config) -> Runtime:
     """How servers come to be, by the options."""
     with _one_line(None):
         return _wanted(pytestconfig).runtime
 
 
 @pytest.fixture(scope="session")
-def _parents_stay(sglang_runtime: Runtime | Attachment, _in_order: None) -> Iterator[None]:
+def _parents_stay(sglang_runtime: Runtime, _in_order: None) -> Iterator[None]:
     """A session may start more than one server: what makes the next start faster is kept."""
     with sglang_runtime.keeping_parents():
         yield
@@ -202,7 +201,7 @@ def _parents_stay(sglang_runtime: Runtime | Attachment, _in_order: None) -> Iter
 def _sglang_session(
     pytestconfig: pytest.Config,
     sglang_spec: ServerSpec,
-    sglang_runtime: Runtime | Attachment,
+    sglang_runtime: Runtime,
     _parents_stay: None,
 ) -> Iterator[SessionServer]:
     """The session's server: this process's own, or one that xdist's workers share."""
@@ -246,7 +245,7 @@ def _one_line(item: pytest.Item | None) -> Iterator[None]:
         yield
     except HarnessError as error:
         if item is not None:
-            item.stash[_LOST_LOG] = str(getattr(error, "server_log", ""))
+            item.stash[_LOST_LOG] = error.log
         raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 
 
@@ -266,7 +265,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         with _one_line(item):
             wanted = _wanted(item.config)
         found, why_none = gpus()
-        if not found and wanted.runtime.name != "attach":
+        if not found and wanted.runtime.starts:
             pytest.skip(f"needs a GPU, and {why_none}")
 
 
@@ -307,7 +306,7 @@ def _given_back(item: pytest.Item, borrowing: Any) -> Iterator[None]:
 def fresh_sglang_server(
     request: pytest.FixtureRequest,
     sglang_spec: ServerSpec,
-    sglang_runtime: Runtime | Attachment,
+    sglang_runtime: Runtime,
     _parents_stay: None,
 ) -> Iterator[Server]:
     """A server of this test's own, for tests that break theirs. It costs a start."""
@@ -338,7 +337,7 @@ def _named_servers(_parents_stay: None) -> Iterator[dict[str, LocalKeeper]]:
 def sglang_servers(
     request: pytest.FixtureRequest,
     sglang_spec: ServerSpec,
-    sglang_runtime: Runtime | Attachment,
+    sglang_runtime: Runtime,
     _named_servers: dict[str, LocalKeeper],
 ) -> Callable[..., Server]:
     """Servers by name, each with its own spec: ``sglang_servers("draft", model="tiny:7")``.
@@ -372,10 +371,8 @@ def sglang_servers(
     return server
 
 
-def _startable(runtime: Runtime | Attachment) -> Runtime:
-    from sglang_harness.runtime.attach import Attachment
-
-    if isinstance(runtime, Attachment):
+def _startable(runtime: Runtime) -> Runtime:
+    if not runtime.starts:
         pytest.skip("needs a server of its own, and --sglang-url names one that runs already")
     return runtime
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sglang_harness.runtime import Runtime
-    from sglang_harness.runtime.attach import Attachment
     from sglang_harness.spec import ServerSpec
 
 #: How loud each place of an option is: the lowest number wins.
@@ -86,7 +85,7 @@ class Wanted:
     """What all options together ask for."""
 
     spec: ServerSpec
-    runtime: Runtime | Attachment
+    runtime: Runtime
     own_server: bool
     lease_timeout: float
 
@@ -155,6 +154,7 @@ def settle(given: Mapping[str, Given]) -> Wanted:
         SpecError: options contradict each other, or cannot be meant.
     """
     from sglang_harness.errors import SpecError
+    from sglang_harness.runtime.registry import OPTIONS as RUNTIME_OPTIONS
     from sglang_harness.runtime.registry import choose
     from sglang_harness.spec import from_options
     from sglang_harness.upkeep import kept_servers
@@ -198,9 +198,8 @@ def settle(given: Mapping[str, Given]) -> Wanted:
     )
     runtime = attachment or choose(
         values.get("runtime", "auto"),
-        python=path("python"),
-        compose_file=path("compose-file"),
-        compose_service=values.get("compose-service"),
+        {option.name: values.get(option.name) for option in RUNTIME_OPTIONS},
+        prefix="--sglang-",
     )
     patience = seconds("lease-timeout")
     return Wanted(

@@ -33,8 +33,6 @@ from sglang_harness.memory.gpu.selection import select
 from sglang_harness.report import junit
 from sglang_harness.run.server_pool import OwnServers
 from sglang_harness.runtime import Runtime, engine
-from sglang_harness.runtime.attach import Attachment
-from sglang_harness.runtime.compose import ComposeRuntime
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
@@ -61,17 +59,9 @@ CPU_CAVEAT = (
     "CPU stand-in kernels: SGLang computed with plain torch; its own kernels were not exercised."
 )
 
-PROCESS_CAVEAT = (
-    "No container: the server ran as a process of this machine, with the rights of the harness."
-)
-
 WARM_CAVEAT = (
     "{warm} of {all} servers were started warm, from a parent that had imported SGLang already: "
     "how these start was not judged (--start cold starts each as its image does)."
-)
-
-ATTACHED_CAVEAT = (
-    "Somebody else's server: it was {how}; its start, its end and its memory were out of sight."
 )
 
 FIRST_CALL_CAVEAT = (
@@ -108,7 +98,7 @@ class Request:
 
     spec: ServerSpec
     out: Path
-    runtime: Runtime | Attachment = field(default_factory=DockerRuntime)
+    runtime: Runtime = field(default_factory=DockerRuntime)
     profile: ProfileName = "quick"
     patterns: list[str] = field(default_factory=list)
     seed: int = 0
@@ -217,8 +207,9 @@ class Qualification:
             return server, lambda check, _: known[check.id]
         # Its start is judged, so it is started as anybody would.
         spec = self._request.spec
-        attached = isinstance(self._request.runtime, Attachment)
-        server = self._start(spec if attached else spec.model_copy(update={"start": "cold"}))
+        if self._request.runtime.starts:
+            spec = spec.model_copy(update={"start": "cold"})
+        server = self._start(spec)
         self._version = _version(server)
         return server, self._lacking
 
@@ -231,8 +222,8 @@ class Qualification:
                 run_id=self._run_id,
                 held=self._request.keep_on_failure,
             )
-        except BaseException as error:
-            self._logs.append(getattr(error, "server_log", ""))
+        except (HarnessError, Interrupted) as error:
+            self._logs.append(error.log)
             raise
         self._servers.append(server)
         self._has_started(server, "the server")
@@ -259,13 +250,9 @@ class Qualification:
     def _own_server(self, **wanted: Any) -> AbstractContextManager[Server]:
         """See :class:`sglang_harness.suite.check.OwnServer`."""
         if self._own_servers is None:
-            runtime = self._request.runtime
-            assert not isinstance(runtime, Attachment), "such checks are outside the profile"
-            if isinstance(runtime, ComposeRuntime):
-                runtime = runtime.for_another_server()
             self._own_servers = OwnServers(
                 self._request.spec,
-                runtime,
+                self._request.runtime.for_another_server(),
                 image=self._servers[0].about().get("image") if self._servers else None,
                 run_id=self._run_id,
                 say=self._viewer.say,
@@ -275,8 +262,8 @@ class Qualification:
 
     @staticmethod
     def _lacking(check: Check[Any], server: Server) -> str | None:
-        if check.own_server and server.running.runtime == "attach":
-            return "it starts a server of its own, and none is started beside somebody else's"
+        if check.own_server and not server.running.owned:
+            return "it starts a server of its own, and this run was given one that runs already"
         if check.changes and not server.may_change:
             return "it changes the server for a while (--allow-changes was not given)"
         for need in check.needs:
@@ -313,7 +300,7 @@ class Qualification:
         death = self._servers[-1].running.watch.death if self._servers else None
         if death is None or self._replaced >= REPLACEMENTS:
             return
-        if isinstance(self._request.runtime, Attachment):
+        if not self._request.runtime.starts:
             self._replaced = REPLACEMENTS
             return
         self._replaced += 1
@@ -345,8 +332,7 @@ class Qualification:
                 self._keep(running[-1])
                 return
             for server in running:
-                attached = server.running.runtime == "attach"
-                self._viewer.say("looking away" if attached else "stopping the server")
+                self._viewer.say("stopping the server" if server.running.owned else "detaching")
                 judged = not interrupted and any(check.after_stop for check in self._checks)
                 self._stop(server, at_once=not judged)
             if not interrupted and self._servers:
@@ -409,8 +395,7 @@ class Qualification:
         spec = server.spec if server else request.spec
         caveats = [
             *([CPU_CAVEAT] if device == "cpu" else []),
-            *([PROCESS_CAVEAT] if request.runtime.name == "process" else []),
-            *self._attached_caveat(),
+            *([request.runtime.caveat] if request.runtime.caveat else []),
             *self._warm_caveat(),
             *self._caveats,
             *(c for s in self._servers for c in _gaps(s)),
@@ -456,13 +441,6 @@ class Qualification:
             },
             caveats=caveats,
         )
-
-    def _attached_caveat(self) -> list[str]:
-        how = self._request.runtime
-        if not isinstance(how, Attachment):
-            return []
-        changed = "changed and put back" if how.allow_changes else "only looked at"
-        return [ATTACHED_CAVEAT.format(how=changed)]
 
     def _warm_caveat(self) -> list[str]:
         warm = sum(start.how == "warm" for start in self._starts)

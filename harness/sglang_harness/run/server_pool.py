@@ -103,9 +103,8 @@ class OwnServers:
         try:
             server = Server.start(spec, runtime=self._runtime, say=self._say, run_id=self._run_id)
         except (ServerDied, StartTimeout) as error:
-            log = getattr(error, "server_log", "")
             self.logs.append(
-                f"--- a server of its own that did not come up: {title(spec)} ---\n{log}"
+                f"--- a server of its own that did not come up: {title(spec)} ---\n{error.log}"
             )
             raise DidNotComeUp(f"The check's own server did not come up. {error}") from error
         except MissingExtra as error:

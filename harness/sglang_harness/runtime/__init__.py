@@ -1,18 +1,35 @@
-"""How a server comes to be. One module for each way, behind one small protocol."""
+"""How a server comes to be. One module for each way, behind two small protocols.
+
+What a runtime or a server can do is a member here. Nothing outside this package compares a
+runtime's name or asks for its class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.spec import Argument, ServerSpec
 
-__all__ = ["Beside", "Death", "DeathWatch", "Reach", "Running", "Runtime", "Started"]
+__all__ = [
+    "Beside",
+    "Death",
+    "DeathWatch",
+    "Introduction",
+    "Kind",
+    "KindOption",
+    "Order",
+    "Reach",
+    "Running",
+    "Runtime",
+    "Started",
+    "Unknown",
+]
 
 
 @dataclass(frozen=True)
@@ -20,17 +37,48 @@ class Started:
     """How a server came to be.
 
     Attributes:
-        how: ``cold`` (its image or Python starts it, as anybody would), ``warm`` (forked from a
-            parent that has imported SGLang already) or ``elsewhere`` (not by this run).
-        why: why not warm, in words, where that had been possible or was asked for.
+        how: ``cold`` (its image or Python starts it, as without the harness), ``warm`` (forked
+            from a parent that has imported SGLang already) or ``elsewhere`` (not by this run).
+        why: why not warm, as a phrase, where a warm start was possible or asked for.
     """
 
     how: Literal["cold", "warm", "elsewhere"]
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Introduction:
+    """What a server that runs already says of itself."""
+
+    version: str
+    model_path: str
+    device: Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One server to be prepared.
+
+    Attributes:
+        model: the model's folder on this machine; ``None``: it is on a hub, or the runtime
+            decides which model is served (:attr:`Runtime.decides_model`).
+        run_id: the run that the server belongs to.
+        held: the server is meant to outlive this process.
+        say: is told what happens, a line at a time.
+        identify: asks the server at a URL, with a key, what it is; needed by runtimes that start
+            nothing. Raises :class:`AttachError`.
+    """
+
+    spec: ServerSpec
+    model: Path | None
+    run_id: str
+    held: bool = False
+    say: Callable[[str], None] = lambda _: None
+    identify: Callable[[str, str | None], Introduction] | None = None
+
+
 class Reach(Protocol):
-    """How something on this machine looks from where the server runs."""
+    """How a path of this machine looks from where the server runs."""
 
     def share(self, path: Path) -> PurePosixPath:
         """Makes a local file or folder readable for the server; returns its path there."""
@@ -45,13 +93,13 @@ class Reach(Protocol):
 
 
 class Beside(Protocol):
-    """One program beside a server."""
+    """One program beside a server: a sidecar."""
 
     @property
     def name(self) -> str: ...
 
     def write(self, line: bytes) -> None:
-        """Raises :class:`EngineError`: it does not listen any more."""
+        """Raises :class:`EngineError`: it no longer reads its input."""
 
     def read(self, timeout: float) -> bytes | None:
         """Its next line; ``None`` when it has ended.
@@ -64,7 +112,8 @@ class Beside(Protocol):
         """The end of its error output."""
 
     def end(self) -> list[str]:
-        """Ends it, removes what it left, and says what could not be removed. Again: nothing."""
+        """Ends it, removes what it left, and returns what could not be removed. Called again, it
+        does nothing."""
 
 
 class Running(Protocol):
@@ -79,8 +128,17 @@ class Running(Protocol):
         """Cold or warm, and why."""
 
     @property
+    def owned(self) -> bool:
+        """This run started it and ends it. False: it ran before and goes on afterwards; its
+        start, log and memory cannot be seen from here."""
+
+    @property
+    def may_change(self) -> bool:
+        """False: it is only read; calls that would change it are not sent."""
+
+    @property
     def device(self) -> Literal["cpu", "gpu"]:
-        """What ``spec.device`` turned out to mean."""
+        """What ``spec.device`` resolved to."""
 
     @property
     def run_id(self) -> str:
@@ -95,10 +153,19 @@ class Running(Protocol):
         """SGLang's flags that it is started with, beside model, address and device."""
 
     def start(self) -> object:
-        """Sets it going; returns when it runs, long before it answers."""
+        """Starts it; returns when it runs, long before it answers. Does nothing where it runs
+        already."""
 
     def memory(self) -> list[MemorySource]:
         """Where memory is read beside the GPUs: the host memory of the server."""
+
+    def cores(self) -> list[int]:
+        """Numbers of the processor cores that a server of this kind may use; empty where they
+        are not known.
+
+        Raises:
+            EngineError: no engine answers.
+        """
 
     @property
     def address(self) -> str:
@@ -110,20 +177,33 @@ class Running(Protocol):
 
     @property
     def watch(self) -> DeathWatch:
-        """Tells within a second that the server ended."""
+        """Tells within a second that the server ended, or that this cannot be observed."""
 
     @property
-    def reach(self) -> Reach: ...
+    def shared_folder(self) -> Path | None:
+        """A folder on this machine that the server reads in place; what is put there has a path
+        of the server's by ``reach.share`` without being copied. ``None``: there is none, and
+        ``reach.share`` sends a copy or needs none."""
+
+    def why_no_files(self) -> str | None:
+        """Why the server cannot read files of this machine; ``None``: it can."""
+
+    @property
+    def reach(self) -> Reach:
+        """Raises :class:`EngineError` where :meth:`why_no_files` gives a reason."""
+
+    def why_no_sidecar(self) -> str | None:
+        """Why :meth:`beside` cannot start a sidecar; ``None``: it can."""
 
     def beside(self, script: str) -> Beside:
         """Starts a program beside the server that shares its user, ``/dev/shm``, ``TMPDIR``,
-        loopback and files. It goes when the server ends, if not before.
+        loopback and files: a sidecar. It ends with the server, if not before.
 
         Args:
             script: Python for the server's own interpreter, in one text.
 
         Raises:
-            EngineError: nothing can be put beside this server.
+            EngineError: it cannot be started.
         """
 
     def model_path(self) -> str:
@@ -136,17 +216,17 @@ class Running(Protocol):
         """What it runs from: image, digest, command, limits; for the verdict."""
 
     def host_pids(self) -> list[int]:
-        """Process ids of the server as this host sees them; empty where it cannot."""
+        """Process ids of the server as this host numbers them; empty where they are not known."""
 
     def end(self, *, at_once: bool = False) -> int | None:
-        """Asks it to end, then makes it; removes what it left. Again: the same.
+        """Asks it to end, then kills it; removes what it left. Called again, it returns the same.
 
         Args:
-            at_once: nobody judges how it ends: it is made to, without being asked. SGLang takes
+            at_once: kill it without asking, because how it ends is not judged. SGLang takes
                 five seconds or more to end when it is asked (0.5.23).
 
         Returns:
-            the exit code; ``None`` where nobody could tell.
+            the exit code; ``None`` where it is not known.
         """
 
     def left_behind(self) -> list[str]:
@@ -160,23 +240,69 @@ class Runtime(Protocol):
     def name(self) -> str:
         """As the command line and the verdict call it."""
 
-    def prepare(
-        self,
-        spec: ServerSpec,
-        *,
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> Running:
-        """Everything up to starting: finds the device, builds or fetches what is missing.
+    @property
+    def starts(self) -> bool:
+        """It starts servers. False: it stands for one that runs already, and another cannot be
+        had from it."""
 
-        Args:
-            held: the server is meant to outlive this process.
+    @property
+    def decides_gpus(self) -> bool:
+        """Its own file, or who started the server, decides which GPUs are used:
+        ``CUDA_VISIBLE_DEVICES`` of this process does not apply."""
+
+    @property
+    def decides_model(self) -> bool:
+        """Its own file, or who started the server, decides which model is served: ``spec.model``
+        counts only where it was set."""
+
+    @property
+    def caveat(self) -> str | None:
+        """What a verdict on its servers cannot vouch for, as a sentence; ``None``: nothing."""
+
+    def for_another_server(self) -> Runtime:
+        """How a second server, with another model, is started in the same image.
+
+        Raises:
+            SpecError: it starts none.
+        """
+
+    def prepare(self, order: Order) -> Running:
+        """Everything up to starting: finds the device, builds or fetches what is missing.
 
         Raises:
             SpecError, EngineError, ImageError, ModelError: it cannot be had here.
+            AttachError: what should run already does not, or is not SGLang.
         """
 
     def keeping_parents(self) -> AbstractContextManager[None]:
-        """Inside, more than one server is to be expected: what makes the next start faster is
-        made, and kept until the end."""
+        """Inside, more than one server is expected: what makes the next start faster is made,
+        and kept until the end."""
+
+
+@dataclass(frozen=True)
+class KindOption:
+    """An option that belongs to one runtime.
+
+    Attributes:
+        name: ``python`` is ``--python`` on the command line, ``--sglang-python`` for pytest.
+        help: one line, without the runtime's name.
+        is_path: its value is a path of this machine.
+    """
+
+    name: str
+    help: str
+    is_path: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A runtime as the registry lists it.
+
+    Attributes:
+        make: makes the runtime from the values of those of its options that were given, by name.
+            Raises :class:`SpecError` where these are invalid or contradictory.
+    """
+
+    name: str
+    make: Callable[[Mapping[str, str | Path]], Runtime]
+    options: tuple[KindOption, ...] = ()

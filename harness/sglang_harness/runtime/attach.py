@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime import Beside, Started
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime import Beside, Order, Started
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.runtime.path_map import copy_readable, remove_copy
 from sglang_harness.spec import Argument
 
@@ -78,18 +78,19 @@ class SharedFolder:
 
 @dataclass(frozen=True)
 class Attachment:
-    """How to look at a running server, instead of a runtime that starts one.
+    """The runtime for a server that runs already: it starts nothing and ends nothing.
 
     Attributes:
         url: its base URL, without a key in it.
         api_key: what it asks for; from the environment, never from an argument.
-        allow_changes: what can be put back may be changed. Off, the server is only read.
+        allow_changes: the server may be changed, as far as its state can be restored. Off, it is
+            only read.
         shared: a folder that both sides see, for weights from disk.
-        model: the served checkpoint on this machine, for the oracle; ``None``: found by the
-            path that the server states, where that is here too.
+        model: the served checkpoint on this machine, for the reference model; ``None``: found by
+            the path that the server states, where that is here too.
 
     Raises:
-        SpecError: the URL is none, or holds a secret.
+        SpecError: the URL is invalid, or holds a secret.
     """
 
     url: str
@@ -99,10 +100,50 @@ class Attachment:
     model: Path | None = None
 
     name = "attach"
+    starts = False
+    decides_gpus = True
+    decides_model = True
+
+    @property
+    def caveat(self) -> str:
+        how = "with reversible changes" if self.allow_changes else "read-only"
+        return (
+            f"Attached {how} to an existing server: startup, shutdown and memory were not observed."
+        )
+
+    def for_another_server(self) -> Attachment:
+        """Raises :class:`SpecError`: there is only the one."""
+        raise SpecError(
+            f"The server at {self.url} runs already, and another one cannot be started from its "
+            "address.",
+            advice="Leave --url out, and say with --image or --runtime how to start servers.",
+        )
 
     def keeping_parents(self) -> AbstractContextManager[None]:
-        """See :class:`sglang_harness.runtime.Runtime`. Nothing is started, so nothing is kept."""
+        """Nothing is started, so nothing is kept."""
         return nullcontext()
+
+    def prepare(self, order: Order) -> AttachedServer:
+        """Asks the server what it is. Changes nothing.
+
+        Raises:
+            AttachError: nothing answers, it wants another key, or it is not SGLang.
+        """
+        assert order.identify is not None, "given by whoever attaches"
+        about = order.identify(self.url, self.api_key)
+        model = order.model
+        if "model" not in order.spec.model_fields_set:
+            here = Path(about.model_path)
+            model = self.model or (here if here.is_dir() else None)
+        running = AttachedServer(
+            self,
+            run_id=order.run_id,
+            device=about.device,
+            model_path=about.model_path,
+            model=model,
+        )
+        order.say(f"attached to SGLang {about.version} at {running.address} ({about.device})")
+        return running
 
     def __post_init__(self) -> None:
         try:
@@ -113,7 +154,7 @@ class Attachment:
             usable = False
         if not usable:
             raise SpecError(
-                f"--url {self.url!r} is no URL of a server.",
+                f"--url {self.url!r} is not a valid server URL.",
                 advice="Write it as http://127.0.0.1:30000.",
             )
         if parts.username or parts.password or parts.query:
@@ -124,10 +165,11 @@ class Attachment:
 
 
 class AttachedServer:
-    """Somebody else's server as a :class:`sglang_harness.runtime.Running`."""
+    """A server that this run did not start, as a :class:`sglang_harness.runtime.Running`."""
 
     runtime = "attach"
     started = Started("elsewhere")
+    owned = False
 
     def __init__(
         self,
@@ -142,6 +184,7 @@ class AttachedServer:
         self.device: Literal["cpu", "gpu"] = device
         self.model = model
         self.arguments: dict[str, Argument] = {}
+        self.may_change = attachment.allow_changes
         self.address = attachment.url.rstrip("/")
         self.api_key = attachment.api_key
         self._attachment = attachment
@@ -150,9 +193,9 @@ class AttachedServer:
         self.watch = DeathWatch(self._wait_for_death)
 
     def start(self) -> None:
-        """Nothing: it runs."""
+        """Does nothing: it runs already."""
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         parts = urlsplit(self.address)
         where = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
         refused = 0
@@ -163,15 +206,27 @@ class AttachedServer:
             except ConnectionRefusedError:
                 refused += 1
             except OSError:
-                # A slow or broken way there is no death; the calls will say what they meet.
+                # A slow or broken connection is not a death; the calls will tell.
                 continue
             if refused >= 2:
-                why = f"nothing listens at {self.address} any more (not ours: no log to look at)"
+                why = f"nothing listens at {self.address} any more (its log is not accessible)"
                 return Death(None, False, why, "", ())
-        return Death(None, False, "no longer looked at", "", ())
+        return Unknown("this run has detached from it")
 
     def memory(self) -> list[MemorySource]:
         return []
+
+    def cores(self) -> list[int]:
+        return []
+
+    @property
+    def shared_folder(self) -> Path | None:
+        return self._attachment.shared.local if self._attachment.shared is not None else None
+
+    def why_no_files(self) -> str | None:
+        if self._attachment.shared is None:
+            return "no folder is shared with this server (--share)"
+        return None
 
     @property
     def reach(self) -> SharedFolder:
@@ -182,15 +237,14 @@ class AttachedServer:
             )
         return self._attachment.shared
 
-    @property
-    def shares_a_folder(self) -> bool:
-        return self._attachment.shared is not None
+    def why_no_sidecar(self) -> str | None:
+        return "this run did not start the server"
 
     def beside(self, script: str) -> Beside:
-        """Nothing can be put beside somebody else's server."""
+        """Raises :class:`EngineError`."""
         del script
         raise EngineError(
-            "Somebody else started this server: nothing can be put beside it from here.",
+            f"No sidecar can be started: {self.why_no_sidecar()}.",
             advice="Push from disk or in the body of the request.",
         )
 
@@ -198,7 +252,7 @@ class AttachedServer:
         return self._model_path
 
     def logs(self, *, tail: int | None = None) -> str:
-        """Empty: the log is its owner's."""
+        """Empty: the log is not accessible."""
         del tail
         return ""
 
@@ -213,7 +267,7 @@ class AttachedServer:
         return []
 
     def end(self, *, at_once: bool = False) -> int | None:
-        """Looks away. The server goes on."""
+        """Detaches; the server keeps running."""
         del at_once
         self.watch.expected = True
         self._over.set()

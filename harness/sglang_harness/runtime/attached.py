@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import queue
-import signal
 import subprocess
 import threading
 import time
@@ -18,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import docker
-import psutil
-from docker.errors import APIError, DockerException, NotFound
+from docker.errors import DockerException, NotFound
+from docker.models.containers import Container
 from docker.utils.socket import frames_iter
 
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
+from sglang_harness.runtime import engine
+from sglang_harness.runtime.process_family import ProcessFamily
 
 #: Lines of its error output that are kept.
 KEPT = 200
+
+#: Seconds from a container's removal to the engine's not knowing it any more.
+GONE_WITHIN = 10.0
 
 
 class Lines:
@@ -77,9 +82,12 @@ class AttachedContainer:
         self.name = name
         self._what = what
         self._said = Lines()
-        # Its own client: the connection is held for as long as the program runs.
-        self._client = docker.from_env()
+        self._client: docker.DockerClient | None = None
+        self._socket: Any = None
+        self.container: Container | None = None
         try:
+            # Its own client: the connection is held for as long as the program runs.
+            self._client = docker.from_env()
             self.container = self._client.containers.create(
                 name=name,
                 stdin_open=True,
@@ -91,23 +99,28 @@ class AttachedContainer:
                 str(self.container.id), params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
             )
             self.container.start()
-        except DockerException as error:
+        except BaseException as error:
             self.end()
-            reason = getattr(error, "explanation", None) or error
-            raise EngineError(f"{what} could not be started: {reason}.") from None
+            if isinstance(error, DockerException | OSError):
+                reason = getattr(error, "explanation", None) or error
+                raise EngineError(f"{what} could not be started: {reason}.") from None
+            raise
         threading.Thread(target=self._listen, daemon=True, name=f"{name}-output").start()
 
     def _listen(self) -> None:
-        with suppress(OSError, ValueError, DockerException):
-            for stream, data in frames_iter(self._socket, tty=False):
-                (self._said.errors if stream == 2 else self._said.output)(data)
-        self._said.over()
+        try:
+            with suppress(OSError, ValueError, DockerException):
+                for stream, data in frames_iter(self._socket, tty=False):
+                    (self._said.errors if stream == 2 else self._said.output)(data)
+        finally:
+            # Whatever ended this: whoever waits for a line must not wait for ever.
+            self._said.over()
 
     def write(self, line: bytes) -> None:
         try:
             getattr(self._socket, "_sock", self._socket).sendall(line + b"\n")
         except OSError as error:
-            raise EngineError(f"{self._what} {self.name} does not listen: {error}.") from None
+            raise EngineError(f"{self._what} {self.name} takes no input: {error}.") from None
 
     def read(self, timeout: float) -> bytes | None:
         return self._said.read(timeout)
@@ -116,35 +129,32 @@ class AttachedContainer:
         return self._said.words()
 
     def end(self) -> list[str]:
-        with suppress(OSError, AttributeError):
-            self._socket.close()
-        left = []
-        container = getattr(self, "container", None)
-        if container is not None:
-            try:
-                container.remove(force=True, v=True)
-            except NotFound:
-                pass
-            except APIError as error:
-                # 'Removal is already in progress': it ended by itself a moment ago.
-                if error.status_code != 409:
-                    left.append(f"container {self.name}: {error.explanation or error}")
-            if not left and not self._is_gone(within=10.0):
-                left.append(f"container {self.name}: still there after 10 s")
-        self._client.close()
-        return left
+        with Teardown() as down:
+            if self._socket is not None:
+                with suppress(OSError):
+                    self._socket.close()
+            client, container = self._client, self.container
+            if client is not None and container is not None:
+                name = f"container {self.name}"
+                # By itself it is removed a moment after it ends.
+                down.step(
+                    name, lambda: engine.discard(lambda: container.remove(force=True, v=True))
+                )
+                if not down.failures:
+                    down.step(name, lambda: self._wait_until_gone(client))
+            if client is not None:
+                down.step("the engine's client", client.close)
+        return down.failures
 
-    def _is_gone(self, within: float) -> bool:
-        until = time.monotonic() + within
+    def _wait_until_gone(self, client: docker.DockerClient) -> None:
+        until = time.monotonic() + GONE_WITHIN
         while time.monotonic() < until:
             try:
-                self._client.containers.get(self.name)
+                client.containers.get(self.name)
             except NotFound:
-                return True
-            except DockerException:
-                return False
+                return
             time.sleep(0.1)
-        return False
+        raise EngineError(f"It is still there {GONE_WITHIN:g} s after its removal.")
 
 
 class AttachedProcess:
@@ -172,7 +182,6 @@ class AttachedProcess:
         self.name = name
         self._what = what
         self._said = Lines()
-        self._family: dict[int, psutil.Process] = {}
         self._ends_within = ends_within
         try:
             self._process = subprocess.Popen(
@@ -188,6 +197,7 @@ class AttachedProcess:
         except OSError as error:
             raise EngineError(f"{what} could not be started: {error}.") from None
         self.pid = self._process.pid
+        self._family = ProcessFamily(self.pid)
         for stream, put in (
             (self._process.stdout, self._said.output),
             (self._process.stderr, self._said.errors),
@@ -197,11 +207,13 @@ class AttachedProcess:
             ).start()
 
     def _listen(self, stream: Any, put: Callable[[bytes], None]) -> None:
-        with suppress(OSError, ValueError):
-            while data := stream.read1(1 << 16):
-                put(data)
-        if put == self._said.output:
-            self._said.over()
+        try:
+            with suppress(OSError, ValueError):
+                while data := stream.read1(1 << 16):
+                    put(data)
+        finally:
+            if put == self._said.output:
+                self._said.over()
 
     def write(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -209,41 +221,44 @@ class AttachedProcess:
             self._process.stdin.write(line + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise EngineError(f"{self._what} {self.name} does not listen: {error}.") from None
+            raise EngineError(f"{self._what} {self.name} takes no input: {error}.") from None
 
     def read(self, timeout: float) -> bytes | None:
-        self._look()
+        self._family.living()
         return self._said.read(timeout)
 
     def words(self) -> str:
         return self._said.words()
 
-    def _look(self) -> None:
-        with suppress(psutil.NoSuchProcess):
-            main = psutil.Process(self._process.pid)
-            for each in [main, *main.children(recursive=True)]:
-                self._family[each.pid] = each
+    def left_behind(self) -> list[str]:
+        """What of it still runs."""
+        return [f"process {each.pid}" for each in self._family.living()]
 
     def kill(self) -> None:
         """Does not wait for the end of its input to be noticed."""
         self._process.kill()
 
     def end(self) -> list[str]:
-        self._look()
+        with Teardown() as down:
+            down.step(self.name, self._end_input)
+            # torch's shared-memory manager makes itself a daemon, and outlives who started it.
+            down.step(self.name, lambda: self._family.kill(within=5.0))
+            down.step(self.name, self._reap)
+            down.step("shared memory", lambda: remove_segments(self._family.pids()))
+            down.collect(self.name, self.left_behind)
+        return down.failures
+
+    def _end_input(self) -> None:
+        self._family.living()
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=self._ends_within)
-        # torch's shared-memory manager makes itself a daemon, and outlives who started it.
-        for each in self._family.values():
-            with suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGKILL)
-        _, alive = psutil.wait_procs(list(self._family.values()), timeout=5)
+
+    def _reap(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
-        remove_segments(self._family)
-        return [f"process {each.pid}" for each in alive]
 
 
 def remove_segments(pids: Iterable[int], folder: Path = Path("/dev/shm")) -> None:  # noqa: S108

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -23,12 +23,12 @@ from typing import Any, Literal
 from docker.errors import APIError, DockerException
 from testcontainers.compose import DockerCompose
 
-from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
-from sglang_harness.runtime import Started, cpu_binding, engine, images
+from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, engine, images
 from sglang_harness.runtime import device as devices
 from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
@@ -257,6 +257,10 @@ class ComposeServer(RunningContainer):
             self.port = PORT if PORT in published else published[0]
 
     @property
+    def shared_folder(self) -> Path | None:
+        return self.reach.folder
+
+    @property
     def arguments(self) -> dict[str, Argument]:
         known = {"model-path", "model", "host", "port", "device", "api-key", "admin-api-key"}
         return {name: value for name, value in (self._told or {}).items() if name not in known}
@@ -278,21 +282,23 @@ class ComposeServer(RunningContainer):
             ]
         finally:
             client.close()
-        return [*found, *([str(self.reach.folder)] if self.reach.folder.exists() else [])]
+        folder = [str(self.reach.folder)] if self.reach.folder.exists() else []
+        return list(dict.fromkeys([*self._failures, *found, *folder]))
 
-    def _clear_away(self) -> None:
+    def _clear_away(self) -> list[str]:
         if not self._second.exists():
-            return
-        with suppress(EngineError):
-            self._project.down()
-            self._remove_volumes()
-        self.reach.close()
+            return []
+        with Teardown() as down:
+            down.step(f"compose project {self.name}", self._project.down)
+            down.collect(f"volumes of the compose project {self.name}", self._remove_volumes)
+            down.collect("exchange folder", self.reach.close)
+        return down.failures
 
-    def _remove_volumes(self) -> None:
+    def _remove_volumes(self) -> list[str]:
         client = engine.connect()
         try:
             volumes = (t for t in engine.ours(client) if t.kind == "volume")
-            engine.remove(client, [t for t in volumes if t.name.startswith(self.name)])
+            return engine.remove(client, [t for t in volumes if t.name.startswith(self.name)])
         finally:
             client.close()
 
@@ -310,6 +316,9 @@ class ComposeRuntime:
     """
 
     name = "compose"
+    starts = True
+    decides_gpus = True
+    caveat: str | None = None
 
     def __init__(self, file: Path | None = None, service: str | None = None) -> None:
         if file is None and service is not None:
@@ -323,6 +332,10 @@ class ComposeRuntime:
         self._file = None if file is None else file.resolve()
         self._service = service
 
+    @property
+    def decides_model(self) -> bool:
+        return self._file is not None
+
     def for_another_server(self) -> ComposeRuntime | DockerRuntime:
         """How a second server with another model is started in the same image."""
         return self if self._file is None else DockerRuntime()
@@ -331,19 +344,13 @@ class ComposeRuntime:
         """Compose starts every server: none is forked."""
         return nullcontext()
 
-    def prepare(
-        self,
-        spec: ServerSpec,
-        *,
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> ComposeServer:
+    def prepare(self, order: Order) -> ComposeServer:
         """See :class:`sglang_harness.runtime.Runtime`.
 
         Raises:
             MissingExtra: there is no compose here.
         """
+        spec = order.spec
         if spec.start == "warm":
             raise SpecError(
                 "A warm start was asked for, and cannot be: compose starts its services itself.",
@@ -361,23 +368,15 @@ class ComposeRuntime:
         client = engine.connect()
         try:
             if self._file is None:
-                return self._ours(spec, client, command, run_id, held, say)
-            return self._theirs(spec, command, run_id, held, say)
+                return self._ours(order, client, command)
+            return self._theirs(order, command)
         except APIError as error:
             raise EngineError(f"The Docker engine failed: {error}.") from None
         finally:
             client.close()
 
-    def _ours(
-        self,
-        spec: ServerSpec,
-        client: Any,
-        command: list[str],
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> ComposeServer:
-        model = checkpoint.locate(spec.model, say)
+    def _ours(self, order: Order, client: Any, command: list[str]) -> ComposeServer:
+        spec, model = order.spec, order.model
         if model is None:
             raise SpecError(
                 f"{spec.model} is a name on the hub, and compose.yaml mounts a folder.",
@@ -385,7 +384,7 @@ class ComposeRuntime:
             )
         check_readable(model)
         device = devices.choose(spec, client.info())
-        image = images.for_spec(spec, device, client, say)
+        image = images.for_spec(spec, device, client, order.say)
         with tempfile.TemporaryDirectory(prefix="sglang-harness-probe-") as probe:
             here = engine.sees_this_disk(client, image, Path(probe))
         if not here:
@@ -417,7 +416,7 @@ class ComposeRuntime:
             "healthcheck": {"disable": True},
             **({"mem_limit": spec.memory, "memswap_limit": spec.memory} if spec.memory else {}),
         }
-        say(f"starting {spec.model} as service {device} of compose.yaml")
+        order.say(f"starting {spec.model} as service {device} of compose.yaml")
         return ComposeServer(
             spec,
             file=assets.root() / "compose.yaml",
@@ -435,24 +434,16 @@ class ComposeRuntime:
                 "SGLANG_API_KEY": new_api_key(),
             },
             arguments=arguments,
-            run_id=run_id,
-            held=held,
+            run_id=order.run_id,
+            held=order.held,
         )
 
-    def _theirs(
-        self,
-        spec: ServerSpec,
-        command: list[str],
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> ComposeServer:
+    def _theirs(self, order: Order, command: list[str]) -> ComposeServer:
         assert self._file is not None
+        spec = order.spec
         variables = {"SGLANG_API_KEY": os.environ.get("SGLANG_API_KEY") or new_api_key()}
-        model = None
         if "model" in spec.model_fields_set:
-            model = checkpoint.locate(spec.model, say)
-            variables["SGLANG_MODEL"] = str(model or spec.model)
+            variables["SGLANG_MODEL"] = str(order.model or spec.model)
         project = Project(
             [self._file], name="look", command=command, services=[], environment=variables
         )
@@ -465,7 +456,7 @@ class ComposeRuntime:
                 f"{self._file} has {missing} (it has {', '.join(sorted(services))}).",
                 advice="Name one of them with --compose-service.",
             )
-        say(f"starting the service {service} of {self._file}")
+        order.say(f"starting the service {service} of {self._file}")
         return ComposeServer(
             spec,
             file=self._file,
@@ -473,14 +464,32 @@ class ComposeRuntime:
             command=command,
             device=spec.device if spec.device != "auto" else _device(services[service]),
             image=str(services[service].get("image") or service),
-            model=model,
+            model=order.model,
             additions={},
             made=_made(described, project.name),
             environment=variables,
             arguments=None,
-            run_id=run_id,
-            held=held,
+            run_id=order.run_id,
+            held=order.held,
         )
+
+
+def _make(given: Mapping[str, str | Path]) -> ComposeRuntime:
+    service = given.get("compose-service")
+    return ComposeRuntime(
+        Path(given["compose-file"]) if "compose-file" in given else None,
+        None if service is None else str(service),
+    )
+
+
+KIND = Kind(
+    "compose",
+    _make,
+    (
+        KindOption("compose-file", "a compose file of yours", is_path=True),
+        KindOption("compose-service", "the service of your compose file"),
+    ),
+)
 
 
 def _made(described: Mapping[str, Any], project: str) -> dict[str, list[str]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import time
 import uuid
-from contextlib import suppress
+from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,23 +18,26 @@ from docker.types import Mount
 from testcontainers.core.docker_client import DockerClient
 
 from sglang_harness._base.secrets import Redactor
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.container import ContainerMemory
-from sglang_harness.runtime import Started, engine, images
-from sglang_harness.runtime.death import Death, DeathWatch, read_death
+from sglang_harness.runtime import Started, cpu_binding, engine, images
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
 from sglang_harness.runtime.sidecar import ContainerBeside, make_temporary_volume
 from sglang_harness.spec import ServerSpec
 
 #: Where SGLang listens inside the containers that the harness sets up itself.
 PORT = 30000
 
+#: Seconds before a wait for a container's end is begun again after its connection was cut.
+LOOK_AGAIN = 1.0
+
 
 class RunningContainer:
     """Address, death, log, memory and end of a server in a container.
 
-    Whoever derives from it makes the container, puts it into ``_container``, and sets
-    ``_watch`` once it runs.
+    A subclass makes the container, puts it into ``_container``, and sets ``_watch`` once it runs.
     """
 
     spec: ServerSpec
@@ -44,9 +49,10 @@ class RunningContainer:
     device: Literal["cpu", "gpu"]
     run_id: str
     started: Started = Started("cold")
+    owned = True
+    may_change = True
     _temporary: Any = None
     """The volume of :func:`make_temporary_volume`, where the server got one."""
-    _beside: list[ContainerBeside]
     _container: Container | None = None
     _address: str | None = None
     _watch: DeathWatch | None = None
@@ -54,24 +60,42 @@ class RunningContainer:
     _logs_at_end: str | None = None
 
     @cached_property
+    def _failures(self) -> list[str]:
+        """What :meth:`end` could not do."""
+        return []
+
+    @cached_property
+    def _beside(self) -> list[ContainerBeside]:
+        return []
+
+    @cached_property
     def _engine(self) -> docker.DockerClient:
         return DockerClient().client
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
+        name = self._id
         try:
             # Its own client: this one waits without a time-out in a thread of its own.
-            client = docker.from_env(timeout=None)  # type: ignore[arg-type]
-            container = client.containers.get(self._id)
-            container.wait(timeout=None)
-            log = Redactor(self.api_key or "").text(container.logs().decode(errors="replace"))
-            container.reload()
-            state = container.attrs["State"]
+            with closing(docker.from_env(timeout=None)) as client:  # type: ignore[arg-type]
+                container = client.containers.get(name)
+                while not _has_ended(container):
+                    time.sleep(LOOK_AGAIN)
+                return self._read_death(container)
+        except NotFound:
+            return Unknown("its container was removed from outside this run")
         except (DockerException, OSError) as error:
-            if isinstance(error, NotFound):
-                return Death(None, False, "its container was removed by somebody else", "", ())
-            return Death(None, False, f"the Docker engine stopped answering ({error})", "", ())
-        death = read_death(state["ExitCode"], bool(state["OOMKilled"]), log)
-        return Death(**{**vars(death), "noticed_after": engine.seconds_since(state["FinishedAt"])})
+            return Unknown(f"the Docker engine stopped answering ({error})")
+
+    def _read_death(self, container: Container) -> Death | Unknown:
+        log = Redactor(self.api_key or "").text(container.logs().decode(errors="replace"))
+        container.reload()
+        state = container.attrs["State"]
+        if state.get("Status") == "removing":
+            # Killed in order to be removed ('docker rm --force').
+            raise NotFound("the container is being removed")
+        death = read_death(state["ExitCode"], bool(state.get("OOMKilled")), log)
+        noticed = engine.seconds_since(str(state.get("FinishedAt")))
+        return replace(death, noticed_after=noticed)
 
     @property
     def watch(self) -> DeathWatch:
@@ -82,12 +106,12 @@ class RunningContainer:
     @property
     def _id(self) -> str:
         if self._container is None or self._container.id is None:
-            raise EngineError("The container is not there: never made, or gone already.")
+            raise EngineError("There is no container: it was not created, or is removed already.")
         return self._container.id
 
     @property
     def address(self) -> str:
-        """Base URL of the server, as seen from here; found out once."""
+        """Base URL of the server, as seen from here; looked up once."""
         if self._address is None:
             self._address = self._find_address()
         return self._address
@@ -170,20 +194,34 @@ class RunningContainer:
         return mount
 
     def _remove_temporary(self) -> None:
-        if self._temporary is not None:
-            with suppress(NotFound, APIError):
-                self._temporary.remove(force=True)
+        volume = self._temporary
+        if volume is not None:
+            engine.discard(lambda: volume.remove(force=True))
+
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_of(self._engine)
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        try:
+            host = self._engine.api.inspect_container(self._id)["HostConfig"]
+        except (DockerException, OSError):
+            return None  # starting one will tell
+        if host["IpcMode"] in ("private", "none"):
+            return f"the server's container does not share its memory (ipc: {host['IpcMode']})"
+        return None
 
     def beside(self, script: str) -> ContainerBeside:
         """A second container of this image beside the server: see
         :class:`sglang_harness.runtime.Running`."""
-        attributes = self._engine.api.inspect_container(self._id)
-        if attributes["HostConfig"]["IpcMode"] in ("private", "none"):
+        if reason := self.why_no_sidecar():
             raise EngineError(
-                "The server's container keeps its shared memory to itself (ipc: private), so "
-                "nothing can be put beside it.",
+                f"No sidecar can be started: {reason}.",
                 advice="Set 'ipc: shareable' for the service in your compose file.",
             )
+        attributes = self._engine.api.inspect_container(self._id)
         made = ContainerBeside(
             attributes,
             script,
@@ -192,38 +230,72 @@ class RunningContainer:
             temporary=self._temporary.name if self._temporary is not None else None,
             shares_processes=self.device == "gpu",
         )
-        self.__dict__.setdefault("_beside", []).append(made)
+        self._beside.append(made)
         return made
 
     def end(self, *, at_once: bool = False) -> int | None:
         """Ends the server within ``limits.stop`` seconds, or at once, and removes what belongs
         to it.
 
+        Every step is tried, whatever became of the others; what failed is in ``_failures``, for
+        ``left_behind``.
+
         Returns its exit code; ``None`` where the engine could not tell. Again: the same.
         """
-        if self._watch is not None and self._watch.death is None:
+        if self._watch is not None and self._watch.ended is None:
             self._watch.expected = True
-        for peer in self.__dict__.pop("_beside", []):
-            peer.end()
-        if self._container is not None:
-            container = self._container
-            try:
-                container.stop(timeout=0 if at_once else int(self.spec.limits.stop))
-                self._logs_at_end = container.logs().decode(errors="replace")
-                container.reload()
-                self._exit_code = container.attrs["State"]["ExitCode"]
-            except (APIError, OSError):
+        with Teardown(self._failures) as down:
+            while self._beside:
+                peer = self._beside.pop()
+                down.collect(f"sidecar {peer.name}", peer.end)
+            if self._container is not None:
+                container, self._container = self._container, None
+                name = f"container {container.name}"
+                seconds = 0 if at_once else int(self.spec.limits.stop)
+                down.step(
+                    f"stopping the {name}",
+                    lambda: engine.discard(lambda: self._stop_container(container, seconds)),
+                )
+                down.step(
+                    name, lambda: engine.discard(lambda: container.remove(force=True, v=True))
+                )
                 self._logs_at_end = self._logs_at_end or ""
-            finally:
-                with suppress(NotFound):
-                    container.remove(force=True, v=True)
-                self._container = None
-        self._clear_away()
-        self._remove_temporary()
+            down.collect("the server's folder or volume", self._clear_away)
+            down.step("the volume for temporary files", self._remove_temporary)
+            down.step("the engine's client", self._close_clients)
         return self._exit_code
 
-    def _clear_away(self) -> None:
-        """Removes what belongs to the server beside its container."""
+    def _stop_container(self, container: Container, seconds: int) -> None:
+        container.stop(timeout=seconds)
+        self._logs_at_end = container.logs().decode(errors="replace")
+        container.reload()
+        self._exit_code = container.attrs["State"]["ExitCode"]
+
+    def _clear_away(self) -> list[str]:
+        """Removes what belongs to the server beside its container; returns what could not be
+        removed."""
+        return []
+
+    def _close_clients(self) -> None:
+        # Whoever asks again gets another.
+        if (client := self.__dict__.pop("_engine", None)) is not None:
+            client.close()
+
+
+def _has_ended(container: Container) -> bool:
+    """Waits until the container has ended; false where only the wait has.
+
+    A proxy before the engine may cut a connection on which nothing is said for long: then the
+    engine is asked, and waited for again.
+    """
+    try:
+        container.wait(timeout=None)
+    except NotFound:
+        raise
+    except (DockerException, OSError):
+        container.reload()
+        return container.status in ("exited", "dead", "removing")
+    return True
 
 
 def _accepts(host: str, port: int) -> bool:

@@ -36,21 +36,6 @@ def cores_of(client: Any) -> list[int]:
     return mine or list(range(there))
 
 
-def cores_for(runtime: str) -> list[int]:
-    """Numbers of the cores that a server of the runtime of this name may use.
-
-    Raises:
-        EngineError: it runs in containers, and no engine answers.
-    """
-    if runtime == "process":
-        return cores_here()
-    client = engine.connect()
-    try:
-        return cores_of(client)
-    finally:
-        client.close()
-
-
 def ranks(arguments: Mapping[str, Argument]) -> int:
     """How many processes compute, by a server's flags; 1 where they say nothing."""
     return prod(_size(arguments, names) for names in SIZES)

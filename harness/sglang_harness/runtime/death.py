@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from sglang_harness.errors import ServerDied, ServerLost
+
+log = logging.getLogger(__name__)
 
 #: Signs in SGLang's log and what they mean, most specific first.
 KNOWN_CAUSES: tuple[tuple[str, str], ...] = (
@@ -67,7 +72,7 @@ class Death:
     out_of_memory: bool
     """The kernel killed it for memory (the engine's ``State.OOMKilled``)."""
     cause: str
-    """What is known to lead there, in words; empty when nothing was recognised."""
+    """A cause that is known from the log; empty when none was recognised."""
     exception: str
     """The last exception line of the log; empty when there is none."""
     last_words: tuple[str, ...]
@@ -88,14 +93,34 @@ class Death:
             return "Raise the container's memory limit or use a smaller model."
         if not self.last_words:
             return "It wrote nothing to its log."
-        return "Its last words: " + " | ".join(self.last_words[-3:])
+        return "Last output: " + " | ".join(self.last_words[-3:])
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Whether a server still runs, or how it ended, cannot be observed: the engine does not
+    answer, its container was removed from outside, the process that keeps it has gone. This says
+    nothing about SGLang.
+
+    Attributes:
+        reason: what kept it from being observed, without a full stop.
+    """
+
+    reason: str
+
+    def sentence(self) -> str:
+        """One line, as :meth:`Death.sentence`."""
+        return f"Whether the server still runs is not known: {self.reason.rstrip('.')}."
+
+    def advice(self) -> str:
+        return "This is not a failure of SGLang: check the machine and its engine, and run again."
 
 
 #: A request that was answered: whatever stands before it in the log was survived. (The
 #: request under which a server dies is logged too, as a 500.)
 _ANSWERED = re.compile(r'HTTP/1\.\d" [1-4]\d\d')
 
-#: What libraries print at any exit of a Python that crashed; not the server's words.
+#: What libraries print at any exit of a Python that crashed; not the server's own output.
 _NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\. skipped)|resource_tracker")
 
 
@@ -127,41 +152,72 @@ def _exception(lines: list[str]) -> str:
 class DeathWatch:
     """Waits in a thread for a server to end, so that everyone else need only ask.
 
-    ``wait`` blocks until the server has ended and returns how; it is called once, in a
-    daemon thread. ``expected`` is set by whoever stops the server on purpose.
+    Args:
+        wait: blocks until the server has ended and returns how, or :class:`Unknown` where that
+            can no longer be observed. Called once, in a daemon thread; an exception from it
+            counts as ``Unknown``.
+
+    Attributes:
+        expected: set by whoever stops the server on purpose. From then on nothing is reported.
     """
 
-    def __init__(self, wait: Callable[[], Death]) -> None:
-        self._ended = threading.Event()
-        self._death: Death | None = None
+    def __init__(self, wait: Callable[[], Death | Unknown]) -> None:
+        self._over = threading.Event()
+        self._ended: Death | Unknown | None = None
         self._listeners: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self.expected = False
         threading.Thread(target=self._run, args=(wait,), name="death-watch", daemon=True).start()
 
-    def _run(self, wait: Callable[[], Death]) -> None:
-        death = wait()
+    def _run(self, wait: Callable[[], Death | Unknown]) -> None:
+        ended: Death | Unknown
+        try:
+            ended = wait()
+        except BaseException as error:
+            ended = Unknown(f"it can no longer be watched ({type(error).__name__}: {error})")
         with self._lock:
-            self._death = death
-            self._ended.set()
+            self._ended = ended
+            self._over.set()
             listeners = list(self._listeners)
         for listener in listeners:
-            listener()
+            try:
+                listener()
+            except Exception:
+                log.exception("a listener for the end of a server failed")
+
+    @property
+    def ended(self) -> Death | Unknown | None:
+        """How it ended, or why that is not known; ``None`` while it runs or when it was stopped
+        on purpose."""
+        return None if self.expected else self._ended
 
     @property
     def death(self) -> Death | None:
-        """How it ended; ``None`` while it lives or when it was stopped on purpose."""
-        return None if self.expected else self._death
+        """How it ended, where it is known that it did; see :attr:`ended` for the other case."""
+        ended = self.ended
+        return ended if isinstance(ended, Death) else None
 
     def wait(self, seconds: float) -> Death | None:
-        """Sleeps ``seconds``, or less when the server ends meanwhile."""
-        self._ended.wait(seconds)
-        return self.death
+        """Sleeps ``seconds``, or less when the server ends meanwhile.
 
-    def call_on_death(self, listener: Callable[[], None]) -> None:
-        """Calls ``listener`` from the watching thread once the server has ended."""
+        Raises:
+            ServerLost: whether it ended, or how, is not known and will not be known.
+        """
+        self._over.wait(seconds)
+        ended = self.ended
+        if isinstance(ended, Unknown):
+            raise ServerLost(ended)
+        return ended
+
+    def raise_if_ended(self) -> None:
+        """Raises :class:`ServerDied` or :class:`ServerLost`; nothing while the server runs."""
+        if death := self.wait(0):
+            raise ServerDied(death)
+
+    def call_on_end(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` from the watching thread once :attr:`ended` is known."""
         with self._lock:
-            if not self._ended.is_set():
+            if not self._over.is_set():
                 self._listeners.append(listener)
                 return
         listener()

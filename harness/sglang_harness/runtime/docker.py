@@ -18,12 +18,11 @@ from docker.types import DeviceRequest, Mount, Ulimit
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer, Reaper
 
-from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.runtime import cpu_binding, engine, images
+from sglang_harness.runtime import Kind, Order, cpu_binding, engine, images
 from sglang_harness.runtime import device as devices
 from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
@@ -247,6 +246,10 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             raise EngineError("The container was not made.")
         return self._reach
 
+    @property
+    def shared_folder(self) -> Path | None:
+        return self._reach.folder if self._reach is not None else None
+
     def get_container_host_ip(self) -> str:
         """Where the server is reached from here; Testcontainers' own waits ask for it."""
         return str(urlsplit(self.address).hostname)
@@ -272,11 +275,10 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             client.close()
         if isinstance(self._reach, FolderReach) and self._reach.folder.exists():
             found.append(str(self._reach.folder))
-        return found
+        return list(dict.fromkeys([*self._failures, *found]))
 
-    def _clear_away(self) -> None:
-        if self._reach is not None:
-            self._reach.close()
+    def _clear_away(self) -> list[str]:
+        return self._reach.close() if self._reach is not None else []
 
     def stop(self, force: bool = True, delete_volume: bool = True) -> None:
         """Testcontainers' word for :meth:`end`. A server always ends politely first."""
@@ -288,6 +290,10 @@ class DockerRuntime:
     """Servers in containers of their own; warm ones in the container of their parent."""
 
     name = "docker"
+    starts = True
+    decides_gpus = False
+    decides_model = False
+    caveat: str | None = None
 
     def __init__(self) -> None:
         self._images: dict[str, str] = {}
@@ -307,19 +313,15 @@ class DockerRuntime:
         """See :class:`sglang_harness.runtime.Runtime`."""
         return self._parents.keeping()
 
-    def prepare(
-        self,
-        spec: ServerSpec,
-        *,
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> SGLangServerContainer | WarmServer:
+    def for_another_server(self) -> DockerRuntime:
+        return self
+
+    def prepare(self, order: Order) -> SGLangServerContainer | WarmServer:
         """See :class:`sglang_harness.runtime.Runtime`."""
-        model = checkpoint.locate(spec.model, say)
+        spec, model = order.spec, order.model
         if model is not None:
             check_readable(model)
-        device, image = prepare(spec, say)
+        device, image = prepare(spec, order.say)
 
         def recipe() -> Recipe:
             made = recipe_of(spec, image)
@@ -328,19 +330,23 @@ class DockerRuntime:
 
         return warm_or(
             lambda: SGLangServerContainer(
-                spec, model=model, image=image, device=device, run_id=run_id, held=held
+                spec,
+                model=model,
+                image=image,
+                device=device,
+                run_id=order.run_id,
+                held=order.held,
             ),
             self._parents,
-            spec,
+            order,
             recipe=recipe,
             what=f"starting {spec.model} on {image.rsplit('/', 1)[-1]} ({device})",
             runtime=self.name,
-            model=model,
             device=device,
-            run_id=run_id,
-            held=held,
-            say=say,
         )
+
+
+KIND = Kind("docker", lambda _: DockerRuntime())
 
 
 def recipe_of(spec: ServerSpec, image: str) -> Recipe:

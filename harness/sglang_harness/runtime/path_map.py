@@ -27,6 +27,9 @@ MODELS = PurePosixPath("/models")
 class SameMachine:
     """A local path is the server's path."""
 
+    folder: Path | None = None
+    """None is needed."""
+
     def share(self, path: Path) -> PurePosixPath:
         return PurePosixPath(path.resolve())
 
@@ -134,6 +137,9 @@ class VolumeReach:
     Raises:
         EngineError: the engine refused; nothing is left on it.
     """
+
+    folder: Path | None = None
+    """It is on the engine's disk alone."""
 
     def __init__(self, client: docker.DockerClient, image: str, labels: dict[str, str]) -> None:
         self._client = client

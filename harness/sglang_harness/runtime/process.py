@@ -17,23 +17,25 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from sglang_harness import checkpoint
 from sglang_harness._base import assets
 from sglang_harness._base.secrets import Redactor, new_api_key
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.process import ProcessMemory
-from sglang_harness.runtime import Started, cpu_binding, images, log_file
+from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, images, log_file
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.runtime.ports import free_port, is_taken
+from sglang_harness.runtime.process_family import ProcessFamily, until_gone
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import Parents
 from sglang_harness.runtime.warm.protocol import Recipe
@@ -55,6 +57,10 @@ class SGLangProcess:
 
     runtime = "process"
     started = Started("cold")
+    owned = True
+    may_change = True
+    shared_folder: Path | None = None
+    """A local path is the server's."""
 
     def __init__(
         self,
@@ -78,7 +84,9 @@ class SGLangProcess:
         self._port = spec.port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: DeathWatch | None = None
-        self._family: dict[int, psutil.Process] = {}
+        self._family: ProcessFamily | None = None
+        self._exit_code: int | None = None
+        self._failures: list[str] = []
         self._logs_at_end: str | None = None
         self._beside: list[AttachedProcess] = []
         self.reach = SameMachine()
@@ -123,6 +131,7 @@ class SGLangProcess:
         except OSError as error:
             self._remove_folder()
             raise EngineError(f"{self._python} cannot be run: {error.strerror}.") from None
+        self._family = ProcessFamily(self._process.pid)
         self._watch = DeathWatch(self._wait_for_death)
 
     def _environment(self) -> dict[str, str]:
@@ -131,6 +140,15 @@ class SGLangProcess:
         on_cpu = self.device == "cpu"
         bound = cpu_binding.binding(self.arguments, cpu_binding.cores_here()) if on_cpu else {}
         return {**bound, **own, "TMPDIR": str(self._folder)}
+
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_here()
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        return None
 
     def beside(self, script: str) -> AttachedProcess:
         """A second process of the same Python: see :class:`sglang_harness.runtime.Running`."""
@@ -152,7 +170,7 @@ class SGLangProcess:
         # A shell's way of writing a death by signal, as containers do.
         log = Redactor(self.api_key).text(self.logs())
         death = read_death(code if code >= 0 else 128 - code, False, log)
-        return Death(**{**vars(death), "noticed_after": max(0.0, time.time() - seen)})
+        return replace(death, noticed_after=max(0.0, time.time() - seen))
 
     @property
     def address(self) -> str:
@@ -177,48 +195,52 @@ class SGLangProcess:
 
     def processes(self) -> list[psutil.Process]:
         """The server's processes that live, its main process first."""
-        if self._process is None:
-            return []
-        with suppress(psutil.NoSuchProcess):
-            main = psutil.Process(self._process.pid)
-            for each in [main, *main.children(recursive=True)]:
-                self._family[each.pid] = each
-        return [p for p in self._family.values() if p.is_running() and p.status() != "zombie"]
+        return self._family.living() if self._family is not None else []
 
     def host_pids(self) -> list[int]:
         return [p.pid for p in self.processes()]
 
     def end(self, *, at_once: bool = False) -> int | None:
-        """SIGTERM, ``limits.stop`` seconds, then SIGKILL for whatever of it is left."""
-        if self._watch is not None and self._watch.death is None:
+        """SIGTERM, ``limits.stop`` seconds, then SIGKILL for what is left of it; then its files.
+        Every step is tried; what failed is in ``left_behind``."""
+        if self._watch is not None and self._watch.ended is None:
             self._watch.expected = True
-        while self._beside:
-            self._beside.pop().end()
-        if self._process is None:
-            self._remove_folder()
-            return None
-        family = self.processes()
-        if self._process.poll() is None:
+        with Teardown(self._failures) as down:
+            while self._beside:
+                peer = self._beside.pop()
+                down.collect(f"sidecar {peer.name}", peer.end)
+            process, family = self._process, self._family
+            if process is not None and family is not None:
+                down.step("server process", lambda: self._end_process(process, family, at_once))
+                down.step("server process", lambda: family.kill(within=5.0))
+                self._exit_code = down.step("exit code", lambda: process.wait(timeout=5))
+                down.step("log", self._keep_log)
+                down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
+                down.step("torch's shared memory", lambda: remove_segments(family.pids()))
+            down.step(str(self._folder), self._remove_folder)
+        return self._exit_code
+
+    def _end_process(
+        self, process: subprocess.Popen[bytes], family: ProcessFamily, at_once: bool
+    ) -> None:
+        living = family.living()
+        if process.poll() is None:
             if at_once:
-                self._process.kill()
+                process.kill()
             else:
-                self._process.terminate()
+                process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=self.spec.limits.stop)
-        _, alive = psutil.wait_procs(family, timeout=2)
-        for each in alive:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(alive, timeout=5)
+            process.wait(timeout=self.spec.limits.stop)
+        # The others end a moment after it.
+        until_gone(living, within=2.0)
+
+    def _keep_log(self) -> None:
         self._logs_at_end = self.logs()
-        self._remove_folder()
-        _remove_shared_memory(p.pid for p in family)
-        remove_segments(p.pid for p in family)
-        return self._process.wait(timeout=5)
 
     def left_behind(self) -> list[str]:
-        found = [f"process {p.pid}" for p in self._family.values() if p.is_running()]
-        return [*found, *([str(self._folder)] if self._folder.exists() else [])]
+        running = [f"process {p.pid}" for p in self.processes()]
+        folder = [str(self._folder)] if self._folder.exists() else []
+        return [*self._failures, *running, *folder]
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -233,6 +255,12 @@ class ProcessRuntime:
     """
 
     name = "process"
+    starts = True
+    decides_gpus = False
+    decides_model = False
+    caveat: str | None = (
+        "No container: the server ran as a process of this machine, with the rights of the harness."
+    )
 
     def __init__(self, python: Path | None = None) -> None:
         self._python = python
@@ -250,27 +278,23 @@ class ProcessRuntime:
         """See :class:`sglang_harness.runtime.Runtime`."""
         return self._parents.keeping()
 
-    def prepare(
-        self,
-        spec: ServerSpec,
-        *,
-        run_id: str,
-        held: bool,
-        say: Callable[[str], None],
-    ) -> SGLangProcess | WarmServer:
+    def for_another_server(self) -> ProcessRuntime:
+        return self
+
+    def prepare(self, order: Order) -> SGLangProcess | WarmServer:
         """See :class:`sglang_harness.runtime.Runtime`.
 
         Raises:
             SpecError: the spec asks for what only a container gives.
-            ModelError: the model is not there.
             ImageError: the environment could not be made.
         """
+        spec = order.spec
         if spec.image is not None:
             raise SpecError(
                 "An image was given, and the runtime 'process' runs no images.",
                 advice="Leave --image out, or use --runtime docker.",
             )
-        if held:
+        if order.held:
             raise SpecError(
                 "A server of the runtime 'process' ends with the harness: it cannot be held.",
                 advice="Use --runtime docker.",
@@ -285,21 +309,27 @@ class ProcessRuntime:
             )
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
-        python = self._python or Path(images.run_script("embedded.sh", spec.sglang_version, say))
-        model = checkpoint.locate(spec.model, say)
+        python = self._python or Path(
+            images.run_script("embedded.sh", spec.sglang_version, order.say)
+        )
         return warm_or(
-            lambda: SGLangProcess(spec, python=python, model=model, device=device, run_id=run_id),
+            lambda: SGLangProcess(
+                spec, python=python, model=order.model, device=device, run_id=order.run_id
+            ),
             self._parents,
-            spec,
+            order,
             recipe=lambda: recipe_of(spec, python),
             what=f"starting {spec.model} with {python} ({device})",
             runtime=self.name,
-            model=model,
             device=device,
-            run_id=run_id,
-            held=held,
-            say=say,
         )
+
+
+KIND = Kind(
+    "process",
+    lambda given: ProcessRuntime(Path(given["python"]) if "python" in given else None),
+    (KindOption("python", "a Python that has SGLang", is_path=True),),
+)
 
 
 def recipe_of(spec: ServerSpec, python: Path) -> Recipe:

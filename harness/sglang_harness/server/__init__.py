@@ -6,18 +6,23 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness import checkpoint
 from sglang_harness._base.secrets import Redactor, named_as_secrets
 from sglang_harness.client import Client, RequestsTransport, RetryPolicy
-from sglang_harness.errors import AttachError, ServerDied, StartTimeout
+from sglang_harness.errors import (
+    AttachError,
+    HarnessError,
+    Interrupted,
+    ServerDied,
+    StartTimeout,
+)
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.memory.gpu.guard import Guard, Return
-from sglang_harness.runtime import Reach, Running, Runtime, device
-from sglang_harness.runtime.attach import AttachedServer, Attachment
+from sglang_harness.runtime import Order, Reach, Running, Runtime, device
+from sglang_harness.runtime.attach import Attachment
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server.identify import introduce
 from sglang_harness.server.readiness import StartReport, wait_until_ready
@@ -63,7 +68,7 @@ class Server:
         report: how it came up.
         memory: readings at marks; ``before start`` (GPUs), ``started`` and
             ``ready`` are taken already.
-        may_change: false for somebody else's server that is only looked at.
+        may_change: false for an existing server that is only read.
     """
 
     def __init__(
@@ -74,9 +79,8 @@ class Server:
         report: StartReport,
         memory: MemoryLedger,
         guard: Guard | None = None,
-        may_change: bool = True,
     ) -> None:
-        self.may_change = may_change
+        self.may_change = running.may_change
         self._guard = guard
         self.spec = spec
         self.model = running.model
@@ -94,7 +98,7 @@ class Server:
             timeout=spec.limits.request,
             # What restores a server may load its weights again.
             cleanup=spec.limits.start,
-            read_only=not may_change,
+            read_only=not running.may_change,
         )
         self.lacks: dict[str, str | None] = {}
         """What was asked of the server once: why it lacks something, or ``None``."""
@@ -127,7 +131,7 @@ class Server:
         cls,
         spec: ServerSpec,
         *,
-        runtime: Runtime | Attachment | None = None,
+        runtime: Runtime | None = None,
         say: Say = _quietly,
         run_id: str | None = None,
         held: bool = False,
@@ -135,21 +139,32 @@ class Server:
         """Starts a server and waits until it answers.
 
         Args:
-            runtime: how it comes to be; by default in a container. An attachment starts
-                nothing: see :meth:`attach`.
+            runtime: how it comes to be; by default in a container. One that starts nothing
+                gives the server that runs already: see :meth:`attach`.
 
         Raises:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
+            AttachError: see :meth:`attach`.
             LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are somebody else's, do not
                 answer, or are not idle. Nothing was started.
             ServerDied, StartTimeout: it was started and never answered.
         """
-        if isinstance(runtime, Attachment):
-            return cls.attach(runtime, spec, say=say, run_id=run_id)
         runtime = runtime or DockerRuntime()
-        if runtime.name != "compose":  # whose GPUs are in its file
+        if not runtime.decides_gpus:
             spec = device.within_visible(spec)
-        running = runtime.prepare(spec, run_id=run_id or uuid.uuid4().hex[:12], held=held, say=say)
+        counts = not runtime.decides_model or "model" in spec.model_fields_set
+        running = runtime.prepare(
+            Order(
+                spec,
+                model=checkpoint.locate(spec.model, say) if counts else None,
+                run_id=run_id or uuid.uuid4().hex[:12],
+                held=held,
+                say=say,
+                identify=introduce,
+            )
+        )
+        if not running.owned:
+            return cls._attached(spec, running)
         guard = _guard(spec, running, say)
         devices: list[MemorySource] = [guard.source] if guard else []
         ledger = MemoryLedger([*devices, *running.memory()])
@@ -180,8 +195,9 @@ class Server:
             for each in guard.close() if guard else ():
                 if not each.given_back:
                     say(f"GPU {each.uuid} was not given back: {_held(each)}")
-            redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
-            error.server_log = redactor.text(log)  # type: ignore[attr-defined]
+            if isinstance(error, (HarnessError, Interrupted)):
+                redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
+                error.log = redactor.text(log)
             raise
 
     @classmethod
@@ -193,30 +209,20 @@ class Server:
         say: Say = _quietly,
         run_id: str | None = None,
     ) -> Server:
-        """Looks at a server that runs already; ``stop`` looks away and leaves it running.
+        """Attaches to a server that runs already; ``stop`` detaches and leaves it running.
 
         Args:
             spec: of its fields only ``limits`` and, where it is set, ``model`` (the served
-                checkpoint on this machine) mean anything.
+                checkpoint on this machine) are used.
 
         Raises:
-            AttachError: nothing answers there, it wants another key, or it is no SGLang.
+            AttachError: nothing answers there, it wants another key, or it is not SGLang.
             ModelError: ``model`` was given and is not there.
         """
-        spec = spec or ServerSpec()
-        given = "model" in spec.model_fields_set
-        model = checkpoint.locate(spec.model, say) if given else attachment.model
-        about = introduce(attachment)
-        if model is None and not given and Path(about.model_path).is_dir():
-            model = Path(about.model_path)
-        running = AttachedServer(
-            attachment,
-            run_id=run_id or uuid.uuid4().hex[:12],
-            device=about.device,
-            model_path=about.model_path,
-            model=model,
-        )
-        say(f"looking at SGLang {about.version} at {running.address} ({about.device})")
+        return cls.start(spec or ServerSpec(), runtime=attachment, say=say, run_id=run_id)
+
+    @classmethod
+    def _attached(cls, spec: ServerSpec, running: Running) -> Server:
         try:
             wait_until_ready(
                 running.address,
@@ -227,18 +233,14 @@ class Server:
         except (ServerDied, StartTimeout) as error:
             running.end()
             raise AttachError(
-                f"The server at {running.address} states what it serves, and generates nothing: "
-                f"{error.message}",
+                f"The server at {running.address} answers, but does not generate: {error.message}",
                 advice="It may be paused, loading or stuck; look at its log.",
             ) from None
-        named = spec.model_copy(update={"model": str(model or about.model_path)})
-        return cls(
-            named,
-            running,
-            report=StartReport(),
-            memory=MemoryLedger([]),
-            may_change=attachment.allow_changes,
-        )
+        except BaseException:
+            running.end()
+            raise
+        named = spec.model_copy(update={"model": str(running.model or running.model_path())})
+        return cls(named, running, report=StartReport(), memory=MemoryLedger([]))
 
     @property
     def reach(self) -> Reach:
@@ -259,9 +261,9 @@ class Server:
         return self.redactor.text(self.running.logs())
 
     def raise_if_dead(self) -> None:
-        """Raises :class:`ServerDied` where the server has ended by itself."""
-        if death := self.running.watch.death:
-            raise ServerDied(death)
+        """Raises :class:`ServerDied` where the server has ended by itself, and
+        :class:`ServerLost` where that is not known."""
+        self.running.watch.raise_if_ended()
 
     def stop(self, *, at_once: bool = False) -> Stopped:
         """Ends the server and removes what belongs to it. Again: the same answer.

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import AttachError, BadAnswer, NoAnswerInTime, Refused, Unreachable
-from sglang_harness.runtime.attach import Attachment
+from sglang_harness.runtime import Introduction
 
 #: Seconds for each of the two questions; ``/server_info`` hangs when the scheduler is stuck.
 PATIENCE = 15.0
 
 
-@dataclass(frozen=True)
-class Introduction:
-    """What a server says of itself."""
-
-    version: str
-    model_path: str
-    device: Literal["cpu", "gpu"]
-
-
-def introduce(attachment: Attachment) -> Introduction:
-    """Asks the server at ``attachment.url`` who it is. Changes nothing.
+def introduce(where: str, api_key: str | None) -> Introduction:
+    """Asks the server at the URL ``where`` what it is. Changes nothing.
 
     Raises:
         AttachError: nothing answers, it wants another key, or it is no SGLang.
     """
-    where = attachment.url
-    transport = RequestsTransport(where, api_key=attachment.api_key, read_timeout=PATIENCE)
+    transport = RequestsTransport(where, api_key=api_key, read_timeout=PATIENCE)
     client = Client(transport, timeout=PATIENCE, read_only=True)
     try:
         model, server = client.model_info(), client.server_info()
@@ -40,7 +29,7 @@ def introduce(attachment: Attachment) -> Introduction:
         ) from None
     except Refused as error:
         if error.status in (401, 403):
-            said = "the one in SGLANG_API_KEY" if attachment.api_key else "none"
+            said = "the one in SGLANG_API_KEY" if api_key else "none"
             raise AttachError(
                 f"The server at {where} wants a key ({error.status}), and {said} was sent.",
                 advice="Put its key into the variable SGLANG_API_KEY.",

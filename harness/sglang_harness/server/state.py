@@ -178,7 +178,7 @@ def _restore(server: Server, first: State, started: float) -> Restored:
             client.unload_lora_adapter(name)
         differing = first.differences(State.of(server))
     if differing:
-        if server.running.runtime == "attach" and first.labels["weight_version"] != "default":
+        if not server.running.owned and first.labels["weight_version"] != "default":
             raise CannotRestore(
                 f"Other than at first: {', '.join(differing)}. What was served at first had been "
                 f"pushed by somebody ({first.labels['weight_version']}), and lies on no disk."

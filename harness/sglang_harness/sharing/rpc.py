@@ -44,9 +44,7 @@ class Counter:
             ) from None
         if not well:
             message, advice, log = answer
-            problem = HarnessError(message, advice=advice)
-            problem.server_log = log  # type: ignore[attr-defined]
-            raise problem
+            raise HarnessError(message, advice=advice, log=log)
         return answer
 
 
@@ -98,8 +96,7 @@ class OpenCounter:
                         self._answering = self._make()
                 answer = getattr(self._answering, question)(*arguments)
             except HarnessError as error:
-                log = str(getattr(error, "server_log", ""))
-                connection.send((False, (error.message, error.advice, log)))
+                connection.send((False, (error.message, error.advice, error.log)))
             except Exception as error:
                 connection.send((False, (f"{type(error).__name__}: {error}", "", "")))
             else:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from sglang_harness._base.file_lease import Lease
 from sglang_harness.errors import HarnessError, ServerDied
-from sglang_harness.runtime.attach import Attachment
 from sglang_harness.server import Server
 from sglang_harness.server.state import CannotRestore, State, restore
 
@@ -61,7 +60,7 @@ class LocalKeeper:
     def __init__(
         self,
         spec: ServerSpec,
-        runtime: Runtime | Attachment,
+        runtime: Runtime,
         say: Callable[[str], None] = lambda _: None,
         *,
         run_id: str | None = None,
@@ -109,7 +108,7 @@ class LocalKeeper:
         """
         if server is not self.current:
             return
-        if isinstance(self._runtime, Attachment):
+        if not self._runtime.starts:
             self._failed = CannotRestore(
                 f"{why} It is somebody else's server, so it is not replaced.",
                 advice="Restart it, and look at what the test before did to it.",

@@ -17,8 +17,7 @@ from typing import Any, Literal
 from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.runtime import Beside, Runtime, Started
-from sglang_harness.runtime.attach import Attachment
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.server import Server
 from sglang_harness.server.readiness import StartReport
 from sglang_harness.server.state import State
@@ -41,6 +40,9 @@ class Loan:
     model_path: str
     started: Started
     arguments: dict[str, Argument]
+    owned: bool
+    shared_folder: Path | None
+    why_no_files: str | None
     memory: tuple[str, ...]
     report: StartReport
     may_change: bool
@@ -71,7 +73,7 @@ class Lender:
         self._starter.shutdown()
         self._parents.close()
 
-    def configure(self, spec: ServerSpec, runtime: Runtime | Attachment) -> None:
+    def configure(self, spec: ServerSpec, runtime: Runtime) -> None:
         """What to start; the first one says it, and the others have to mean the same.
 
         Raises:
@@ -105,6 +107,9 @@ class Lender:
             model_path=running.model_path(),
             started=running.started,
             arguments=running.arguments,
+            owned=running.owned,
+            shared_folder=running.shared_folder,
+            why_no_files=running.why_no_files(),
             memory=tuple(source.name for source in running.memory()),
             report=server.report,
             may_change=server.may_change,
@@ -126,6 +131,9 @@ class Lender:
     def host_pids(self, run_id: str) -> list[int]:
         return self._current(run_id).running.host_pids()
 
+    def cores(self, run_id: str) -> list[int]:
+        return self._current(run_id).running.cores()
+
     def share(self, run_id: str, path: str) -> str:
         return str(self._current(run_id).reach.share(Path(path)))
 
@@ -136,14 +144,14 @@ class Lender:
         sources = self._current(run_id).running.memory()
         return next(source for source in sources if source.name == name).read()
 
-    def death(self, run_id: str) -> Death:
-        """Waits until the server has ended."""
+    def death(self, run_id: str) -> Death | Unknown:
+        """Waits until the server has ended, or was replaced."""
         watch = self._current(run_id).running.watch
         over = threading.Event()
-        watch.call_on_death(over.set)
+        watch.call_on_end(over.set)
         while not over.wait(1.0) and not self._closed.is_set():
             pass
-        return watch.death or Death(None, False, "it was replaced or put away", "", ())
+        return watch.ended or Unknown("the process that keeps it has replaced or stopped it")
 
     def _current(self, run_id: str) -> Server:
         server = None if self._keeper is None else self._keeper.current
@@ -155,12 +163,13 @@ class Lender:
 class BorrowedServer:
     """A :class:`sglang_harness.runtime.Running` that another process keeps."""
 
-    is_borrowed = True
-
     def __init__(self, loan: Loan, counter: Counter) -> None:
         self._loan = loan
         self._counter = counter
         self.runtime = loan.runtime
+        self.owned = loan.owned
+        self.may_change = loan.may_change
+        self.shared_folder = loan.shared_folder
         self.device = loan.device
         self.run_id = loan.run_id
         self.model = loan.model
@@ -174,11 +183,11 @@ class BorrowedServer:
     def _ask(self, question: str, *arguments: Any) -> Any:
         return self._counter.ask(question, self.run_id, *arguments)
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         try:
             return self._ask("death")  # type: ignore[no-any-return]
         except HarnessError as error:
-            return Death(None, False, error.message, "", ())
+            return Unknown(error.message)
 
     def start(self) -> None:
         """Nothing: it runs."""
@@ -190,12 +199,20 @@ class BorrowedServer:
         """See :class:`sglang_harness.runtime.Reach`."""
         self._ask("unshare", str(inside))
 
+    def why_no_files(self) -> str | None:
+        return self._loan.why_no_files
+
+    def why_no_sidecar(self) -> str | None:
+        return "the workers of pytest-xdist share this server, and another process started it"
+
+    def cores(self) -> list[int]:
+        return list(self._ask("cores"))
+
     def beside(self, script: str) -> Beside:
-        """Nothing is put beside a server that another process keeps."""
+        """Raises :class:`EngineError`: only the process that started the server can."""
         del script
         raise EngineError(
-            "This server is shared by the workers of pytest-xdist: nothing can be put beside it "
-            "from here.",
+            f"No sidecar can be started: {self.why_no_sidecar()}.",
             advice="Push from disk or in the body of the request, or use --sglang-own-server.",
         )
 
@@ -257,7 +274,6 @@ class Borrower:
                 running,
                 report=loan.report,
                 memory=MemoryLedger(running.memory()),
-                may_change=loan.may_change,
             )
         return self._server, loan.first
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang_harness.errors import Refused
-from sglang_harness.runtime import cpu_binding, device
+from sglang_harness.runtime import device
 from sglang_harness.suite.check import Need
 from sglang_harness.weights.routes.base import lacks_shared_folder
 
@@ -48,7 +48,7 @@ def _fewer_than_two_devices(server: Server) -> str | None:
         if server.device == "gpu":
             if len(device.meant(server.spec.gpus)) < 2:
                 server.lacks["devices"] = "needs 2 GPUs"
-        elif len(cpu_binding.cores_for(server.running.runtime)) < 2:
+        elif len(server.running.cores()) < 2:
             server.lacks["devices"] = "needs 2 processor cores"
     return server.lacks["devices"]
 
@@ -57,7 +57,7 @@ TWO_DEVICES = Need("2 GPUs or 2 processor cores", _fewer_than_two_devices)
 
 
 def _started_by_somebody_else(server: Server) -> str | None:
-    if server.running.runtime == "attach":
+    if not server.running.owned:
         return "the server was started by somebody else: its start, log and memory are out of sight"
     return None
 
@@ -77,7 +77,7 @@ SHARED_FOLDER = Need("a folder that both sides see", lacks_shared_folder)
 
 def _not_its_first_weights(server: Server) -> str | None:
     """On somebody else's server only weights that can be put back are replaced."""
-    if server.running.runtime != "attach" or "weights" in server.lacks:
+    if server.running.owned or "weights" in server.lacks:
         return server.lacks.get("weights")
     version = str(server.client.model_info().get("weight_version"))
     server.lacks["weights"] = (

@@ -43,13 +43,13 @@ def _folder() -> Path:
 
 def hold(server: Server) -> Held:
     """Records ``server`` as held; from now on nothing but :func:`release` removes it."""
-    reach_folder = getattr(server.reach, "folder", None)
+    shared = server.running.shared_folder
     held = Held(
         name=str(server.about()["container"]),
-        run_id=getattr(server.running, "run_id", ""),
+        run_id=server.running.run_id,
         address=server.address,
         api_key=server.running.api_key or "",
-        folder=None if reach_folder is None else str(reach_folder),
+        folder=None if shared is None else str(shared),
         model=None if server.model is None else str(server.model),
     )
     held.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -13,7 +13,9 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_harness._base import paths
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
+from sglang_harness.runtime.process_family import until_gone
 from sglang_harness.runtime.warm import parent_container, parent_process
 from sglang_harness.runtime.warm.parents import Folders, Parent, Say
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, SocketLink
@@ -133,38 +135,43 @@ def _record(
 
 def end(kept: KeptParent) -> list[str]:
     """Ends a kept parent with every server that it has; returns what could not be removed."""
-    left: list[str] = []
+    with Teardown() as down:
+        down.collect(kept.name, lambda: _quit(kept))
+        if kept.runtime == "docker":
+            down.collect(kept.name, lambda: parent_container.remove(kept.name))
+        down.step(kept.folder, lambda: shutil.rmtree(kept.folder, ignore_errors=True))
+        if not down.failures:
+            down.step(str(kept.file), lambda: kept.file.unlink(missing_ok=True))
+    return down.failures
+
+
+def _quit(kept: KeptParent) -> list[str]:
+    """Asks it to end; returns what still runs. One in a container is removed with that."""
     try:
         preloaded = Preloaded(SocketLink(Path(kept.folder) / "control" / "socket"))
-        preloaded.wait_until_ready(10.0)
-        with suppress(EngineError):  # it may be faster than its answer
-            preloaded.ask("quit")
-        preloaded.close()
-        if kept.runtime == "process":
-            left = _until_gone(int(preloaded.about["pid"]))
     except EngineError:
-        pass  # it has ended
-    if kept.runtime == "docker":
-        left = parent_container.remove(kept.name)
-    shutil.rmtree(kept.folder, ignore_errors=True)
-    if not left:
-        kept.file.unlink(missing_ok=True)
-    return left
+        return []  # it has ended
+    with Teardown() as down:
+        try:
+            preloaded.wait_until_ready(10.0)
+            preloaded.ask("quit")
+        except EngineError:
+            pass  # it has ended, or does so faster than it answers
+        down.collect(f"connection to {kept.name}", preloaded.close)
+        if kept.runtime == "process" and "pid" in preloaded.about:
+            down.collect(kept.name, lambda: _until_gone(int(preloaded.about["pid"])))
+    return down.failures
 
 
 def _until_gone(pid: int) -> list[str]:
     try:
         process = psutil.Process(pid)
-        try:
-            process.wait(timeout=20)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(timeout=5)
     except psutil.NoSuchProcess:
         return []
-    except psutil.TimeoutExpired:
-        return [f"process {pid}"]
-    return []
+    if until_gone([process], 20.0):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return [f"process {each.pid}" for each in until_gone([process], 5.0)]
 
 
 def sweep(*, everything: bool = False) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +14,7 @@ import docker
 from docker.errors import APIError, DockerException, NotFound
 from docker.types import DriverConfig, Mount
 
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding, engine, images
 from sglang_harness.runtime.attached import AttachedContainer
@@ -30,7 +30,6 @@ from sglang_harness.runtime.warm.parents import (
     until_it_listens,
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
-from sglang_harness.spec import Argument
 
 #: Ports inside the container. Below the range that the kernel gives out to clients (32768), and
 #: far enough apart for the ports that SGLang derives from its own (+233 and on, 0.5.23).
@@ -63,10 +62,8 @@ class ContainerParent(Parent):
     def temporary(self, name: str) -> PurePosixPath:
         return TEMPORARY / name
 
-    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
-        if cpu_binding.ranks(arguments) == 1:
-            return {}
-        return cpu_binding.binding(arguments, cpu_binding.cores_of(self._engine))
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_of(self._engine)
 
     def share_model(self, model: Path) -> PurePosixPath:
         return self.folders.models / place(model, self.folders.root / "models")
@@ -130,11 +127,9 @@ class ContainerParent(Parent):
             "memory_limit": host.get("Memory"),
         }
 
-    def end(self) -> list[str]:
-        left = super().end()
-        if "_engine" in self.__dict__:
-            self._engine.close()
-        return left
+    def close_place(self) -> None:
+        if (client := self.__dict__.pop("_engine", None)) is not None:
+            client.close()
 
     def end_place(self) -> list[str]:
         return self.program.end() if self.program is not None else remove(self.name)
@@ -162,9 +157,10 @@ def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParen
         preloaded = Preloaded(container)
         preloaded.wait_until_ready()
     except BaseException:
-        if container is not None:
-            container.end()
-        shutil.rmtree(folders.root, ignore_errors=True)
+        with Teardown() as down:
+            if container is not None:
+                down.collect(name, container.end)
+            down.step("shared folder", folders.remove)
         raise
     say(f"the parent is ready after {time.monotonic() - began:.1f} s")
     return ContainerParent(name, preloaded, folders, recipe, kept=False, program=container)
@@ -194,8 +190,9 @@ def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[
             raise EngineError(f"The preloaded parent could not be started: {reason}.") from None
         until_it_listens(folders, lambda: _runs(client, name))
     except BaseException:
-        remove(name)
-        shutil.rmtree(folders.root, ignore_errors=True)
+        with Teardown() as down:
+            down.step(name, lambda: remove(name))
+            down.step("shared folder", folders.remove)
         raise
     finally:
         client.close()
@@ -209,16 +206,14 @@ def find(name: str, root: Path, recipe: Recipe) -> ContainerParent:
 
 def remove(name: str) -> list[str]:
     """Removes a parent's container and what goes with it; returns what could not be removed."""
-    client = engine.connect()
-    try:
-        client.containers.get(name).remove(force=True, v=True)
-    except NotFound:
-        return []
-    except APIError as error:
-        return [] if error.status_code == 409 else [f"container {name}: {error.explanation}"]
-    finally:
-        client.close()
-    return []
+    with Teardown() as down:
+        down.step(f"container {name}", lambda: _remove(name))
+    return down.failures
+
+
+def _remove(name: str) -> None:
+    with closing(engine.connect()) as client:
+        engine.discard(lambda: client.containers.get(name).remove(force=True, v=True))
 
 
 def _folders(root: Path) -> Folders:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import psutil
-
 from sglang_harness._base import assets
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.runtime.ports import free_port
+from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.runtime.warm.parents import (
     Folders,
     Parent,
@@ -28,7 +27,6 @@ from sglang_harness.runtime.warm.parents import (
     until_it_listens,
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
-from sglang_harness.spec import Argument
 
 
 class ProcessParent(Parent):
@@ -48,8 +46,8 @@ class ProcessParent(Parent):
     def temporary(self, name: str) -> PurePosixPath:
         return PurePosixPath(self.folders.root / "tmp" / name)
 
-    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
-        return cpu_binding.binding(arguments, cpu_binding.cores_here())
+    def cores(self) -> list[int]:
+        return cpu_binding.cores_here()
 
     def share_model(self, model: Path) -> PurePosixPath:
         return PurePosixPath(model.resolve())
@@ -78,30 +76,36 @@ class ProcessParent(Parent):
         return peer
 
     def peers_left(self, name: str) -> list[str]:
-        peers = self._peers.get(name, ())
-        return [f"process {p.pid}" for p in peers if psutil.pid_exists(p.pid)]
+        return [line for peer in self._peers.get(name, ()) for line in peer.left_behind()]
 
     def about(self) -> dict[str, Any]:
         return {"name": self.name, "image": None, "python": self.recipe.runs}
 
     def end_place(self) -> list[str]:
-        left = self.program.end() if self.program is not None else []
-        if lost := self.preloaded.lost():
-            _clear_after(lost, since=self.since)
-        return left
+        with Teardown() as down:
+            if self.program is not None:
+                down.collect(self.name, self.program.end)
+            if lost := self.preloaded.lost():
+                down.collect("its servers", lambda: _clear_after(lost, since=self.since))
+        return down.failures
 
 
-def _clear_after(lost: list[int], *, since: float) -> None:
-    """Ends what is left of servers whose parent was killed, as it would have done itself."""
+def _clear_after(lost: list[int], *, since: float) -> list[str]:
+    """Ends what is left of servers whose parent was killed, as it would have done itself; returns
+    what still runs."""
     spec = importlib.util.spec_from_file_location("preload", assets.root() / "docker/preload.py")
     assert spec is not None
     assert spec.loader is not None
     preload: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preload)
+    members: set[int] = set()
     for pid in lost:
-        members = preload.family(pid)
-        preload.kill(members)
-        psutil.wait_procs([psutil.Process(p) for p in members if psutil.pid_exists(p)], timeout=5)
+        family = preload.family(pid)
+        preload.kill(family)
+        members |= set(family)
+    until = time.monotonic() + 5.0
+    while (left := [pid for pid in sorted(members) if lives_as(pid)]) and time.monotonic() < until:
+        time.sleep(0.02)
     young = {
         name
         for name, made in preload.segments().items()
@@ -109,6 +113,7 @@ def _clear_after(lost: list[int], *, since: float) -> None:
     }
     for name in young - preload.segments_in_use():
         Path("/dev/shm", name).unlink(missing_ok=True)  # noqa: S108
+    return [f"process {pid}" for pid in left]
 
 
 def make(recipe: Recipe, *, say: Say) -> ProcessParent:
@@ -135,10 +140,11 @@ def make(recipe: Recipe, *, say: Say) -> ProcessParent:
         preloaded = Preloaded(process)
         preloaded.wait_until_ready()
     except BaseException:
-        if process is not None:
-            process.kill()  # it imports, and does not listen
-            process.end()
-        shutil.rmtree(folders.root, ignore_errors=True)
+        with Teardown() as down:
+            if process is not None:
+                down.step(name, process.kill)  # it imports, and reads no input yet
+                down.collect(name, process.end)
+            down.step("shared folder", folders.remove)
         raise
     say(f"the parent is ready after {time.monotonic() - began:.1f} s")
     return ProcessParent(name, preloaded, folders, recipe, kept=False, program=process)
@@ -171,10 +177,11 @@ def make_kept(recipe: Recipe, *, idle: float) -> tuple[str, Folders]:
             raise EngineError(f"{recipe.runs} cannot be run: {error.strerror}.") from None
         until_it_listens(folders, lambda: process.poll() is None)
     except BaseException:
-        if process is not None:
-            process.kill()
-            process.wait()
-        shutil.rmtree(folders.root, ignore_errors=True)
+        with Teardown() as down:
+            if process is not None:
+                down.step(name, process.kill)
+                down.step(name, process.wait)
+            down.step("shared folder", folders.remove)
         raise
     return name, folders
 

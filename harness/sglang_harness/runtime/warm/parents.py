@@ -14,17 +14,19 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.runtime import Beside, Reach, Started
+from sglang_harness.runtime import Beside, Started, cpu_binding
 from sglang_harness.runtime.engine import Owner
+from sglang_harness.runtime.path_map import FolderReach, SameMachine
 from sglang_harness.runtime.warm.protocol import IMPORTS_WITHIN, Link, Preloaded, Recipe, SocketLink
-from sglang_harness.spec import ServerSpec
+from sglang_harness.spec import Argument, ServerSpec
 
 Say = Callable[[str], None]
 
@@ -61,6 +63,11 @@ class Folders:
             folder = self.root / part
             folder.mkdir(exist_ok=True)
             folder.chmod(mode)
+
+    def remove(self) -> list[str]:
+        """Removes all of it; returns what could not be removed."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        return [str(self.root)] if self.root.exists() else []
 
     @property
     def socket(self) -> Path:
@@ -173,15 +180,21 @@ class Parent(ABC):
         """The ``TMPDIR`` of the server ``name``, as it sees it."""
 
     @abstractmethod
-    def binding(self, arguments: Any) -> dict[str, str]:
+    def cores(self) -> list[int]:
+        """Numbers of the cores that its servers may use."""
+
+    def binding(self, arguments: Mapping[str, Argument]) -> dict[str, str]:
         """Variables that bind a parallel server's ranks to cores."""
+        if cpu_binding.ranks(arguments) == 1:
+            return {}
+        return cpu_binding.binding(arguments, self.cores())
 
     @abstractmethod
     def share_model(self, model: Path) -> PurePosixPath:
         """Makes a model readable for servers; returns its path there."""
 
     @abstractmethod
-    def reach(self, name: str, model: Path, inside: PurePosixPath) -> Reach:
+    def reach(self, name: str, model: Path, inside: PurePosixPath) -> FolderReach | SameMachine:
         """How local paths look from the server ``name``."""
 
     @abstractmethod
@@ -210,12 +223,16 @@ class Parent(ABC):
 
     def end(self) -> list[str]:
         """Ends it, or leaves it where it is kept; returns what could not be removed."""
-        left = self.preloaded.close()
-        if self.kept:
-            return left
-        left += self.end_place()
-        shutil.rmtree(self.folders.root, ignore_errors=True)
-        return [*left, *([str(self.folders.root)] if self.folders.root.exists() else [])]
+        with Teardown() as down:
+            down.collect(f"connection to {self.name}", self.preloaded.close)
+            if not self.kept:
+                down.collect(self.name, self.end_place)
+                down.collect("shared folder", self.folders.remove)
+            down.step("the place's connections", self.close_place)
+        return down.failures
+
+    def close_place(self) -> None:  # noqa: B027 -- not every place has connections
+        """Closes what this object has open to where the parent runs."""
 
 
 class Parents:
@@ -346,21 +363,19 @@ class Parents:
 
     def close(self) -> list[str]:
         """Ends all that no server uses any more."""
-        left: list[str] = []
-        with self._lock:
+        with self._lock, Teardown() as down:
             for parent in [p for p in self._have if not p.users]:
                 self._have.remove(parent)
-                left += _ended(parent)
-        return left
+                down.collect(parent.name, parent.end)
+        return down.failures
 
 
 def _ended(parent: Parent) -> list[str]:
-    """Ends it. Whatever fails there is told, and stands in nobody's way: a verdict is still to be
-    written, and others are to be ended."""
-    try:
-        return parent.end()
-    except Exception as error:
-        return [f"{parent.name}: {type(error).__name__}: {error}"]
+    """Ends it; returns what could not be removed, and raises nothing for it: a verdict is still
+    to be written."""
+    with Teardown() as down:
+        down.collect(parent.name, parent.end)
+    return down.failures
 
 
 def place(model: Path, models: Path) -> str:

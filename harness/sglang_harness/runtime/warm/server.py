@@ -7,16 +7,18 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from sglang_harness._base.secrets import Redactor, new_api_key
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.proportional import ProportionalMemory
-from sglang_harness.runtime import Beside, Reach, Started, log_file
-from sglang_harness.runtime.death import Death, DeathWatch, read_death
-from sglang_harness.runtime.warm.parents import Parent, Parents, Say
+from sglang_harness.runtime import Beside, Order, Reach, Started, log_file
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
+from sglang_harness.runtime.warm.parents import Parent, Parents
 from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.spec import ServerSpec, command_line
 
@@ -42,6 +44,8 @@ class WarmServer:
     """
 
     started = Started("warm")
+    owned = True
+    may_change = True
 
     def __init__(
         self,
@@ -124,15 +128,15 @@ class WarmServer:
         self._address = self._parent.address(chosen)
         self._watch = DeathWatch(self._wait_for_death)
 
-    def _wait_for_death(self) -> Death:
+    def _wait_for_death(self) -> Death | Unknown:
         ended = self._parent.preloaded.wait_for_end(self.name)
         noticed = max(0.0, time.time() - ended.at)
+        if ended.parent_gone:
+            # It alone knew how the server ended, and none of its servers outlives it.
+            return Unknown("its preloaded parent ended, and every server of it with it")
         log = Redactor(self.api_key).text(self.logs())
         death = read_death(ended.exit_code, ended.out_of_memory, log)
-        if ended.parent_gone:
-            cause = "its preloaded parent ended, and took every server along"
-            return Death(**{**vars(death), "cause": cause, "noticed_after": noticed})
-        return Death(**{**vars(death), "noticed_after": noticed})
+        return replace(death, noticed_after=noticed)
 
     @property
     def watch(self) -> DeathWatch:
@@ -172,6 +176,15 @@ class WarmServer:
     def _ask(self, what: str) -> dict[str, Any]:
         return self._parent.preloaded.ask(what, name=self.name)
 
+    def cores(self) -> list[int]:
+        return self._parent.cores()
+
+    def why_no_files(self) -> str | None:
+        return None
+
+    def why_no_sidecar(self) -> str | None:
+        return None
+
     def beside(self, script: str) -> Beside:
         """A peer of this server: see :class:`sglang_harness.runtime.Running`."""
         made = self._parent.beside(self.name, script, run_id=self.run_id)
@@ -183,31 +196,37 @@ class WarmServer:
         if self._ended:
             return self._exit_code
         self._ended = True
-        if self._watch is not None and self._watch.death is None:
+        if self._watch is not None and self._watch.ended is None:
             self._watch.expected = True
-        for peer in self._beside:
-            self._left += peer.end()
-        if self._forked:
-            within = 0.0 if at_once else self.spec.limits.stop
-            ended, left = self._parent.preloaded.end(self.name, within=within)
-            self._exit_code = ended.exit_code if ended else None
-            self._left += left
-        self._logs_at_end = self.logs()
-        self._log.unlink(missing_ok=True)
-        if (folder := self._exchange) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._left += self._give_back(self._parent)
+        with Teardown(self._left) as down:
+            for peer in self._beside:
+                down.collect(f"sidecar {peer.name}", peer.end)
+            if self._forked:
+                within = 0.0 if at_once else self.spec.limits.stop
+                down.collect(f"server {self.name}", lambda: self._end_fork(within))
+            down.step("log", self._keep_log)
+            if (folder := self.shared_folder) is not None:
+                down.step(str(folder), lambda: shutil.rmtree(folder, ignore_errors=True))
+            down.collect(self._parent.name, lambda: self._give_back(self._parent))
         return self._exit_code
 
+    def _end_fork(self, within: float) -> list[str]:
+        ended, left = self._parent.preloaded.end(self.name, within=within)
+        self._exit_code = ended.exit_code if ended else None
+        return left
+
+    def _keep_log(self) -> None:
+        self._logs_at_end = self.logs()
+        self._log.unlink(missing_ok=True)
+
     @property
-    def _exchange(self) -> Path | None:
-        """The folder that is this server's alone."""
-        folder = getattr(self._reach, "folder", None)
-        return folder if isinstance(folder, Path) else None
+    def shared_folder(self) -> Path | None:
+        """A folder that is this server's alone."""
+        return self._reach.folder
 
     def left_behind(self) -> list[str]:
         found = [*self._left, *self._parent.peers_left(self.name)]
-        folder = self._exchange
+        folder = self.shared_folder
         here = [p for p in (self._log, folder) if p is not None and p.exists()]
         return [*found, *map(str, here)]
 
@@ -224,16 +243,12 @@ C = TypeVar("C", bound=Cold)
 def warm_or(
     cold: Callable[[], C],
     parents: Parents,
-    spec: ServerSpec,
+    order: Order,
     *,
     recipe: Callable[[], Recipe],
     what: str,
     runtime: str,
-    model: Path | None,
     device: Literal["cpu", "gpu"],
-    run_id: str,
-    held: bool,
-    say: Say,
 ) -> C | WarmServer:
     """A warm server where it can be, else the one that ``cold`` makes, which then says why.
 
@@ -245,22 +260,22 @@ def warm_or(
         SpecError: a warm start was asked for, and cannot be.
     """
     found = parents.for_server(
-        spec,
-        lambda: why_cold(spec, model=model, device=device, held=held),
+        order.spec,
+        lambda: why_cold(order.spec, model=order.model, device=device, held=order.held),
         recipe,
-        run_id=run_id,
-        say=say,
+        run_id=order.run_id,
+        say=order.say,
     )
     if isinstance(found, Started):
-        say(f"{what}{f', cold: {found.why}' if found.why else ''}")
+        order.say(f"{what}{f', cold: {found.why}' if found.why else ''}")
         server = cold()
         server.started = found
         return server
-    say(f"{what}, warm")
-    assert model is not None, "why_cold has looked"
+    order.say(f"{what}, warm")
+    assert order.model is not None, "why_cold has looked"
     return WarmServer.of(
-        spec, found, runtime=runtime, model=model, device=device, run_id=run_id,
-        give_back=parents.give,
+        order.spec, found, runtime=runtime, model=order.model, device=device,
+        run_id=order.run_id, give_back=parents.give,
     )  # fmt: skip
 
 

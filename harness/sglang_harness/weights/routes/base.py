@@ -117,18 +117,12 @@ class Needs:
 
 def lacks_shared_folder(target: Target) -> str | None:
     """Why this server reads nothing that is put on disk here; ``None``: it does."""
-    if not getattr(target.running, "shares_a_folder", True):
-        return "no folder is shared with this server (--share)"
-    return None
+    return target.running.why_no_files()
 
 
 def lacks_peer(target: Target) -> str | None:
     """Why no process can be started next to this server; ``None``: one can."""
-    if target.running.runtime == "attach":
-        return "this run did not start the server: no process can be started next to it"
-    if getattr(target.running, "is_borrowed", False):
-        return "another process owns the server: no process can be started next to it from here"
-    return None
+    return target.running.why_no_sidecar()
 
 
 class Route(ABC):

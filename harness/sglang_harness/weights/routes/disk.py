@@ -24,7 +24,7 @@ class Disk(Route):
     def open(self, job: Job) -> None:
         self._job = job
         started = time.monotonic()
-        inside, made = stage(job.source, job.target.reach, bin_too=True)
+        inside, made = stage(job.source, job.target.running, bin_too=True)
         job.seconds_staged = time.monotonic() - started
         if made is not None:
             job.staged.append(made)

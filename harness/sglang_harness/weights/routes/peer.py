@@ -37,7 +37,7 @@ def open_in_peer(job: Job, *, shared: bool) -> Peer:
     """
     peer = job.peer()
     started = time.monotonic()
-    inside, made = stage(job.source, job.target.reach)
+    inside, made = stage(job.source, job.target.running)
     if made is not None:
         job.staged.append(made)
     job.seconds_staged = time.monotonic() - started

@@ -16,7 +16,7 @@ from sglang_harness.checkpoint.reading import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-    from sglang_harness.runtime import Reach
+    from sglang_harness.runtime import Running
 
 #: Names of dtypes in a safetensors header.
 _NAMES = {
@@ -115,7 +115,7 @@ def write_safetensors(source: Source, file: Path) -> None:
 
 
 def stage(
-    source: Source, reach: Reach, *, bin_too: bool = False
+    source: Source, running: Running, *, bin_too: bool = False
 ) -> tuple[PurePosixPath, Path | None]:
     """The checkpoint's folder as the server sees it, and what has to be removed afterwards.
 
@@ -129,13 +129,14 @@ def stage(
     pattern = "*.safetensors"
     if folder is None and bin_too and (folder := torch_files(source)) is not None:
         pattern = "*.bin"
-    shared = getattr(reach, "folder", None)
-    if folder is not None and shared is None:
+    shared, reach = running.shared_folder, running.reach
+    # What lies in the shared folder already is read from there.
+    if folder is not None and (shared is None or folder.resolve().is_relative_to(shared)):
         return reach.share(folder), None
     room = Path(tempfile.mkdtemp(prefix="sglang-harness-staged-"))
     if shared is not None:
         shutil.rmtree(room)
-        room = Path(shared) / f"staged-{uuid.uuid4().hex[:8]}"
+        room = shared / f"staged-{uuid.uuid4().hex[:8]}"
         room.mkdir()
     try:
         if folder is not None:

@@ -1,0 +1,205 @@
+"""What runtimes and their servers say of themselves, and which one a name and options mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_server import Answer, ScriptedServer
+
+from sglang_harness import checkpoint
+from sglang_harness.errors import AttachError, EngineError, SpecError
+from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Runtime, registry
+from sglang_harness.runtime.attach import Attachment, SharedFolder
+from sglang_harness.server import Server
+from sglang_harness.sharing.xdist import BorrowedServer, Lender
+from sglang_harness.spec import ServerSpec
+
+GENERATED = {
+    "text": "x",
+    "output_ids": [1],
+    "meta_info": {
+        "id": "1", "finish_reason": {"type": "length"}, "prompt_tokens": 1, "completion_tokens": 1,
+    },
+}  # fmt: skip
+
+
+def served(path: str = "/models/it", **script: Any) -> ScriptedServer:
+    return ScriptedServer(
+        {
+            "GET /model_info": Answer(body={"model_path": path, "weight_version": "default"}),
+            "GET /server_info": Answer(body={"version": "0.5.23", "device": "cpu"}),
+            "POST /generate": Answer(body=GENERATED),
+            **{f"GET /{path}": Answer(body={}) for path in ("ready", "health", "v1/models")},
+            **script,
+        }
+    )
+
+
+# --- which runtime a name and options mean --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "chosen"),
+    [
+        ("auto", {}, "auto"),
+        ("docker", {}, "docker"),
+        ("docker", {"python": None, "compose-file": None}, "docker"),
+        ("process", {}, "process"),
+        ("process", {"python": "/bin/python"}, "process"),
+        ("auto", {"python": "/bin/python"}, "process"),
+        ("auto", {"compose-file": __file__, "compose-service": "x"}, "compose"),
+    ],
+)
+def test_an_option_of_one_runtime_means_that_runtime(
+    name: str, given: dict[str, Any], chosen: str
+) -> None:
+    assert registry.choose(name, given).name == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("podman", {}, "--sglang-runtime 'podman' is unknown. It can be auto, docker, "),
+        ("docker", {"python": "/p"}, "--sglang-python belongs to the runtime 'process', and the "),
+        ("process", {"compose-file": "/f"}, "--sglang-compose-file belongs to the runtime 'com"),
+        ("auto", {"python": "/p", "compose-file": "/f"}, "the runtime is 'process'"),
+        ("compose", {"compose-service": "x"}, "--compose-file is missing"),
+    ],
+)
+def test_options_of_another_runtime_are_rejected_with_a_reason(
+    name: str, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SpecError, match=words):
+        registry.choose(name, given, prefix="--sglang-")
+
+
+def test_a_runtime_is_added_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def make(given: Any) -> Runtime:
+        made.append(dict(given))
+        return Attachment("http://127.0.0.1:1")
+
+    kind = Kind("slurm", make, (KindOption("partition", "a partition"),))
+    monkeypatch.setattr(registry, "KINDS", (*registry.KINDS, kind))
+    registry.choose("slurm")
+    registry.choose("auto", {"partition": "gpu"})
+    assert made == [{}, {"partition": "gpu"}]
+    with pytest.raises(SpecError, match="--partition belongs to the runtime 'slurm'"):
+        registry.choose("docker", {"partition": "gpu"})
+
+
+def test_every_option_belongs_to_one_runtime() -> None:
+    names = [option.name for option in registry.OPTIONS]
+    assert len(names) == len(set(names))
+    assert {"python", "compose-file", "compose-service"} <= set(names)
+
+
+# --- a server that runs already -------------------------------------------------------------------
+
+
+def test_attaching_is_a_start_that_starts_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    with served(str(tmp_path)) as http:
+        runtime: Runtime = Attachment(http.url)
+        server = Server.start(ServerSpec(), runtime=runtime, say=said.append)
+        assert not runtime.starts
+        assert not server.running.owned
+        assert server.running.started.how == "elsewhere"
+        assert server.model == tmp_path, "the stated path is here too"
+        assert server.spec.model == str(tmp_path)
+        assert not server.may_change
+        assert said == [f"attached to SGLang 0.5.23 at {http.url} (cpu)"]
+        server.stop()
+
+
+def test_the_default_model_is_not_fetched_for_a_server_that_runs_already(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def located(*_: Any) -> None:
+        raise AssertionError("nothing is located that was not named")
+
+    monkeypatch.setattr(checkpoint, "locate", located)
+    with served() as http, Server.attach(Attachment(http.url)) as server:
+        assert server.model is None
+
+
+def test_one_that_does_not_generate_is_told_and_left() -> None:
+    spec = ServerSpec.make(limits={"start": 0.5})
+    with (
+        served(**{"POST /generate": Answer(500, body={"error": "no"})}) as http,
+        pytest.raises(AttachError, match="answers, but does not generate"),
+    ):
+        Server.start(spec, runtime=Attachment(http.url))
+
+
+def test_from_an_address_no_other_server_can_be_had() -> None:
+    with pytest.raises(SpecError, match="runs already"):
+        Attachment("http://127.0.0.1:1").for_another_server()
+
+
+@pytest.mark.parametrize(
+    ("allow", "words"), [(False, "Attached read-only"), (True, "with reversible changes")]
+)
+def test_what_a_verdict_cannot_vouch_for_is_the_runtimes_to_say(allow: bool, words: str) -> None:
+    assert words in Attachment("http://127.0.0.1:1", allow_changes=allow).caveat
+    assert "No container" in str(registry.choose("process").caveat)
+    assert registry.choose("docker").caveat is None
+    assert registry.choose("auto").caveat is None
+
+
+# --- the same through xdist -----------------------------------------------------------------------
+
+
+class Asked:
+    """Answers a borrower's questions in this process."""
+
+    def __init__(self, lender: Lender) -> None:
+        self._lender = lender
+
+    def ask(self, question: str, *arguments: Any) -> Any:
+        return getattr(self._lender, question)(*arguments)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_worker_knows_of_a_borrowed_server_what_its_owner_knows(
+    tmp_path: Path, shares: bool
+) -> None:
+    # A worker took each server for one that reads this machine's files.
+    folder = SharedFolder.parse(f"{tmp_path}:/inside") if shares else None
+    with served() as http:
+        lender = Lender()
+        lender.configure(ServerSpec(), Attachment(http.url, shared=folder))
+        running = BorrowedServer(lender.loan(), Asked(lender))  # type: ignore[arg-type]
+        assert not running.owned
+        assert not running.may_change
+        assert running.cores() == []
+        assert (running.why_no_files() is None) is shares
+        assert running.shared_folder == (tmp_path if shares else None)
+        assert "xdist" in str(running.why_no_sidecar())
+        with pytest.raises(EngineError, match="No sidecar can be started: the workers of"):
+            running.beside("")
+        if shares:
+            assert str(running.share(tmp_path / "x")) == "/inside/x"
+        running.end()
+        lender.close()
+
+
+# --- preparing ------------------------------------------------------------------------------------
+
+
+def test_an_attachment_asks_with_its_key_and_takes_the_model_that_was_named() -> None:
+    asked: list[Any] = []
+
+    def identify(url: str, key: str | None) -> Introduction:
+        asked.append((url, key))
+        return Introduction("0.5.23", "/there", "gpu")
+
+    named = Path("/here/model")
+    order = Order(ServerSpec(model="x"), model=named, run_id="r", identify=identify)
+    running = Attachment("http://127.0.0.1:1", api_key="k").prepare(order)
+    assert asked == [("http://127.0.0.1:1", "k")]
+    assert (running.model, running.model_path(), running.device) == (named, "/there", "gpu")
+    running.end()
