@@ -25,7 +25,7 @@ from sglang_harness.checkpoint import streaming
 from sglang_harness.checkpoint.footprint import Needs, Size, reference_model, require
 from sglang_harness.checkpoint.formats.spans import stamp
 from sglang_harness.checkpoint.streaming import NotStreamable
-from sglang_harness.errors import MissingExtra, ModelError
+from sglang_harness.errors import BrokenCheckpoint, MissingExtra, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,7 @@ class Oracle:
         self.folder = folder
         self._adapter = adapter
         self._loaded: Any = None
+        self._stamps: dict[str, tuple[int, ...]] | None = None
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -108,9 +109,22 @@ class Oracle:
         """The model, loaded where it is not."""
         with _computing:
             if self._loaded is None:
-                self._loaded = _load(self.folder, self._adapter)
+                self._loaded = self._same_as_before()
             _use(self)
             return self._loaded
+
+    def _same_as_before(self) -> Any:
+        """Raises BrokenCheckpoint: the files are others than when it was loaded for the first
+        time, as of a trainer that writes its next step over the last one."""
+        weights = (file for file in self.folder.glob("*") if _holds_weights(file))
+        stamps = {file.name: stamp(file) for file in weights if file.is_file()}
+        if self._stamps is not None and stamps != self._stamps:
+            raise BrokenCheckpoint(
+                f"{self.folder} was written to after its reference model was loaded.",
+                advice="Write each checkpoint to a folder of its own.",
+            )
+        self._stamps = stamps
+        return _load(self.folder, self._adapter)
 
     def release(self) -> None:
         """Gives the memory of the weights back; they are loaded again when they are needed."""
@@ -267,7 +281,21 @@ def _held(folder: Path, adapter: Path | None) -> Any:
         ).eval()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(folder, error) from None
+    _detach(model)
     return model if adapter is None else _adapted(model, adapter)
+
+
+def _detach(model: Any) -> None:
+    """Gives weights that are mapped from their files memory of their own.
+
+    transformers maps weights that are in float32 already. A trainer that writes its next step over
+    the last one would change them under the reference model, and end this process by SIGBUS while
+    the file is shorter.
+    """
+    from sglang_harness.checkpoint.formats.spans import empty
+
+    for parameter in model.parameters():
+        parameter.data = empty(tuple(parameter.shape), "float32").copy_(parameter.data)
 
 
 def _adapted(model: Any, adapter: Path) -> Any:
@@ -288,6 +316,11 @@ KEPT = 2
 
 #: Files that are told apart by their stamp: too large to be read for that.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def _holds_weights(file: Path) -> bool:
+    return file.name.endswith(_WEIGHTS)
+
 
 _Content = frozenset[tuple[object, ...]]
 
@@ -362,7 +395,7 @@ def _content(folder: Path) -> _Content:
     for file in folder.iterdir():
         if not file.is_file():
             continue
-        if file.name.endswith(_WEIGHTS):
+        if _holds_weights(file):
             found.add((file.name, file.stat().st_dev, *stamp(file)))
         else:
             found.add((file.name, hashlib.sha256(file.read_bytes()).digest()))

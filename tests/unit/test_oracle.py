@@ -20,7 +20,7 @@ from sglang_harness.checkpoint import footprint, locate, streaming
 from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.checkpoint.reading import open_checkpoint
-from sglang_harness.errors import ModelError, NotEnoughRoom
+from sglang_harness.errors import BrokenCheckpoint, ModelError, NotEnoughRoom
 from sglang_harness.oracle import TOLERANCE, Oracle, tolerance
 from sglang_harness.weights.source.model_folder import model_folder
 
@@ -242,6 +242,23 @@ def test_what_is_forgotten_holds_no_weights_and_can_still_be_asked(folder: Path)
     oracles.forget()
     assert used._loaded is None
     assert used.score(PROMPT, [1, 2]) == before
+
+
+def test_weights_in_memory_are_those_that_were_loaded_whatever_is_written_over_their_file(
+    folder: Path, tmp_path: Path
+):
+    """They were mapped from a float32 file: another step's, or the end of this process."""
+    step = tmp_path / "step"
+    shutil.copytree(folder, step)
+    loaded = Oracle(step)
+    before = loaded.score(PROMPT, [1, 2])
+    with (step / "model.safetensors").open("r+b") as file:
+        file.truncate(4096)
+        file.write(bytes(4096))
+    assert loaded.score(PROMPT, [1, 2]) == before
+    loaded.release()
+    with pytest.raises(BrokenCheckpoint, match="was written to after"):
+        loaded.score(PROMPT, [1, 2])
 
 
 def _memory(monkeypatch: pytest.MonkeyPatch, *available: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from every_tensor import assert_holds, contiguous, raw
 from safetensors.torch import load_file
 
+from sglang_harness._base import headroom
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import (
     copy_all_but_weights,
@@ -83,6 +84,15 @@ def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp
     _, other = held({"a": torch.ones(3)})
     with pytest.raises(ModelError, match="expected the tensor"):
         write_safetensors(tmp_path / "a.safetensors", infos, other)
+
+
+def test_a_file_that_the_disk_has_no_space_for_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(headroom, "disk", lambda folder: headroom.Disk(folder, 100, False))
+    with pytest.raises(NotEnoughRoom, match=r"Writing .*a\.safetensors needs"):
+        write_safetensors(tmp_path / "a.safetensors", *held({"a": torch.ones(200)}))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang_harness._base.permissions import make_readable
+from sglang_harness.checkpoint import footprint
+from sglang_harness.checkpoint.footprint import Needs
 from sglang_harness.checkpoint.formats.safetensors_files import DTYPES
 from sglang_harness.checkpoint.formats.spans import SIZES, bytes_of
 from sglang_harness.checkpoint.reading import TensorInfo
@@ -163,6 +165,7 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
             order, such as ``Checkpoint.read``.
 
     Raises:
+        NotEnoughRoom: the disk has less space than the file takes, or fills up; nothing stays.
         ModelError: safetensors has no such dtype, or the source gave another tensor than
             described.
     """
@@ -181,8 +184,19 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
         end += info.nbytes
     written = json.dumps(header, separators=(",", ":")).encode()
     written += b" " * (-len(written) % 8)
+    footprint.require(f"Writing {file}", Needs(memory=0, disk=end + len(written) + 8), file.parent)
+    try:
+        with disk_may_be_full(file):
+            _write_tensors(file, written, infos, source)
+    except NotEnoughRoom:
+        file.unlink(missing_ok=True)
+        raise
+    file.chmod(0o644)
+
+
+def _write_tensors(file: Path, header: bytes, infos: list[Described], source: Source) -> None:
     with file.open("wb") as sink:
-        sink.write(len(written).to_bytes(8, "little") + written)
+        sink.write(len(header).to_bytes(8, "little") + header)
         announced = iter(infos)
         for name, tensor in source([info.name for info in infos]):
             info = next(announced)
@@ -191,7 +205,6 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
                 raise ModelError(f"{file}: expected the tensor {expected}, got {got}.")
             if info.nbytes:
                 sink.write(bytes_of(tensor.detach().cpu().contiguous()))
-    file.chmod(0o644)
 
 
 def held(state: Mapping[str, torch.Tensor]) -> tuple[list[TensorInfo], Source]:

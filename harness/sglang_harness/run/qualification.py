@@ -13,7 +13,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from sglang_harness import __version__, suite
+from sglang_harness import __version__, oracle, suite
 from sglang_harness._base import host
 from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness._base.secrets import Redactor, named_as_secrets
@@ -338,6 +338,7 @@ class Qualification:
             if not interrupted and self._servers:
                 self._ask_after_stop(self._servers[-1])
         finally:
+            oracle.forget()
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _keep(self, server: Server) -> None:

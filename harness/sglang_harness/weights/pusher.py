@@ -305,10 +305,11 @@ class WeightPusher:
             model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
             old = self._oracle_of_the_served(oracles)
+            # A reference model that was released, or is streamed, reads its files again.
+            push.tokens = ask_tokens(self._target.client, new, old)
         except (MissingExtra, ModelError) as error:
             push.why_no_logprobs = error.message
             return
-        push.tokens = ask_tokens(self._target.client, new, old)
         # From here on these are the weights that a next push replaces.
         before, self._served_folder = self._served_folder, folder
         self._pushed_last = folder, new
