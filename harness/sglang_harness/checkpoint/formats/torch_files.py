@@ -33,7 +33,7 @@ _DAMAGE = (
     OSError,
     OverflowError,
     RuntimeError,  # NotImplementedError and encrypted entries among it
-    ValueError,  # names that are no text among it
+    ValueError,  # also for names that are not text
     struct.error,
 )
 
@@ -149,7 +149,7 @@ def _read_archive(archive: zipfile.ZipFile, view: _View, path: Path, first: int)
             f"{path} was packed again with compression, which torch does not do.",
             advice="Write it with torch.save.",
         )
-    # What is stored as it is takes what it says, which an entry may lie about.
+    # What is stored as it is takes what it says, which an entry may misstate.
     end = view.seek(0, io.SEEK_END)
     places = {name: (_data_offset(view, it), it.file_size) for name, it in needed.items()}
     for name, (at, size) in places.items():
@@ -159,7 +159,7 @@ def _read_archive(archive: zipfile.ZipFile, view: _View, path: Path, first: int)
     if order in needed and (
         needed[order].file_size != len(b"little") or archive.read(order) != b"little"
     ):
-        raise ModelError(f"{path} was written on a big-endian machine; it is not read here.")
+        raise ModelError(f"{path} was written on a big-endian machine; which is not supported.")
     content = read_pickle(io.BytesIO(archive.read(pickles[0])), path)
     storages = {
         name.removeprefix(f"{root}data/"): (first + at, size)
@@ -192,7 +192,7 @@ def _not_an_archive(file: BinaryIO, path: Path) -> ModelError:
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, as a file of its own."""
+    """A part of a file, seen as a file."""
 
     def __init__(self, file: BinaryIO, first: int, length: int) -> None:
         self._file, self._first, self._length, self._at = file, first, length, 0
