@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -14,6 +15,7 @@ from typing import Any
 import docker
 import psutil
 import pytest
+from fake_docker import refusal
 from scripted_server import BOUND, Answer, ScriptedServer
 
 from sglang_harness._base import assets
@@ -213,7 +215,15 @@ def test_a_name_is_taken_apart_as_the_engine_wants_it(name: str, expected: tuple
 class Registry:
     """An engine that holds ``present`` and can pull ``pullable``, and nothing else."""
 
-    def __init__(self, present: set[str], pullable: set[str]) -> None:
+    def __init__(
+        self,
+        present: set[str],
+        pullable: set[str],
+        *,
+        hold: threading.Event | None = None,
+        fails: str = "",
+    ) -> None:
+        self._hold, self._fails = hold, fails
         self.pulled: list[str] = []
         self._present = set(present)
         self._pullable = pullable
@@ -235,7 +245,9 @@ class Registry:
                 words = f"manifest for {name} not found: manifest unknown"
                 return Answer(404, {"message": words})
             self._present.add(name)
-            return Answer(body={"status": "Pull complete"})
+            return Answer(body={"status": "Pull complete"}, hold=self._hold)
+        if self._fails:
+            return Answer(500, {"message": self._fails})
         name = path.removeprefix("/images/").removesuffix("/json")
         if name in self._present:
             return Answer(body={"Id": DIGEST, "RepoTags": [name], "RepoDigests": []})
@@ -306,6 +318,88 @@ def test_a_gpu_without_a_wish_gets_the_pinned_image_or_that_of_a_version():
         assert image_for(registry, sglang_version="0.5.20")[0] == other
 
 
+def test_a_pull_that_never_ends_is_told_within_the_runs_limit():
+    never = threading.Event()
+    with Registry(set(), {NAME}, hold=never) as registry:
+        with pytest.raises(ImageError, match=r"was not pulled within 0\.5 s \(limits\.run\)"):
+            image_for(registry, image=NAME, limits={"run": 0.5})
+        never.set()
+
+
+def test_an_engine_that_fails_is_not_an_engine_without_the_image():
+    # It was taken for one, and the image was pulled.
+    with Registry(set(), {NAME}, fails="driver failed") as registry:
+        with pytest.raises(EngineError, match="driver failed"):
+            image_for(registry, image=NAME)
+        assert registry.pulled == []
+
+
+# --- the engine's disk --------------------------------------------------------------------------
+
+
+class Disks:
+    """An engine that makes one container, or refuses, and shows a file in it, or does not."""
+
+    def __init__(self, create: BaseException | None, show: BaseException | None) -> None:
+        self.containers = self
+        self.removed = 0
+        self._create, self._show = create, show
+
+    def create(self, *_: Any, **__: Any) -> Disks:
+        if self._create is not None:
+            raise self._create
+        return self
+
+    def get_archive(self, path: str) -> None:
+        if self._show is not None:
+            raise self._show
+
+    def remove(self, **_: Any) -> None:
+        self.removed += 1
+
+
+NOT_THERE = 'invalid mount config for type "bind": bind source path does not exist: /x'
+
+
+@pytest.mark.parametrize(
+    ("create", "show", "sees"),
+    [
+        (None, None, True),
+        (refusal(400, NOT_THERE), None, False),
+        (refusal(500, "statfs /x: no such file or directory"), None, False),
+        (refusal(500, "Mounts denied: the path /x is not shared from the host"), None, False),
+        (None, refusal(404, "Could not find the file /probe/.probe-1 in container"), False),
+    ],
+)
+def test_an_engine_sees_this_disk_or_says_why_not(
+    tmp_path: Path, create: BaseException | None, show: BaseException | None, sees: bool
+):
+    client: Any = Disks(create, show)
+    assert engine.sees_this_disk(client, "image", tmp_path) is sees
+    assert client.removed == (create is None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("create", "show"),
+    [
+        (refusal(404, "No such image: image"), None),
+        (refusal(500, "the disk is full"), None),
+        (OSError("connection refused"), None),
+        (None, refusal(500, "driver failed")),
+        (None, refusal(404, "No such container: 1")),
+    ],
+)
+def test_an_engine_that_fails_is_not_one_with_another_disk(
+    tmp_path: Path, create: BaseException | None, show: BaseException | None
+):
+    # The model was then copied into a volume, without a word.
+    client: Any = Disks(create, show)
+    with pytest.raises(EngineError, match="could not be asked whether it sees the disk"):
+        engine.sees_this_disk(client, "image", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- building -----------------------------------------------------------------------------------
 
 
@@ -335,8 +429,8 @@ def test_a_script_without_a_version_builds_the_pinned_one(script: Path):
     ("text", "told"),
     [
         ("echo first\necho 'pip: no matching distribution' >&2\nexit 3\n", "no matching"),
-        ("exit 1\n", "it said nothing"),
-        ("exit 0\n", "it said nothing"),
+        ("exit 1\n", "it wrote nothing"),
+        ("exit 0\n", "it wrote nothing"),
     ],
 )
 def test_a_build_that_fails_is_told_with_its_last_words(script: Path, text: str, told: str):
@@ -352,9 +446,6 @@ def test_an_interrupted_build_takes_its_whole_family_with_it(script: Path):
     script.write_text("sleep 60 &\necho child: $!\nwait\n")
     children: list[int] = []
 
-    class Stop(BaseException):
-        pass
-
     def interrupt(line: str) -> None:
         children.append(int(line.split(": ")[1]))
         raise Stop
@@ -366,6 +457,53 @@ def test_an_interrupted_build_takes_its_whole_family_with_it(script: Path):
     while lives(child):
         assert time.monotonic() < end, "the script's child goes on"
         time.sleep(0.02)
+
+
+class Stop(BaseException):
+    """An interruption."""
+
+
+def test_an_interrupted_build_ends_what_has_a_process_group_of_its_own(script: Path):
+    # 'timeout' makes one, so a signal to the script's group never reached the pull inside, and
+    # the shell waits for its foreground child before it heeds SIGTERM.
+    script.write_text("""timeout 60 sh -c 'echo "child: $$"; exec sleep 60' \n""")
+    children: list[int] = []
+
+    def interrupt(line: str) -> None:
+        children.append(int(line.split(": ")[1]))
+        raise Stop
+
+    began = time.monotonic()
+    with pytest.raises(Stop):
+        images.build_cpu_image(None, interrupt)
+    assert not lives(children[0])
+    assert time.monotonic() - began < 30, "it did not wait for what the script waits for"
+
+
+def test_an_interruption_after_the_script_has_ended_stays_the_interruption(script: Path):
+    # Its process group is gone by then: ending it raised ProcessLookupError in place of Ctrl-C.
+    script.write_text('echo "it: done"\n')
+
+    def interrupt(line: str) -> None:
+        time.sleep(0.2)
+        raise Stop
+
+    with pytest.raises(Stop):
+        images.build_cpu_image(None, interrupt)
+
+
+def test_a_build_that_hangs_is_ended_and_told(script: Path):
+    script.write_text('echo "base: pulling it"\nsleep 60\n')
+    with pytest.raises(ImageError, match=r"not built within 0\.5 s .*: base: pulling it") as caught:
+        images.build_cpu_image(None, lambda _: None, within=0.5)
+    assert "limits.run" in caught.value.advice
+
+
+def test_what_a_build_leaves_running_does_not_hold_it_up(script: Path):
+    script.write_text("sleep 30 &\necho tag\n")
+    began = time.monotonic()
+    assert images.build_cpu_image(None, lambda _: None) == "tag"
+    assert time.monotonic() - began < 15
 
 
 def lives(pid: int) -> bool:

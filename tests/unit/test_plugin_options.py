@@ -121,7 +121,7 @@ def test_a_slip_in_the_ini_file_counts_only_where_a_test_uses_a_server(
     pytester.makepyfile(USES_A_SERVER)
     done = run(pytester)
     assert done.ret == 4
-    done.stderr.fnmatch_lines(["ERROR: sglang-harness: *'podman' is none of*"])
+    done.stderr.fnmatch_lines(["ERROR: sglang-harness: *'podman' is unknown*"])
 
 
 def test_sigterm_gives_back_what_the_run_has_before_it_ends(pytester: pytest.Pytester) -> None:
@@ -190,7 +190,7 @@ def test_the_workers_of_xdist_tell_a_slip_in_a_line_too(pytester: pytest.Pyteste
     pytester.makepyfile(USES_A_SERVER)
     done = run(pytester, "-n", "1")
     assert done.ret == 1
-    done.stdout.fnmatch_lines(["*SpecError: --runtime 'podman' is none of*"])
+    done.stdout.fnmatch_lines(["*SpecError: --sglang-runtime 'podman' is unknown*"])
     assert "INTERNALERROR" not in done.stdout.str()
 
 

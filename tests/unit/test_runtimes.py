@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import docker
 import pytest
+from fake_docker import FakeDocker
 from scripted_server import Answer, ScriptedServer
 
 from sglang_harness import checkpoint
 from sglang_harness.errors import AttachError, EngineError, SpecError
 from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Runtime, registry
 from sglang_harness.runtime.attach import Attachment, SharedFolder
+from sglang_harness.runtime.compose import Project
+from sglang_harness.runtime.docker import SGLangServerContainer
 from sglang_harness.server import Server
 from sglang_harness.sharing.xdist import BorrowedServer, Lender
 from sglang_harness.spec import ServerSpec
@@ -177,7 +182,7 @@ def test_a_worker_knows_of_a_borrowed_server_what_its_owner_knows(
         assert not running.may_change
         assert running.cores() == []
         assert (running.why_no_files() is None) is shares
-        assert running.shared_folder == (tmp_path if shares else None)
+        assert running.shared_folder is None
         assert "xdist" in str(running.why_no_sidecar())
         with pytest.raises(EngineError, match="No sidecar can be started: the workers of"):
             running.beside("")
@@ -185,6 +190,71 @@ def test_a_worker_knows_of_a_borrowed_server_what_its_owner_knows(
             assert str(running.share(tmp_path / "x")) == "/inside/x"
         running.end()
         lender.close()
+
+
+# --- connections to the engine --------------------------------------------------------------------
+
+
+class Connection(FakeDocker):
+    """One client of an engine that has every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.api = SimpleNamespace(headers={})
+        self.images = SimpleNamespace(get=lambda _: SimpleNamespace(labels={}))
+
+
+def test_a_server_in_a_container_has_one_connection_to_the_engine_and_closes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Testcontainers' own was never closed.
+    made: list[Connection] = []
+
+    def connect(**_: Any) -> Connection:
+        made.append(Connection())
+        return made[-1]
+
+    monkeypatch.setattr(docker, "from_env", connect)
+    server = SGLangServerContainer(ServerSpec(), model=None, image="image", device="cpu")
+    server.end()
+    assert [each.closed for each in made] == [1]
+
+
+# --- compose --------------------------------------------------------------------------------------
+
+
+def project(tmp_path: Path, compose: str, within: float) -> Project:
+    """A project of a stand-in for compose, which is a shell script."""
+    script = tmp_path / "compose"
+    script.write_text(f"#!/bin/sh\n{compose}\n")
+    script.chmod(0o755)
+    file = tmp_path / "compose.yaml"
+    file.touch()
+    return Project(
+        [file], name="x", command=[str(script)], services=["a"], environment={"KEY": "secret"},
+        within=within,
+    )  # fmt: skip
+
+
+def test_compose_that_hangs_is_ended_and_told_with_what_it_waited_for(tmp_path: Path) -> None:
+    slow = project(tmp_path, "echo 'a Pulling' >&2; sleep 60", within=0.5)
+    with pytest.raises(EngineError, match=r"took longer than 0\.5 s: a Pulling") as caught:
+        slow.start()
+    assert "'compose " in caught.value.message
+    assert "pulled" in caught.value.advice
+
+
+def test_composes_answers_and_failures_are_read(tmp_path: Path) -> None:
+    right = project(tmp_path, """echo '{"services":'; echo '{"a": {}}}'; echo noise >&2""", 30)
+    assert right.described() == {"services": {"a": {}}}
+    knows = project(tmp_path, """echo "{\\"key\\": \\"$KEY\\"}" """, 30)
+    assert knows.described() == {"key": "secret"}
+    wrong = project(tmp_path, "echo first >&2; echo 'no such service.' >&2; exit 1", 30)
+    with pytest.raises(EngineError, match=r"Compose failed: no such service\.$"):
+        wrong.described()
+    silent = project(tmp_path, "exit 1", 30)
+    with pytest.raises(EngineError, match="it wrote nothing"):
+        silent.described()
 
 
 # --- preparing ------------------------------------------------------------------------------------

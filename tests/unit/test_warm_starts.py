@@ -16,6 +16,7 @@ from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Started
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.path_map import FolderReach
+from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.process import ProcessRuntime
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import MOST, Folders, Parent, Parents, place
@@ -318,7 +319,7 @@ class Place(Nowhere):
         self.folders.make()
         self.preloaded: Any = Forks()
 
-    def address_words(self) -> tuple[list[str], int | None]:
+    def address_words(self) -> tuple[list[str], Port | None]:
         return ["--host", "0.0.0.0", "--port", "{port}"], None
 
     def address(self, port: int) -> str:

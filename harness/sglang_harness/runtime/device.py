@@ -1,4 +1,4 @@
-"""Which device a server is to run on, found out and said before anything starts."""
+"""Which device a server is to run on, decided before anything starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Gpu", "choose", "cuda_environment", "engine_gives_gpus", "gpus", "wi
 
 
 def meant(names: str) -> list[Gpu]:
-    """The GPUs of this host that ``gpus`` of a spec names: ``all``, or indices or UUIDs.
+    """The GPUs of this host that ``gpus`` of a spec selects: ``all``, or indices or UUIDs.
 
     Raises:
-        SpecError: one of them is not there.
+        SpecError: one of them does not exist.
     """
     return select(gpus()[0], names)
 
@@ -32,7 +32,7 @@ def choose(spec: ServerSpec, engine_info: dict[str, Any]) -> Literal["cpu", "gpu
     """``auto`` becomes ``gpu`` where a GPU and its container toolkit are present.
 
     Raises:
-        SpecError: a GPU was asked for and is not to be had, or one of ``gpus`` is unknown.
+        SpecError: a GPU was asked for and cannot be used, or one of ``gpus`` is unknown.
     """
     if spec.device == "cpu":
         return "cpu"
@@ -55,18 +55,18 @@ def choose(spec: ServerSpec, engine_info: dict[str, Any]) -> Literal["cpu", "gpu
 
 
 def within_visible(spec: ServerSpec, environment: Mapping[str, str] = os.environ) -> ServerSpec:
-    """The spec with no more GPUs than ``CUDA_VISIBLE_DEVICES`` leaves: a scheduler that gives a
-    job two of eight GPUs says so there. ``all`` becomes their UUIDs; where none is left,
-    ``auto`` becomes ``cpu``.
+    """The spec with no more GPUs than ``CUDA_VISIBLE_DEVICES`` allows: that is how a scheduler
+    gives a job two of eight GPUs. ``all`` becomes their UUIDs; where none is allowed, ``auto``
+    becomes ``cpu``.
 
     Raises:
-        SpecError: a GPU is asked for that is not left.
+        SpecError: a GPU is asked for that is not allowed.
     """
     if spec.device == "cpu" or "CUDA_VISIBLE_DEVICES" not in environment:
         return spec
     found, _ = gpus()
     if not found:
-        return spec  # whoever chooses the device says why
+        return spec  # choosing the device will tell why
     if spec.device == "auto" and not visible(found, environment):
         return spec.model_copy(update={"device": "cpu"})
     left = allotted(found, spec.gpus, environment)
@@ -75,14 +75,14 @@ def within_visible(spec: ServerSpec, environment: Mapping[str, str] = os.environ
 
 def cuda_environment(wanted: str) -> dict[str, str]:
     """What makes CUDA see the devices that ``--gpus wanted`` names and no others. Indices in the
-    order of the bus, because SGLang (0.5.23, custom all-reduce) reads the words as numbers;
+    order of the bus, because SGLang (0.5.23, custom all-reduce) reads the values as numbers;
     MIG instances have only UUIDs.
 
     Raises:
-        SpecError: there is no such device.
+        SpecError: no such device exists.
     """
     if wanted == "all":
         return {}
     chosen = select(gpus()[0], wanted)
-    words = [g.uuid if g.parent else str(g.index) for g in chosen]
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(words)}
+    values = [g.uuid if g.parent else str(g.index) for g in chosen]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(values)}

@@ -8,11 +8,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import docker
 from docker.errors import APIError, DockerException
 from docker.types import DeviceRequest, Mount, Ulimit
 from testcontainers.core.config import testcontainers_config
@@ -75,7 +76,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         self.started_at = 0.0
         """``time.monotonic()`` when ``start`` was called."""
         self._reach: FolderReach | VolumeReach | None = None
-        # Hardening that would change somebody else's image is left to images made for it.
+        # Only images made for it are hardened: other images may not run that way.
         ours = self._engine.images.get(image).labels.get(images.LABEL_DEVICE) == "cpu"
         self.with_command(self._command_words()).with_name(f"sglang-harness-{uuid.uuid4().hex[:8]}")
         self.ports = {f"{PORT}/tcp": (spec.publish_on, spec.port)}  # type: ignore[dict-item]
@@ -94,12 +95,17 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             **(self._gpu_kwargs() if device == "gpu" else {}),
         }
 
+    @cached_property
+    def _engine(self) -> docker.DockerClient:
+        # Testcontainers has made one.
+        return self.get_docker_client().client
+
     def _environment(self) -> dict[str, str]:
         key = {"SGLANG_API_KEY": self.api_key or ""}
         bound = {}
         if self.device == "cpu" and cpu_binding.ranks(self.arguments) > 1:
             bound = cpu_binding.binding(self.arguments, cpu_binding.cores_of(self._engine))
-        # torch's shared memory is found by a socket in here: a peer has to see it too.
+        # torch's shared memory is found by a socket in here: a sidecar has to see it too.
         shared = {"TMPDIR": str(TEMPORARY)}
         own = environment_of(self.spec, has_model=self.model is not None)
         return {**bound, **shared, **own, **key}
@@ -170,7 +176,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             self._remove_temporary()
             if isinstance(error, APIError):
                 raise EngineError(
-                    f"The engine refused to make the container: {error.explanation}."
+                    f"The engine refused to create the container: {error.explanation}."
                 ) from None
             raise
 
@@ -243,7 +249,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
     @property
     def reach(self) -> FolderReach | VolumeReach:
         if self._reach is None:
-            raise EngineError("The container was not made.")
+            raise EngineError("The container was not created.")
         return self._reach
 
     @property
@@ -281,7 +287,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         return self._reach.close() if self._reach is not None else []
 
     def stop(self, force: bool = True, delete_volume: bool = True) -> None:
-        """Testcontainers' word for :meth:`end`. A server always ends politely first."""
+        """Testcontainers' name for :meth:`end`. A server always gets SIGTERM first."""
         del force, delete_volume
         self.end()
 
@@ -306,7 +312,7 @@ class DockerRuntime:
         )
 
     def __reduce__(self) -> tuple[type[DockerRuntime], tuple[()]]:
-        # Another process that is handed this one has parents of its own.
+        # In another process it has parents of its own.
         return DockerRuntime, ()
 
     def keeping_parents(self) -> AbstractContextManager[None]:
@@ -360,7 +366,7 @@ def recipe_of(spec: ServerSpec, image: str) -> Recipe:
     try:
         found = client.images.get(image)
         if found.labels.get(images.LABEL_DEVICE) != "cpu":
-            raise EngineError("its image is not one that this project builds")
+            raise EngineError("its image was not built by this project")
         if not _sees_this_disk(os.environ.get("DOCKER_HOST"), image):
             raise EngineError("The engine does not see this machine's disk.")
         return Recipe(
@@ -390,7 +396,7 @@ def environment_of(spec: ServerSpec, *, has_model: bool) -> dict[str, str]:
     """What a server's container has, beside its key and what depends on its flags.
 
     Args:
-        has_model: the model is on disk, so that no hub is to be looked for.
+        has_model: the model is on disk, so that no hub is asked.
     """
     passed = {n: os.environ[n] for n in spec.pass_environment if n in os.environ}
     offline = {"HF_HUB_OFFLINE": "1"} if has_model else {}
@@ -415,7 +421,7 @@ def prepare(spec: ServerSpec, say: Callable[[str], None]) -> tuple[Literal["cpu"
         if engine.is_remote() and spec.publish_on.startswith("127."):
             raise SpecError(
                 "The Docker engine is on another machine, and the server would be published "
-                "on that machine's loopback, out of reach from here.",
+                "on that machine's loopback, which cannot be reached from here.",
                 advice="Set publish_on to an address of that machine that you trust.",
             )
         return chosen, images.for_spec(spec, chosen, client, say)

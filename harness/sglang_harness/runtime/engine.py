@@ -1,4 +1,5 @@
-"""The Docker engine: is one there, is it on this machine, and what of ours does it hold?"""
+"""The Docker engine: whether one answers, whether it runs on this machine, and what the harness
+has made on it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,13 +40,13 @@ def connect(*, timeout: int = 60) -> docker.DockerClient:
     except (DockerException, OSError) as error:
         if "Permission denied" in str(error):
             raise EngineError(
-                f"This user may not use the Docker engine at {where}.",
+                f"Permission denied: this user may not use the Docker engine at {where}.",
                 advice="Add yourself to the group 'docker' and log in again.",
             ) from None
         raise EngineError(
             f"No Docker engine answers at {where}.",
             advice="Start it (systemctl start docker), or run docker/engine.sh as root; "
-            "'sglang-harness doctor' shows what is there.",
+            "'sglang-harness doctor' shows what was found.",
         ) from None
     return client
 
@@ -61,12 +63,12 @@ def in_container() -> bool:
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that something belongs to: alive, it is left alone by ``sweep``."""
+    """The process that something belongs to; while it lives, ``sweep`` removes nothing of it."""
 
     host: str
     pid: int
     started: int
-    """Start of the process in whole seconds since the epoch: tells a reused pid apart."""
+    """Start of the process in whole seconds since the epoch: distinguishes a reused pid."""
 
     @classmethod
     def this_process(cls) -> Owner:
@@ -90,7 +92,7 @@ class Owner:
             return False
         try:
             process = psutil.Process(self.pid)
-            # Where nobody reaps (process 1 of a CI job's container), the dead stay listed.
+            # Where no parent reaps (process 1 of a CI job's container), the dead stay listed.
             if process.status() == psutil.STATUS_ZOMBIE:
                 return True
             return abs(int(process.create_time()) - self.started) > 1
@@ -109,7 +111,7 @@ def labels(run_id: str, *, held: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something of ours on the engine."""
+    """Something on the engine that the harness has made."""
 
     kind: str
     name: str
@@ -190,6 +192,9 @@ def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> boo
 
     It would not on another machine, nor where the harness runs in a container whose paths
     the engine does not share. Found out by making (never starting) a container with it.
+
+    Raises:
+        EngineError: the engine failed in another way, so this is not known.
     """
     mount = docker.types.Mount("/probe", str(folder), type="bind", read_only=True)
     marker = folder / f".probe-{os.getpid()}"
@@ -201,12 +206,32 @@ def sees_this_disk(client: docker.DockerClient, image: str, folder: Path) -> boo
         )
         container.get_archive(f"/probe/{marker.name}")
         return True
-    except APIError:
-        return False
+    except (DockerException, OSError) as error:
+        if isinstance(error, APIError) and _is_another_disk(error, made=container is not None):
+            return False
+        raise EngineError(
+            f"The Docker engine could not be asked whether it sees the disk of this machine: "
+            f"{error}."
+        ) from None
     finally:
         marker.unlink(missing_ok=True)
         if container is not None:
-            container.remove(force=True)
+            with suppress(DockerException, OSError):
+                container.remove(force=True)
+
+
+#: How engines refuse to make a container whose mount has a source that they do not have: Docker,
+#: Podman, Docker Desktop.
+_NO_SUCH_SOURCE = ("bind source path does not exist", "no such file or directory", "mounts denied")
+
+
+def _is_another_disk(error: APIError, *, made: bool) -> bool:
+    """Whether this refusal means that the engine's disk is not this machine's."""
+    said = str(error.explanation or error).lower()
+    if made:
+        # The folder is there, by chance, and the file in it is not.
+        return error.status_code == 404 and "no such container" not in said
+    return any(words in said for words in _NO_SUCH_SOURCE)
 
 
 def seconds_since(engine_time: str) -> float | None:
@@ -223,7 +248,7 @@ def seconds_since(engine_time: str) -> float | None:
 
 
 def about(client: docker.DockerClient) -> dict[str, Any]:
-    """What the engine says of itself, as the verdict's environment keeps it."""
+    """What the engine reports about itself, for the verdict's environment."""
     info = client.info()
     return {
         "engine": info.get("ServerVersion"),

@@ -1,20 +1,20 @@
-"""Which image a spec means, and how it gets onto the engine."""
+"""Which image a spec selects, and how it gets onto the engine."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Literal
 
 import docker
-from docker.errors import APIError, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, NotFound
 
 from sglang_harness._base import assets
-from sglang_harness.errors import ImageError
-from sglang_harness.spec import ServerSpec
+from sglang_harness.errors import EngineError, ImageError
+from sglang_harness.runtime import bounded
+from sglang_harness.spec import Limits, ServerSpec
 
 #: Set by cpu.Dockerfile: an image that needs the CPU flags and takes a read-only root.
 LABEL_DEVICE = "org.sglang-harness.device"
@@ -23,6 +23,9 @@ LABEL_VERSION = "org.sglang-harness.sglang-version"
 
 Say = Callable[[str], None]
 
+#: Seconds for a build that no spec bounds.
+BUILT_WITHIN = Limits().run
+
 
 def for_spec(
     spec: ServerSpec, device: Literal["cpu", "gpu"], client: docker.DockerClient, say: Say
@@ -30,10 +33,10 @@ def for_spec(
     """The name of an image that is on the engine when this returns.
 
     Raises:
-        ImageError: it is not there and may not, or cannot, be pulled or built.
+        ImageError: it is missing, and may not or cannot be pulled or built.
     """
     if spec.image is None and device == "cpu":
-        return build_cpu_image(spec.sglang_version, say)
+        return build_cpu_image(spec.sglang_version, say, within=spec.limits.run)
     name = spec.image or _gpu_image(spec)
     present = is_present(client, name)
     if present and spec.pull != "always":
@@ -45,9 +48,16 @@ def for_spec(
         )
     say(f"pulling {name}")
     try:
-        client.images.pull(*_repository_and_tag(name))
-    except (APIError, NotFound) as error:
-        reason = (error.explanation or str(error)).strip().rstrip(".")
+        # The client waits for a pull without a time-out.
+        bounded.call(lambda: client.images.pull(*_repository_and_tag(name)), within=spec.limits.run)
+    except TimeoutError:
+        raise ImageError(
+            f"The image {name} was not pulled within {spec.limits.run:g} s (limits.run).",
+            advice=f"Pull it first (docker pull {name}), which shows how far it gets.",
+        ) from None
+    except (DockerException, OSError) as error:
+        explained = error.explanation if isinstance(error, APIError) else None
+        reason = (explained or str(error)).strip().rstrip(".")
         raise ImageError(
             f"The image {name} cannot be pulled: {reason}.",
             advice="Check its name and the registry, or leave --image out to have the CPU "
@@ -57,59 +67,66 @@ def for_spec(
 
 
 def is_present(client: docker.DockerClient, name: str) -> bool:
+    """Whether the engine has an image of this name.
+
+    Raises:
+        EngineError: the engine failed, so this is not known.
+    """
     try:
         client.images.get(name)
-    except (ImageNotFound, APIError):
+    except NotFound:
         return False
+    except (DockerException, OSError) as error:
+        raise EngineError(
+            f"The Docker engine could not be asked for the image {name}: {error}."
+        ) from None
     return True
 
 
-def build_cpu_image(version: str | None, say: Say) -> str:
-    """Builds the CPU image with ``docker/build.sh`` (or finds it built); returns its tag."""
-    return run_script("build.sh", version, say)
+def build_cpu_image(version: str | None, say: Say, *, within: float = BUILT_WITHIN) -> str:
+    """Builds the CPU image with ``docker/build.sh`` (or finds it built); returns its tag.
+
+    Args, errors: as of :func:`run_script`.
+    """
+    return run_script("build.sh", version, say, within=within)
 
 
-def run_script(name: str, version: str | None, say: Say) -> str:
+def run_script(name: str, version: str | None, say: Say, *, within: float = BUILT_WITHIN) -> str:
     """Runs a script of ``docker/`` that makes something for a version of SGLang.
 
-    Returns its last line: what it made. Its other lines are said as they come.
+    Returns its last line: what it made. Its other lines are given to ``say`` as they come. When
+    this is interrupted, the script ends within seconds, with pip and docker's client.
+
+    Args:
+        within: seconds that it may take.
 
     Raises:
-        ImageError: the script failed; its last words are in the message.
+        ImageError: the script failed, or took longer; the end of its output is in the message.
     """
+    what = "The CPU image" if name == "build.sh" else "SGLang's CPU stack"
     script = assets.root() / "docker" / name
-    command = ["sh", str(script), *([version] if version else [])]
-    # Its own process group, so that an interruption here ends pip and docker too.
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable},
-        start_new_session=True,
-    )
-    lines: list[str] = []
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if ": " in line:
-                say(line.rstrip())
-        code = process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
-    if code != 0 or not lines:
-        words = " | ".join(lines[-4:]) or "it said nothing"
-        what = "The CPU image" if name == "build.sh" else "SGLang's CPU stack"
+        finished = bounded.run(
+            ["sh", str(script), *([version] if version else [])],
+            within=within,
+            merged=True,
+            environment={**os.environ, "PYTHON": sys.executable},
+            line=lambda text: say(text) if ": " in text else None,
+        )
+    except subprocess.TimeoutExpired as error:
+        last = " | ".join(str(error.output).splitlines()) or "it wrote nothing"
         raise ImageError(
-            f"{what} could not be built (docker/{name} ended with {code}): {words}",
-            advice="Run it by hand to see all it says; docker's part of a build is in build.log "
+            f"{what} was not built within {within:g} s (docker/{name}): {last}",
+            advice="Run it by hand to see what it waits for, or raise limits.run.",
+        ) from None
+    if finished.code != 0 or not finished.output:
+        last = " | ".join(finished.output[-4:]) or "it wrote nothing"
+        raise ImageError(
+            f"{what} could not be built (docker/{name} ended with {finished.code}): {last}",
+            advice="Run it by hand to see all its output; docker's part of a build is in build.log "
             "in the cache folder.",
         )
-    return lines[-1]
+    return finished.output[-1]
 
 
 def digest(client: docker.DockerClient, name: str) -> str:

@@ -34,7 +34,7 @@ from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
-from sglang_harness.runtime.ports import free_port, is_taken
+from sglang_harness.runtime.ports import Port, reserve
 from sglang_harness.runtime.process_family import ProcessFamily, until_gone
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import Parents
@@ -81,7 +81,7 @@ class SGLangProcess:
         self.arguments = spec.arguments(device)
         self._folder = Path(tempfile.mkdtemp(prefix="sglang-harness-process-"))
         self._log = self._folder / "server.log"
-        self._port = spec.port or free_port()
+        self._port: Port | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: DeathWatch | None = None
         self._family: ProcessFamily | None = None
@@ -101,16 +101,20 @@ class SGLangProcess:
             SpecError: the port is taken.
             EngineError: the Python cannot be run.
         """
-        if self.spec.port is not None and is_taken(self.spec.port):
+        try:
+            self._port = reserve(self.spec.port)
+        except EngineError as error:
             self._remove_folder()
+            if self.spec.port is None:
+                raise
             raise SpecError(
-                f"Port {self.spec.port} on 127.0.0.1 is in use.",
+                error.message,
                 advice="Choose another with --port, or leave it out for a free one.",
-            )
+            ) from None
         launcher = assets.root() / "docker" / "launch.py"
         words = [
             *(str(self._python), str(launcher), "--model-path", self.model_path()),
-            *("--host", "127.0.0.1", "--port", str(self._port)),
+            *("--host", "127.0.0.1", "--port", str(self._port.number)),
             *(("--device", "cpu") if self.device == "cpu" else ()),
             *command_line(self.arguments),
         ]
@@ -129,6 +133,7 @@ class SGLangProcess:
                     preexec_fn=_ends_with_parent(),
                 )
         except OSError as error:
+            self._port.release()
             self._remove_folder()
             raise EngineError(f"{self._python} cannot be run: {error.strerror}.") from None
         self._family = ProcessFamily(self._process.pid)
@@ -174,7 +179,9 @@ class SGLangProcess:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        if self._port is None:
+            raise EngineError("The process was not started.")
+        return f"http://127.0.0.1:{self._port.number}"
 
     @property
     def watch(self) -> DeathWatch:
@@ -218,6 +225,8 @@ class SGLangProcess:
                 down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
                 down.step("torch's shared memory", lambda: remove_segments(family.pids()))
             down.step(str(self._folder), self._remove_folder)
+            if self._port is not None:
+                down.step("port", self._port.release)
         return self._exit_code
 
     def _end_process(
@@ -271,7 +280,7 @@ class ProcessRuntime:
         )
 
     def __reduce__(self) -> tuple[type[ProcessRuntime], tuple[Path | None]]:
-        # Another process that is handed this one has parents of its own.
+        # In another process it has parents of its own.
         return ProcessRuntime, (self._python,)
 
     def keeping_parents(self) -> AbstractContextManager[None]:
@@ -310,7 +319,7 @@ class ProcessRuntime:
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
         python = self._python or Path(
-            images.run_script("embedded.sh", spec.sglang_version, order.say)
+            images.run_script("embedded.sh", spec.sglang_version, order.say, within=spec.limits.run)
         )
         return warm_or(
             lambda: SGLangProcess(

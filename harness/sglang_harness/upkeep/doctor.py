@@ -56,7 +56,7 @@ def examine() -> list[Finding]:
         info = client.info()
         findings += [_engine(info), _gpu_for_containers(info), *_images(client)]
         findings += [*_reach(client), _port(), _leftovers(client)]
-    except DockerException as error:
+    except (DockerException, HarnessError) as error:
         findings.append(Finding("Docker engine", "bad", f"it failed: {error}"))
     finally:
         client.close()

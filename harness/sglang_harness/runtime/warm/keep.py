@@ -32,11 +32,13 @@ def keep_warm(
         raise SpecError("--python belongs to the runtime 'process' alone.")
     before = {kept.name for kept in kept_parents.on_record()}
     if runtime == "process" or python is not None or (runtime == "auto" and not _engine_answers()):
-        where = python or Path(images.run_script("embedded.sh", spec.sglang_version, say))
+        where = python or Path(
+            images.run_script("embedded.sh", spec.sglang_version, say, within=spec.limits.run)
+        )
         began = time.monotonic()
         kept = kept_parents.keep("process", process.recipe_of(spec, where), "", say)
     else:
-        image = images.build_cpu_image(spec.sglang_version, say)
+        image = images.build_cpu_image(spec.sglang_version, say, within=spec.limits.run)
         began = time.monotonic()
         kept = kept_parents.keep("docker", docker.recipe_of(spec, image), image, say)
     return kept, None if kept.name in before else time.monotonic() - began

@@ -19,6 +19,7 @@ from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding, engine, images
 from sglang_harness.runtime.attached import AttachedContainer
 from sglang_harness.runtime.path_map import EXCHANGE, MODELS, FolderReach
+from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.sidecar import TEMPORARY, ContainerBeside
 from sglang_harness.runtime.warm.parents import (
     Folders,
@@ -50,7 +51,7 @@ class ContainerParent(Parent):
     def _attributes(self) -> dict[str, Any]:
         return dict(self._engine.api.inspect_container(self.name))
 
-    def address_words(self) -> tuple[list[str], int | None]:
+    def address_words(self) -> tuple[list[str], Port | None]:
         return ["--host", "0.0.0.0", "--port", "{port}"], None  # noqa: S104 -- inside the container
 
     def address(self, port: int) -> str:

@@ -16,7 +16,7 @@ from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.path_map import SameMachine
-from sglang_harness.runtime.ports import free_port
+from sglang_harness.runtime.ports import Port, reserve
 from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.runtime.warm.parents import (
     Folders,
@@ -36,9 +36,9 @@ class ProcessParent(Parent):
         super().__init__(*about, **more)
         self._peers: dict[str, list[AttachedProcess]] = {}
 
-    def address_words(self) -> tuple[list[str], int | None]:
-        port = free_port()
-        return ["--host", "127.0.0.1", "--port", str(port)], port
+    def address_words(self) -> tuple[list[str], Port | None]:
+        port = reserve()
+        return ["--host", "127.0.0.1", "--port", str(port.number)], port
 
     def address(self, port: int) -> str:
         return f"http://127.0.0.1:{port}"

@@ -25,6 +25,7 @@ from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.runtime import Beside, Started, cpu_binding
 from sglang_harness.runtime.engine import Owner
 from sglang_harness.runtime.path_map import FolderReach, SameMachine
+from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.warm.protocol import IMPORTS_WITHIN, Link, Preloaded, Recipe, SocketLink
 from sglang_harness.spec import Argument, ServerSpec
 
@@ -168,8 +169,13 @@ class Parent(ABC):
         return cls(name, preloaded, folders, recipe, kept=True)
 
     @abstractmethod
-    def address_words(self) -> tuple[list[str], int | None]:
-        """SGLang's arguments for where to listen, and the port where it is known already."""
+    def address_words(self) -> tuple[list[str], Port | None]:
+        """SGLang's arguments for where to listen, and the port where it is known already. It is
+        the server's until that releases it.
+
+        Raises:
+            EngineError: no port is free.
+        """
 
     @abstractmethod
     def address(self, port: int) -> str:

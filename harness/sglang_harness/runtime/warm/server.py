@@ -18,6 +18,7 @@ from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.proportional import ProportionalMemory
 from sglang_harness.runtime import Beside, Order, Reach, Started, log_file
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
+from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.warm.parents import Parent, Parents
 from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.spec import ServerSpec, command_line
@@ -73,6 +74,7 @@ class WarmServer:
         self._log = parent.folders.root / "logs" / f"{self.name}.log"
         self._command: list[str] = []
         self._address: str | None = None
+        self._port: Port | None = None
         self._watch: DeathWatch | None = None
         self._logs_at_end: str | None = None
         self._exit_code: int | None = None
@@ -103,7 +105,7 @@ class WarmServer:
         Raises:
             EngineError: its parent has ended, or refused.
         """
-        where, port = self._parent.address_words()
+        where, self._port = self._parent.address_words()
         self._command = [
             *("--model-path", self.model_path(), *where),
             *(("--device", "cpu") if self.device == "cpu" else ()),
@@ -122,7 +124,7 @@ class WarmServer:
             folder=str(self._parent.temporary(self.name)),
         )
         self._forked = True
-        chosen = forked.port or port
+        chosen = forked.port or (self._port.number if self._port is not None else None)
         assert chosen is not None, "the parent gives one, or its place does"
         self._command = [str(chosen) if word == "{port}" else word for word in self._command]
         self._address = self._parent.address(chosen)
@@ -207,6 +209,8 @@ class WarmServer:
             down.step("log", self._keep_log)
             if (folder := self.shared_folder) is not None:
                 down.step(str(folder), lambda: shutil.rmtree(folder, ignore_errors=True))
+            if self._port is not None:
+                down.step("port", self._port.release)
             down.collect(self._parent.name, lambda: self._give_back(self._parent))
         return self._exit_code
 

@@ -133,7 +133,7 @@ def update_from_disk(context: Context, inside: str, version: str, *, flush: bool
 
 @contextmanager
 def first_weights_afterwards(context: Context) -> Iterator[str]:
-    """Puts the served checkpoint and its label back, whatever the check did."""
+    """Restores the served checkpoint and its label afterwards."""
     info = context.server.client.model_info()
     path, version = str(info["model_path"]), str(info["weight_version"])
     try:
