@@ -329,12 +329,19 @@ def doctor() -> None:
 @app.command()
 def judge(
     out: Annotated[Path, typer.Argument(help="Folder of a saved run, or its verdict.json.")],
+    strict_known: Annotated[
+        bool,
+        typer.Option(
+            "--strict-known",
+            help="Fail if a known defect no longer reproduces; implied if the run was strict.",
+        ),
+    ] = False,
 ) -> None:
     """Judge a saved run again, without server, model or torch. Writes nothing."""
     saved = Verdict.read(out / "verdict.json" if out.is_dir() else out)
     from sglang_harness.run.rejudge import judge_saved
 
-    again, changed = judge_saved(saved)
+    again, changed = judge_saved(saved, strict_known=strict_known)
     for before, after in changed:
         console.print(
             f"{escape(after.id)}: was {before.outcome.value}, is now {after.outcome.value}"
@@ -379,6 +386,28 @@ def checks(
             str(row["id"]), str(row["sentence"]), ", ".join(row["needs"]), str(row["profile"])
         )
     console.print(table)
+
+
+@app.command()
+def known(
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="As the table of docs/track-record.md.")
+    ] = False,
+) -> None:
+    """List the known defects of SGLang, each with the command that shows it again."""
+    from sglang_harness.suite import known_defects
+
+    defects = known_defects.load(set(suite.registered()))
+    if as_markdown:
+        print(known_defects.as_markdown(defects))
+        return
+    for defect in defects:
+        console.print(
+            f"[bold]{escape(defect.id)}[/bold] (SGLang {', '.join(defect.versions)}): "
+            f"{escape(defect.notice)}\n  {escape(defect.issue)}\n  {escape(defect.command)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

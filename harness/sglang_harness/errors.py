@@ -48,13 +48,18 @@ class AttachError(HarnessError):
     """Where a URL points there is no SGLang server that can be looked at."""
 
 
+class Unresponsive(AttachError):
+    """What answers there is an SGLang server, and it does not generate: the server's fault, not
+    that of the address."""
+
+
 class ReadOnly(HarnessError):
     """A call would change a server that is only to be looked at. It was not sent."""
 
     def __init__(self, call: str) -> None:
         super().__init__(
-            f"{call} would change somebody else's server; it was not sent.",
-            advice="Allow what can be put back with --allow-changes.",
+            f"{call} was not sent: it modifies a server that this run did not start.",
+            advice="Use --allow-changes to permit changes that are restored afterwards.",
         )
 
 
@@ -126,6 +131,11 @@ class MissingExtra(HarnessError):
         )
 
 
+class NotProvided(HarnessError):
+    """The harness cannot provide what a check needs: the check is ``not-run``, and the run is
+    not a pass."""
+
+
 class ServerDied(HarnessError):
     """The server ended although nobody asked it to.
 
@@ -151,7 +161,7 @@ class ServerLost(EngineError):
 
 
 class StartTimeout(HarnessError):
-    """The server lives but did not answer a generation within ``limits.start`` seconds."""
+    """The server runs but did not generate a token, within ``limits.start`` seconds or at all."""
 
 
 class DidNotComeUp(HarnessError):

@@ -10,12 +10,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sglang_harness._base.secrets import named_as_secrets, passed_through
 from sglang_harness.errors import SpecError
 
 Argument = bool | int | float | str | list[str]
 
 #: Flags that the harness sets itself: given twice they would contradict each other.
 OWN_ARGUMENTS = {"host", "port", "model-path", "model", "api-key", "admin-api-key", "device"}
+
+#: Flags whose value is a secret. ``tokenizer-path`` and ``max-total-tokens`` are none of them.
+SECRET_FLAG = r"(^|-)(key|token|secret|password|credentials?)$"  # noqa: S105
 
 #: Flags a CPU server needs (seen to serve with SGLang 0.5.20 to 0.5.23). ``sleep-on-idle``
 #: keeps an idle scheduler from burning a whole core.
@@ -102,6 +106,16 @@ class ServerSpec(_Strict):
     already, which takes some 2 s in place of 10; refused where that cannot be. ``auto``: warm
     where a parent is there or more servers are to come, else cold, and the reason is told."""
     limits: Limits = Field(default_factory=Limits)
+
+    def secret_values(self) -> list[str]:
+        """What the server gets and nothing may write down: every value of ``pass_environment``,
+        and variables and flags whose names say that they are secret."""
+        flags = {n: str(v) for n, v in self.server_args.items() if re.search(SECRET_FLAG, n)}
+        return [
+            *named_as_secrets(self.environment),
+            *passed_through(self.pass_environment),
+            *flags.values(),
+        ]
 
     @field_validator("server_args", mode="before")
     @classmethod

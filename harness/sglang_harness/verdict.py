@@ -1,9 +1,14 @@
-"""What was seen, as data: the one source of every report. No torch, no Docker, no HTTP."""
+"""The result of a run as data: the one source of every report. No torch, no Docker, no HTTP.
+
+A later minor version of the schema only adds optional fields, so files of every minor of
+``SCHEMA_VERSION``'s major can be read.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from datetime import datetime
 from enum import Enum
@@ -14,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import SpecError
-from sglang_harness.memory import Reading
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+"""1.1 added ``strict_known``, and ``because`` to a check."""
 
 ProfileName = Literal["quick", "full", "selected"]
 
@@ -27,13 +32,13 @@ class Outcome(str, Enum):
     PASS = "pass"  # noqa: S105
     FAIL = "fail"
     ERROR = "error"
-    """The harness could not find out."""
+    """Inconclusive: the harness could not tell whether the server is right."""
     KNOWN = "known"
-    """Failed, as the registry of known defects says it must on this version."""
+    """Failed as the registry of known defects expects on this version."""
     FIXED = "fixed"
-    """A defect that the registry lists for this version did not show."""
+    """A defect that the registry lists for this version did not reproduce."""
     NOT_RUN = "not-run"
-    """The harness failed to provide what the check needs; stands in the way of a pass."""
+    """The harness could not provide what the check needs. Prevents a pass."""
 
 
 class _Data(BaseModel):
@@ -41,7 +46,7 @@ class _Data(BaseModel):
 
 
 class Figure(_Data):
-    """A number that is worth comparing with another run's."""
+    """A measured number to compare between runs; never judged."""
 
     name: str
     unit: str
@@ -59,23 +64,25 @@ class Figure(_Data):
 
 
 class CheckResult(_Data):
-    """One check's answer with the evidence behind it."""
+    """The result of one check with its evidence."""
 
     id: str
     outcome: Outcome
     seconds: float
     message: str = ""
-    """What was expected, what came, where and by how much; empty for a pass."""
+    """What was expected, what was observed, where and by how much; empty for a pass."""
     evidence: dict[str, Any] | None = None
-    """The observation, enough to judge again without a server."""
+    """The observation: enough to judge the check again without a server."""
     known_defect: str | None = None
-    """Id of the registry's entry that applies."""
+    """Id of the entry in the registry of known defects that applies."""
+    because: str | None = None
+    """Id of the failed check that makes this one ``not-run``: it is counted there, not twice."""
     retries: list[str] = Field(default_factory=list)
-    """Requests that were sent again, with the reason."""
+    """Empty: every request is sent once. Kept so that older verdicts stay readable."""
 
 
 class Outside(_Data):
-    """A check that is outside the profile because the target lacks what it needs."""
+    """A check outside the profile: the target lacks what the check needs."""
 
     id: str
     reason: str
@@ -90,18 +97,43 @@ class ServerStart(_Data):
     """One server of a run, and how it was started."""
 
     name: str
-    """Its model and flags, and what it was for."""
+    """Its model and flags, and its purpose."""
     how: Literal["cold", "warm", "elsewhere"]
-    """``cold``: as its image starts it. ``warm``: forked from a parent that had imported SGLang.
-    ``elsewhere``: it ran already."""
+    """``cold``: as its image starts it. ``warm``: forked from a parent process that had already
+    imported SGLang. ``elsewhere``: it was running before the run."""
     why: str = ""
-    """Why it was not started warm, where it might have been."""
+    """Why it was not started warm, where a warm start was possible in principle."""
     seconds: float
-    """From its creation to its first token; of a warm one without its parent's imports."""
+    """From its creation to its first token; for a warm start without the parent's imports."""
+
+
+class Reading(BaseModel):
+    """Memory at one moment, all figures in bytes.
+
+    Attributes:
+        source: ``nvml`` (whole GPUs, by UUID), ``container`` (host memory of the server's
+            container as the kernel counts it) or ``process`` (host memory of its processes).
+        used_bytes: the figure to compare: device memory in use for ``nvml``; anonymous plus
+            shared memory for the others (page cache is not counted, because the kernel reclaims
+            it when it needs to).
+        parts: what it is made of.
+        peak_bytes: the highest value sampled since the previous mark, this one included;
+            ``None`` where nothing samples.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    mark: str
+    seconds: float
+    """Since the memory ledger began."""
+    source: str
+    used_bytes: int
+    parts: dict[str, int]
+    peak_bytes: int | None = None
 
 
 class Verdict(_Data):
-    """The whole of a run. Written as ``out/verdict.json``."""
+    """A whole run. Written as ``out/verdict.json``."""
 
     schema_version: str = SCHEMA_VERSION
     run_id: str
@@ -114,6 +146,8 @@ class Verdict(_Data):
     selection: str | None = None
     """The expression of ``-k`` where the profile is ``selected``."""
     interrupted: bool = False
+    strict_known: bool = False
+    """A known defect that did not reproduce fails the run (``--strict-known``)."""
     harness_version: str
     sglang_version: str | None = None
     image: dict[str, Any] | None = None
@@ -127,9 +161,9 @@ class Verdict(_Data):
     outside_profile: list[Outside] = Field(default_factory=list)
     figures: list[Figure] = Field(default_factory=list)
     phases: list[PhaseTime] = Field(default_factory=list)
-    """Of the first server, where this run started it."""
+    """Start phases of the first server, where this run started it."""
     servers: list[ServerStart] = Field(default_factory=list)
-    """In the order of their starts."""
+    """In the order in which they were started."""
     memory: list[Reading] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)
     caveats: list[str] = Field(default_factory=list)
@@ -148,31 +182,101 @@ class Verdict(_Data):
 
     @classmethod
     def read(cls, path: Path) -> Verdict:
-        """Raises :class:`SpecError` for a file that is no whole verdict of this schema."""
+        """Reads a saved run, of this minor version of the schema or any other of its major.
+
+        Fields that a later minor has added are ignored, which a caveat says.
+
+        Raises:
+            SpecError: the file cannot be read, is not a complete verdict, or has a schema of
+                another major version.
+        """
         try:
-            text = path.read_text(encoding="utf-8")
+            data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SpecError(f"{path}: cannot be read: {error.strerror}.") from None
         except UnicodeDecodeError:
-            raise SpecError(f"{path} is no verdict of this harness: it is not text.") from None
+            raise _not_a_verdict(path, "it is not text") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _not_a_verdict(path, f"it is not JSON: {error}") from None
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise _not_a_verdict(path, "it has no schema_version")
+        later = _is_later_minor(path, data)
+        ignored: list[str] = []
         try:
-            verdict = cls.model_validate_json(text)
+            verdict = cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise SpecError(
-                f"{path} is no verdict of this harness: {where}: {first['msg']}.",
-                advice="It may be cut short or come from another version.",
-            ) from None
-        if verdict.schema_version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-            raise SpecError(
-                f"{path} has schema {verdict.schema_version}, this harness reads {SCHEMA_VERSION}."
+            ignored = _drop_unknown(data, error) if later else []
+            if not ignored:
+                raise _misfit(path, data, error, later=later) from None
+            try:
+                verdict = cls.model_validate(data)
+            except ValidationError as remaining:
+                raise _misfit(path, data, remaining, later=later) from None
+        if ignored:
+            named = ", ".join(ignored[:5]) + (" ..." if len(ignored) > 5 else "")
+            verdict.caveats.append(
+                f"This file has schema {verdict.schema_version}, and this harness knows "
+                f"{SCHEMA_VERSION}: it ignored {named}."
             )
         return verdict
 
 
+def _not_a_verdict(path: Path, why: str, advice: str = "") -> SpecError:
+    return SpecError(
+        f"{path} is not a verdict of this harness: {why}.",
+        advice=advice
+        or "Expected the verdict.json of a run; it may be cut short or be another file.",
+    )
+
+
+def _misfit(path: Path, data: dict[str, Any], error: ValidationError, *, later: bool) -> SpecError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    why = f"{where}: {first['msg']} (schema {data['schema_version']})"
+    return _not_a_verdict(path, why, _written_by(data) if later else "")
+
+
+def _written_by(data: dict[str, Any]) -> str:
+    writer = data.get("harness_version", "its version is not in the file")
+    return f"Read it with the sglang-harness that wrote it ({writer})."
+
+
+def _is_later_minor(path: Path, data: dict[str, Any]) -> bool:
+    """Whether the file may hold fields that this version does not know.
+
+    Raises:
+        SpecError: its major version is another.
+    """
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(data["schema_version"]))
+    if found is None:
+        raise _not_a_verdict(path, f"schema_version {data['schema_version']!r} is not a version")
+    major, minor = (int(number) for number in SCHEMA_VERSION.split("."))
+    if int(found[1]) != major:
+        raise SpecError(
+            f"{path} has schema {found[0]}, and this harness reads schema {SCHEMA_VERSION} and "
+            f"every other {major}.x.",
+            advice=_written_by(data),
+        )
+    return int(found[2]) > minor
+
+
+def _drop_unknown(data: dict[str, Any], error: ValidationError) -> list[str]:
+    """Removes the fields that ``error`` calls unknown from ``data``, and names each once."""
+    names: dict[str, None] = {}
+    for problem in error.errors():
+        if problem["type"] != "extra_forbidden":
+            continue
+        *places, name = problem["loc"]
+        within: Any = data
+        for place in places:
+            within = within[place]
+        del within[name]
+        names[".".join(str(p) for p in problem["loc"] if not isinstance(p, int))] = None
+    return list(names)
+
+
 def writable(data: Any) -> Any:
-    """The same data as files can hold it: no halves of characters, and NaN and the infinities
+    """The same data in a form that JSON can hold: no lone surrogates, and NaN and the infinities
     as strings, which pydantic reads back as numbers."""
     if isinstance(data, str):
         return data.encode("utf-8", "replace").decode("utf-8")
@@ -192,10 +296,13 @@ def overall(
 ) -> tuple[Literal["pass", "fail", "error"], str]:
     """The verdict over all checks, and why it is not a pass. Error outranks fail.
 
-    A run that checked nothing is an error: silence is no pass.
+    A run without a single check is an error.
     """
+    failed = {check.id for check in checks if check.outcome is Outcome.FAIL}
     by_outcome: dict[Outcome, list[str]] = {}
     for check in checks:
+        if check.outcome is Outcome.NOT_RUN and check.because in failed:
+            continue
         by_outcome.setdefault(check.outcome, []).append(check.id)
 
     def named(outcome: Outcome) -> str:
@@ -206,7 +313,7 @@ def overall(
     if interrupted:
         return "error", f"interrupted after {len(checks)} checks"
     if Outcome.ERROR in by_outcome:
-        return "error", f"could not be found out: {named(Outcome.ERROR)}"
+        return "error", f"inconclusive (harness error): {named(Outcome.ERROR)}"
     if Outcome.NOT_RUN in by_outcome:
         return "error", f"not run: {named(Outcome.NOT_RUN)}"
     if not checks:
@@ -214,7 +321,7 @@ def overall(
     if Outcome.FAIL in by_outcome:
         return "fail", f"failed: {named(Outcome.FAIL)}"
     if strict_known and Outcome.FIXED in by_outcome:
-        return "fail", f"listed as known defects, but did not show: {named(Outcome.FIXED)}"
+        return "fail", f"known defects no longer reproduce (strict): {named(Outcome.FIXED)}"
     return "pass", ""
 
 

@@ -105,7 +105,7 @@ def figures(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampler(asked: argparse.Namespace) -> dict[str, Any]:
-    """What sampling costs, and how long one reading and one snapshot take."""
+    """What sampling costs, and how long one reading of each device takes."""
     from sglang_harness.memory.gpu.driver import Driver
     from sglang_harness.memory.gpu.nvml import NvmlMemory
     from sglang_harness.memory.sampler import Sampler
@@ -122,8 +122,8 @@ def sampler(asked: argparse.Namespace) -> dict[str, Any]:
         found, _ = driver.gpus()
         began = time.monotonic()
         for gpu in found:
-            driver.snapshot(gpu)
-        snapshot = time.monotonic() - began
+            driver.memory(gpu.uuid)
+        reading = time.monotonic() - began
     memory.close()
     told = {
         "devices": len(found),
@@ -131,7 +131,7 @@ def sampler(asked: argparse.Namespace) -> dict[str, Any]:
         "missed": running.missed,
         "slowest_seconds": running.slowest,
         "share_of_a_core": share,
-        "snapshot_seconds": snapshot,
+        "reading_seconds": reading,
     }
     assert not running.gaps, running.gaps
     assert running.taken >= 9 * asked.seconds, (
@@ -173,10 +173,9 @@ def leases(asked: argparse.Namespace) -> dict[str, Any]:
     """Processes that all want the same GPU have it one after another."""
     del asked
     try:
-        import filelock  # noqa: F401
         import psutil  # noqa: F401
-    except ImportError as error:
-        raise NotHere(f"{error.name} is not installed, and leases stand on it") from None
+    except ImportError:
+        raise NotHere("psutil is not installed, and leases need it") from None
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "SGLANG_HARNESS_GPU_LEASES": folder}
         children = [
@@ -213,8 +212,6 @@ def mock(asked: argparse.Namespace) -> dict[str, Any]:
             base=row["used"],
             name=row["name"],
             parent=row["parent"],
-            clocks=None,
-            ecc=None,
         )
         for row in told["devices"]
     ]

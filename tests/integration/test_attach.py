@@ -104,7 +104,7 @@ def test_without_its_key_nothing_is_asked(command: Run, theirs: Theirs) -> None:
     for environment, sent in (({}, "none"), ({"SGLANG_API_KEY": "0" * 64}, "SGLANG_API_KEY")):
         done = command("qualify", "--url", theirs.server.address, env=environment)
         assert done.returncode == 2
-        assert "wants a key" in done.stderr
+        assert "requires an API key" in done.stderr
         assert sent in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 

@@ -337,4 +337,4 @@ def test_a_run_without_telemetry_is_an_error_and_never_a_pass(
     driver.write()
     verdict = qualify(real_server, driver, Conduct(), tmp_path / "out")
     assert verdict.verdict == "error"
-    assert "denies it to this user" in verdict.checks[0].message
+    assert "denies access to this user" in verdict.checks[0].message

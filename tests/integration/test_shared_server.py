@@ -131,7 +131,7 @@ def test_a_check_that_takes_too_long_is_an_error_and_not_a_verdict(context: Cont
     with context.server.client.within(0.05):
         result, _ = run_check(suite.registered()["generate/greedy-tokens"], context)
     assert result.outcome is Outcome.ERROR
-    assert re.search(r"the time for this was over", result.message)
+    assert re.search(r"the caller's time limit", result.message)
 
 
 def test_a_port_in_use_is_one_clear_line_and_leaves_nothing(shared_server: Server) -> None:

@@ -87,8 +87,6 @@ class Device:
     name: str = "NVIDIA Mock 80GB"
     parent: str = ""
     lost: bool = False
-    clocks: tuple[int, int, int, int] | None = (1980, 2619, 0x1, 31)
-    ecc: tuple[int, int] | None = (1, 0)
 
 
 @dataclass
@@ -114,10 +112,6 @@ class Scenario:
             head = f"mig {d.parent} {d.uuid}" if d.parent else f"gpu {d.uuid}"
             lines.append(f"{head} {d.total} {d.reserved} {d.base} {d.name}")
             lines += [f"lost {d.uuid}"] if d.lost else []
-            if d.clocks is not None:
-                lines.append("clocks {} {} {} {} {}".format(d.uuid, *d.clocks))
-            if d.ecc is not None:
-                lines.append("ecc {} {} {}".format(d.uuid, *d.ecc))
         for (uuid, pid, *kind), used in self.processes.items():
             lines.append(" ".join(map(str, ("process", uuid, pid, used, *kind))))
         return "\n".join([*lines, *self.rules, ""])

@@ -12,8 +12,6 @@
  *   mig PARENT UUID TOTAL RESERVED BASE NAME
  *   process UUID PID BYTES [KIND]         compute (default), graphics or mps; BYTES -1: untold
  *   lost UUID                             it fell off the bus
- *   clocks UUID SM MEMORY REASONS CELSIUS
- *   ecc UUID ON ERRORS
  *   fail CALL CODE [UUID]                 CALL answers CODE, for that device or for all
  *   slow CALL MILLISECONDS [UUID]         CALL takes that long
  *
@@ -60,9 +58,7 @@ const unsigned int nvml_mock_memory_v2 = MEMORY_V2;
 typedef struct {
     char uuid[UUID], parent[UUID], name[96];
     unsigned long long total, reserved, base;
-    int lost, has_clocks, has_ecc;
-    unsigned int sm, memory, celsius, ecc;
-    unsigned long long reasons, ecc_errors;
+    int lost;
 } device;
 typedef struct { char uuid[UUID]; unsigned int pid; long long bytes; char kind[16]; } process;
 typedef struct { char call[64], uuid[UUID]; int value; } rule;
@@ -133,15 +129,6 @@ static void statement(const char *line) {
     } else if (sscanf(line, "lost %95s", a) == 1) {
         device *d = find(a);
         if (d) d->lost = 1;
-    } else if (sscanf(line, "clocks %95s %llu %llu %lld %d", a, &t, &r, &n, &number) == 5) {
-        device *d = find(a);
-        if (d) {
-            d->has_clocks = 1, d->sm = (unsigned int)t, d->memory = (unsigned int)r;
-            d->reasons = (unsigned long long)n, d->celsius = (unsigned int)number;
-        }
-    } else if (sscanf(line, "ecc %95s %d %llu", a, &number, &t) == 3) {
-        device *d = find(a);
-        if (d) d->has_ecc = 1, d->ecc = (unsigned int)number, d->ecc_errors = t;
     } else if (now.failures < MANY && sscanf(line, "fail %63s %d %95s", a, &number, b) >= 2) {
         rule *f = &now.failure[now.failures++];
         strcpy(f->call, a), strcpy(f->uuid, b);
@@ -388,46 +375,3 @@ PROCESSES(nvmlDeviceGetComputeRunningProcesses_v3, "compute")
 PROCESSES(nvmlDeviceGetGraphicsRunningProcesses_v3, "graphics")
 PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v3, "mps")
 #endif
-
-int nvmlDeviceGetEccMode(const char *handle, unsigned int *current, unsigned int *pending) {
-    device *d;
-    BEGIN(handle, &d);
-    if (!d->has_ecc) END(NOT_SUPPORTED);
-    *current = *pending = d->ecc;
-    END(SUCCESS);
-}
-
-int nvmlDeviceGetTotalEccErrors(const char *handle, unsigned int type, unsigned int counter,
-                                unsigned long long *count) {
-    (void)type, (void)counter;
-    device *d;
-    BEGIN(handle, &d);
-    if (!d->has_ecc) END(NOT_SUPPORTED);
-    *count = d->ecc_errors;
-    END(SUCCESS);
-}
-
-int nvmlDeviceGetClockInfo(const char *handle, unsigned int type, unsigned int *mhz) {
-    device *d;
-    BEGIN(handle, &d);
-    if (!d->has_clocks) END(NOT_SUPPORTED);
-    *mhz = type == 2 ? d->memory : d->sm;
-    END(SUCCESS);
-}
-
-int nvmlDeviceGetCurrentClocksThrottleReasons(const char *handle, unsigned long long *reasons) {
-    device *d;
-    BEGIN(handle, &d);
-    if (!d->has_clocks) END(NOT_SUPPORTED);
-    *reasons = d->reasons;
-    END(SUCCESS);
-}
-
-int nvmlDeviceGetTemperature(const char *handle, unsigned int sensor, unsigned int *celsius) {
-    (void)sensor;
-    device *d;
-    BEGIN(handle, &d);
-    if (!d->has_clocks) END(NOT_SUPPORTED);
-    *celsius = d->celsius;
-    END(SUCCESS);
-}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import socket
+from types import SimpleNamespace
 from typing import Any
 
 import requests
@@ -33,6 +35,8 @@ class FakeDocker:
         self.containers = _Collection(self, "container")
         self.volumes = _Collection(self, "volume")
         self.networks = _Collection(self, "network")
+        self.images = _Images()
+        self.api = _Api(self)
 
     def called(self, what: str) -> None:
         self.calls.append(what)
@@ -49,6 +53,26 @@ class FakeDocker:
             for kind in (self.containers, self.volumes, self.networks)
             for thing in kind.there
         ]
+
+
+class _Images:
+    """Every image is there, and is one that this project builds."""
+
+    def get(self, name: str) -> Any:
+        return SimpleNamespace(id=f"id-of-{name}", labels={"org.sglang-harness.device": "cpu"})
+
+
+class _Api:
+    def __init__(self, engine: FakeDocker) -> None:
+        self._engine = engine
+        self.headers: dict[str, str] = {}
+
+    def attach_socket(self, *_: Any, **__: Any) -> Any:
+        """A connection whose other side has ended already."""
+        self._engine.called("attach_socket")
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return ours
 
 
 class _Collection:
@@ -94,6 +118,8 @@ class FakeThing:
         self.how = how
         self.labels = how.get("labels") or {}
         self.status = "running"
+        self.archives: dict[str, bytes] = {}
+        """What was put into it, by where."""
         self.attrs: dict[str, Any] = {
             "State": {"ExitCode": 0, "OOMKilled": False, "FinishedAt": "", "Status": "exited"}
         }
@@ -128,5 +154,5 @@ class FakeThing:
 
     def put_archive(self, path: str, data: Any) -> bool:
         self._called("put_archive")
-        data.read()
+        self.archives[path] = data if isinstance(data, bytes) else data.read()
         return True

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
 from typing import Any, Literal
 
-from sglang_harness.runtime.death import Death, DeathWatch
+from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 
 #: No wait in a test is longer than this, whatever goes wrong.
 BOUND = 10.0
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self._play(self.owner._next(seen))
 
-    do_GET = do_POST = do_PUT = do_DELETE = _any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PROPFIND = _any  # noqa: N815
 
     def _play(self, answer: Answer) -> None:
         if answer.before is not None:
@@ -306,13 +306,13 @@ A_DEATH = Death(
 class Mortal:
     """Something that lives until :meth:`die` is called, and the watch that notices."""
 
-    death: Death = A_DEATH
+    death: Death | Unknown = A_DEATH
     _end: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.watch = DeathWatch(self._wait)
 
-    def _wait(self) -> Death:
+    def _wait(self) -> Death | Unknown:
         self._end.wait(6 * BOUND)
         return self.death
 

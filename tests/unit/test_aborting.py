@@ -1,4 +1,4 @@
-"""An abort says something of a neighbour only where that still ran when it was answered."""
+"""An abort is evidence about a neighbouring request only if that still ran when it was answered."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class Stream:
         self.aborted = False
         self.is_over = self.asked < client.runs_for
         client.streams.append(self)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
     def wait_for(self, chunks: int, seconds: float) -> bool:
         return True

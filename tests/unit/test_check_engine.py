@@ -6,6 +6,7 @@ what the engine itself touches.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
+from scripted_server import BOUND, Answer, ScriptedServer
 
 from sglang_harness import suite
 from sglang_harness._base.secrets import REDACTED, Redactor
-from sglang_harness.client.call import Attempt
+from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import (
     BadAnswer,
+    DidNotComeUp,
+    EngineError,
     HarnessError,
     Interrupted,
     MissingExtra,
@@ -32,6 +36,8 @@ from sglang_harness.errors import (
     ServerDied,
     ServerLost,
     SpecError,
+    StartTimeout,
+    TimeIsOver,
     Unreachable,
 )
 from sglang_harness.oracle import TOLERANCE
@@ -57,6 +63,18 @@ from sglang_harness.suite.lib.scored import (
     wrong_logprobs,
 )
 from sglang_harness.verdict import CheckResult, Figure, Outcome
+
+GENERATED = {
+    "text": "a",
+    "output_ids": [5],
+    "meta_info": {
+        "id": "1",
+        "finish_reason": {"type": "length", "length": 1},
+        "prompt_tokens": 3,
+        "completion_tokens": 1,
+        "cached_tokens": 0,
+    },
+}
 
 SECRET = "k9-a-key-that-nobody-may-read"  # a key of no server
 
@@ -100,7 +118,7 @@ def raising(error: BaseException) -> AllTwos:
 @pytest.fixture
 def context() -> Any:
     """Of a context, what the engine itself touches."""
-    server = SimpleNamespace(client=SimpleNamespace(retries=[]), redactor=Redactor(SECRET))
+    server = SimpleNamespace(client=SimpleNamespace(), redactor=Redactor(SECRET))
     return SimpleNamespace(server=server)
 
 
@@ -139,7 +157,7 @@ def test_a_server_that_dies_under_a_check_fails_it_and_its_last_words_are_kept(c
     death = Death(137, False, "", "IndexError: out of range", ("loading", "out of range"))
     result, figures = run_check(raising(ServerDied(death)), context)
     assert result.outcome is Outcome.FAIL
-    assert result.message.startswith("expected a server that lives; The server ended")
+    assert result.message.startswith("the server died during this check: The server ended")
     assert "IndexError: out of range" in result.message
     assert "Last output: loading | out of range" in result.message
     assert (result.evidence, figures) == (None, [])
@@ -148,14 +166,50 @@ def test_a_server_that_dies_under_a_check_fails_it_and_its_last_words_are_kept(c
 @pytest.mark.parametrize(
     "error",
     [
-        RequestFailed("POST /generate", "no usable answer"),
         Unreachable("POST /generate", "connection reset"),
         NoAnswerInTime("POST /generate", "no answer within 20 s"),
         Refused("POST /generate", 500, "Internal Server Error"),
+        Refused("POST /generate", 200, "an error after the stream had begun"),
         BadAnswer("POST /generate", "an answer that cannot be read"),
+        StartTimeout("no generation succeeded within 900 s"),
+        DidNotComeUp("The check's own server did not come up."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_server_that_hangs_fails_or_cuts_off_has_failed_the_check(context, error):
+    result, _ = run_check(raising(error), context)
+    assert result.outcome is Outcome.FAIL
+    assert result.message == str(error)
+
+
+@pytest.mark.parametrize("stuck", [True, False], ids=["stuck", "slow"])
+def test_when_the_checks_time_is_over_the_server_is_asked_whether_it_still_generates(stuck: bool):
+    answer = Answer(delay=BOUND) if stuck else Answer(body=json.dumps(GENERATED))
+    with ScriptedServer({"POST /generate": answer}) as server:
+        client = Client(RequestsTransport(server.url), timeout=0.3)
+        asked = SimpleNamespace(server=SimpleNamespace(client=client, redactor=Redactor("")))
+        with client.within(-1):
+            result, _ = run_check(raising(TimeIsOver("GET /a", "the time was over")), asked)
+        client.close()
+    assert result.outcome is (Outcome.FAIL if stuck else Outcome.ERROR)
+    assert ("does not generate any more" in result.message) is stuck
+    assert ("Raise limits.check" in result.message) is not stuck
+
+
+def test_a_package_that_is_missing_makes_a_check_not_run(context):
+    result, _ = run_check(raising(MissingExtra("The oracle", "torch")), context)
+    assert result.outcome is Outcome.NOT_RUN
+    assert "sglang-harness[torch]" in result.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestFailed("POST /generate", "no usable answer"),
+        Refused("POST /generate", 401, "Unauthorized"),
+        EngineError("The Docker engine does not answer."),
         ServerLost(Unknown("its container was removed from outside this run")),
         HarnessError("No usable stop string in the answer ''."),
-        MissingExtra("The oracle", "torch"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -196,27 +250,6 @@ def test_an_unexpected_exception_is_an_error_that_names_its_place_and_shows_no_t
 def test_an_interruption_is_not_mistaken_for_a_finding(context):
     with pytest.raises(Interrupted):
         run_check(raising(Interrupted(2)), context)
-
-
-def test_only_the_retries_of_this_check_are_counted_to_it(context):
-    retries = context.server.client.retries
-    retries.append(Attempt("GET /ready", 1, "before this check"))
-
-    def observe(_: Any) -> Seen:
-        retries.append(Attempt("POST /flush_cache", 1, f"refused with {SECRET}"))
-        return Seen(answers=[2])
-
-    result, _ = run_check(AllTwos(observe), context)
-    assert result.retries == [f"POST /flush_cache: try 1: refused with {REDACTED}"]
-
-
-def test_retries_of_a_check_that_found_nothing_out_are_counted_too(context):
-    def observe(_: Any) -> Seen:
-        context.server.client.retries.append(Attempt("GET /ready", 1, "refused"))
-        raise Unreachable("GET /ready", "refused")
-
-    result, _ = run_check(AllTwos(observe), context)
-    assert result.retries == ["GET /ready: try 1: refused"]
 
 
 # --- secrets ----------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from scripted_server import BOUND
 
-from sglang_harness import __version__, suite
+from sglang_harness import __version__, report, suite
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import Interrupted, SpecError
 from sglang_harness.spec import from_options
+from sglang_harness.verdict import Verdict
 
 RECORDED = Path(__file__).parent / "data" / "recorded-full-tiny-0.5.23.json"
 
@@ -272,8 +273,9 @@ def test_no_command_leaves_anything_where_it_was_run(ended: Callable[[str], Ende
     for name in COMMANDS:
         ended(name)
     assert {f.name for f in home.iterdir() if f.is_file()} == before
-    # 'out' was asked for; that it is empty says that nothing was started.
-    assert [f.name for f in (home / "out").iterdir()] == []
+    # 'out' was asked for, and says why there was no server.
+    assert {f.name for f in (home / "out").iterdir()} == {*report.FILES, "server.log"}
+    assert Verdict.read(home / "out" / "verdict.json").verdict == "error"
 
 
 # --- options and files together -----------------------------------------------------------------
@@ -318,6 +320,7 @@ import sys, time
 from sglang_harness import cli
 from sglang_harness._base.signals import interruptions
 from sglang_harness.spec import from_options
+from sglang_harness.verdict import Verdict
 
 @cli.app.command("stand-by")
 def stand_by() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import docker
 import pytest
@@ -208,27 +206,6 @@ def test_an_end_is_expected_unless_the_server_was_dead_already(server: InContain
 # --- sidecars -------------------------------------------------------------------------------------
 
 
-class WithSocket(FakeDocker):
-    """An engine whose containers can be attached to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.api = self
-
-    def attach_socket(self, *_: Any, **__: Any) -> Any:
-        self.called("attach_socket")
-        ours, theirs = socket.socketpair()
-        theirs.close()
-        return ours
-
-
-@pytest.fixture
-def attachable(monkeypatch: pytest.MonkeyPatch) -> WithSocket:
-    made = WithSocket()
-    monkeypatch.setattr(docker, "from_env", lambda **_: made)
-    return made
-
-
 @pytest.mark.parametrize(
     "error",
     [UNREACHABLE, refusal(409, "name in use"), Interrupted(2)],
@@ -236,14 +213,14 @@ def attachable(monkeypatch: pytest.MonkeyPatch) -> WithSocket:
 )
 @pytest.mark.parametrize("call", ["containers.create", "attach_socket", "container.start"])
 def test_a_sidecar_that_cannot_be_started_leaves_nothing(
-    attachable: WithSocket, call: str, error: BaseException
+    engine: FakeDocker, call: str, error: BaseException
 ):
-    attachable.refuses[call] = error
+    engine.refuses[call] = error
     expected = Interrupted if isinstance(error, Interrupted) else Exception
     with pytest.raises(expected):
         AttachedContainer("The peer", "peer", image="image")
-    assert attachable.names() == []
-    assert attachable.closed == 1
+    assert engine.names() == []
+    assert engine.closed == 1
 
 
 @pytest.mark.parametrize(
@@ -255,10 +232,10 @@ def test_a_sidecar_that_cannot_be_started_leaves_nothing(
     ],
 )
 def test_a_sidecars_end_tells_what_failed_and_closes_its_connection(
-    attachable: WithSocket, error: BaseException, told: list[str]
+    engine: FakeDocker, error: BaseException, told: list[str]
 ):
     beside = AttachedContainer("The peer", "peer", image="image")
-    attachable.refuses["container.remove"] = error
-    attachable.containers.there.clear()
+    engine.refuses["container.remove"] = error
+    engine.containers.there.clear()
     assert beside.end() == told
-    assert attachable.closed == 1
+    assert engine.closed == 1

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harness.errors import SpecError
-from sglang_harness.run.server_pool import beside
+from sglang_harness.run.server_pool import variant_of
 from sglang_harness.runtime import cpu_binding, device
 from sglang_harness.runtime.device import Gpu
 from sglang_harness.spec import ServerSpec
@@ -128,7 +128,7 @@ WANTED = ServerSpec.make(
 
 
 def test_a_server_beside_it_has_its_image_and_limits_and_another_model_and_port():
-    spec = beside(WANTED, image="an/image@sha256:1", model="tiny-qwen3")
+    spec = variant_of(WANTED, image="an/image@sha256:1", model="tiny-qwen3")
     assert (spec.image, spec.sglang_version, spec.pull) == ("an/image@sha256:1", None, "missing")
     assert (spec.model, spec.port) == ("tiny-qwen3", None)
     assert (spec.memory, spec.limits.start) == ("64g", 1800)
@@ -137,7 +137,7 @@ def test_a_server_beside_it_has_its_image_and_limits_and_another_model_and_port(
 
 
 def test_flags_of_its_own_replace_those_of_the_run_and_variables_join_them():
-    spec = beside(
+    spec = variant_of(
         WANTED,
         image=None,
         model="tiny",
@@ -146,19 +146,19 @@ def test_flags_of_its_own_replace_those_of_the_run_and_variables_join_them():
     )
     assert spec.server_args == {"dp-size": 2}
     assert spec.environment == {"NCCL_DEBUG": "WARN", "MINE": "1"}
-    assert beside(WANTED, image=None, model="tiny", server_args={}).server_args == {}
+    assert variant_of(WANTED, image=None, model="tiny", server_args={}).server_args == {}
 
 
 def test_what_it_leaves_alone_was_not_said_so_that_no_runtime_takes_offence():
     # The runtime compose refuses fields that its file has a say in, where they are given.
-    spec = beside(ServerSpec.make(model="tiny"), image=None, model="tiny")
+    spec = variant_of(ServerSpec.make(model="tiny"), image=None, model="tiny")
     refused = {"gpus", "publish_on", "hub_cache", "model_mount", "shm_size"}
     assert not refused & spec.model_fields_set
 
 
 def test_a_slip_of_a_check_is_told_at_the_door():
     with pytest.raises(SpecError, match="port"):
-        beside(WANTED, image=None, model="tiny", server_args={"port": 1})
+        variant_of(WANTED, image=None, model="tiny", server_args={"port": 1})
 
 
 def test_the_process_runtime_hands_the_binding_to_its_server(

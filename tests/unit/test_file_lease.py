@@ -45,7 +45,7 @@ def test_whoever_waits_too_long_is_told_who_has_it_and_for_what(tmp_path: Path) 
         words = str(taken.value)
         assert f"gw1 (process {other.pid})" in words
         assert "for a long test" in words
-        assert "its last sign of life was 0 s ago" in words or "was 1 s ago" in words
+        assert "last heartbeat 0 s ago" in words or "last heartbeat 1 s ago" in words
         assert "Traceback" not in words
         other.communicate("\n", timeout=10)
 
@@ -107,3 +107,42 @@ def test_a_process_id_that_was_given_to_another_is_not_the_holder() -> None:
     me = Holder.this_process("gw0", "mine")
     assert me.is_alive()
     assert not Holder(me.name, me.purpose, me.pid, me.started - 100, me.since).is_alive()
+
+
+def test_a_lock_whose_file_was_removed_is_not_taken_for_one(tmp_path: Path) -> None:
+    """The next one makes another file, and both would hold the lease."""
+    path = tmp_path / "lease"
+    first = Lease(path, "gw0")
+    first.acquire("mine", timeout=1)
+    path.unlink()
+    second = Lease(path, "gw1")
+    second.acquire("mine", timeout=1)
+    assert path.exists()
+    with pytest.raises(LeaseTaken):
+        Lease(path, "gw2").acquire("mine", timeout=0)
+    first.release()
+    second.release()
+
+
+def test_a_link_in_the_place_of_a_lock_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lease").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        Lease(tmp_path / "lease", "gw0").acquire("mine", timeout=0)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lease_is_released_though_a_forked_child_lives(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease", "gw0")
+    lease.acquire("mine", timeout=1)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        lease.release()
+        other = Lease(tmp_path / "lease", "gw1")
+        other.acquire("mine", timeout=0)
+        other.release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pynvml
@@ -17,6 +20,7 @@ import nvml_mock
 from nvml_mock import GIB, MIB, Scenario
 from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness.errors import DeviceNotIdle, HarnessError, SpecError, TelemetryError
+from sglang_harness.memory.gpu import guard as guard_module
 from sglang_harness.memory.gpu import leases, owners
 from sglang_harness.memory.gpu.driver import Gpu, ProcessUse
 from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, Guard
@@ -102,14 +106,65 @@ def test_a_lease_dies_with_its_holder_and_the_next_one_is_told(driver: Scenario)
 def test_every_user_of_the_machine_can_lock(driver: Scenario):
     leases.acquire([A], run_id="r1", purpose="x", timeout=0).release()
     place = leases.folder()
-    assert place.stat().st_mode & 0o777 == 0o777
+    assert place.stat().st_mode & 0o7777 == 0o1777
     assert (place / "GPU-a.lock").stat().st_mode & 0o666 == 0o666
+
+
+def test_nobody_can_remove_another_users_locks(driver: Scenario):
+    """In a folder without the sticky bit everybody could, and a second run got the same GPU."""
+    place = leases.folder()
+    place.chmod(0o777)
+    leases.folder()
+    assert place.stat().st_mode & stat.S_ISVTX
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_users_take_turns_with_a_gpu_and_with_what_one_of_them_left(driver: Scenario):
+    """As one user after the other: each writes what the one before has left, and removes nothing
+    that is not its own."""
+    place = leases.folder()
+    for parent in [place, *place.parents][:-2]:
+        parent.chmod(parent.stat().st_mode | 0o005)
+
+    def turn() -> None:
+        lease = leases.acquire([A], run_id=f"of-{os.geteuid()}", purpose="x", timeout=5)
+        guard_module._owe(A.uuid, guard_module._Debt(7, "r", 1))
+        debt = guard_module._debt(A.uuid)
+        assert debt is not None
+        assert debt.before == 7
+        lease.release()
+        guard_module._settled(A.uuid)
+        assert guard_module._debt(A.uuid) is None
+
+    def dies_holding_it() -> None:
+        leases.acquire([A], run_id="dead", purpose="x", timeout=5)
+        guard_module._owe(A.uuid, guard_module._Debt(9, "dead", 1))
+
+    assert as_user(65534, dies_holding_it) == 0
+    for user in (65533, 0, 65532):
+        assert as_user(user, turn) == 0
+
+
+def as_user(user: int, do: Callable[[], None]) -> int:
+    """Runs it as another user, in a process of its own; returns its exit code."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            do()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_folder_that_is_none_is_refused(driver: Scenario, tmp_path: Path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.setenv("SGLANG_HARNESS_GPU_LEASES", str(tmp_path / "link"))
-    with pytest.raises(HarnessError, match="is no folder"):
+    with pytest.raises(HarnessError, match="is not a folder"):
         leases.folder()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SGLANG_HARNESS_GPU_LEASES", str(tmp_path / "file" / "in"))

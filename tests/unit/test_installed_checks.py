@@ -65,7 +65,7 @@ def test_a_package_adds_a_check_by_being_installed(tmp_path: Path) -> None:
         (GOOD.replace("acme/answers", "launch/phases"), "Two checks have the id 'launch/phases'"),
         (GOOD.replace("acme/answers", "answers"), "not of the form subject/name"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("x = 1", "registers none"),
+        ("x = 1", "does not register any"),
     ],
 )
 def test_checks_that_cannot_be_added_are_refused_in_one_line(

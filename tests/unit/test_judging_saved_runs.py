@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from sglang_harness import suite
+from sglang_harness.cli import app
 from sglang_harness.errors import SpecError
 from sglang_harness.run.rejudge import judge_saved
 from sglang_harness.suite import known_defects
@@ -124,8 +127,39 @@ def test_a_known_defect_that_does_not_show_in_the_evidence_is_fixed(recorded):
     again, changed = judge_saved(recorded)
     assert [a.outcome for _, a in changed] == [Outcome.FIXED]
     assert changed[0][1].known_defect == "abort-prefix"
-    # Good news is a notice here; what is strict about it is asked when a run is made.
     assert again.verdict == "pass"
+    assert judge_saved(recorded, strict_known=True)[0].verdict == "fail"
+
+
+def test_a_run_that_failed_by_strictness_is_not_judged_a_pass_again(recorded, tmp_path):
+    whole_id = result_of(recorded, "stop/abort-whole-id")
+    whole_id.evidence = evidence_of(recorded, "stop/abort")
+    strict, _ = judge_saved(recorded, strict_known=True)
+    strict.write(tmp_path / "verdict.json")
+    again, changed = judge_saved(Verdict.read(tmp_path / "verdict.json"))
+    assert changed == []
+    assert (again.verdict, again.exit_code) == ("fail", 1)
+    assert again.reason == "known defects no longer reproduce (strict): stop/abort-whole-id"
+    assert again.strict_known
+
+
+def test_the_command_judges_strictly_where_it_is_asked_to(recorded, tmp_path):
+    whole_id = result_of(recorded, "stop/abort-whole-id")
+    whole_id.evidence = evidence_of(recorded, "stop/abort")
+    recorded.write(tmp_path / "verdict.json")
+    for options, code in (([], 0), (["--strict-known"], 1)):
+        ended = CliRunner().invoke(app, ["judge", str(tmp_path), *options])
+        assert ended.exit_code == code, ended.output
+
+
+def test_a_strict_run_of_schema_1_0_is_recognised_by_its_failing_without_a_failure(recorded):
+    # That schema had no field for it.
+    whole_id = result_of(recorded, "stop/abort-whole-id")
+    whole_id.evidence = evidence_of(recorded, "stop/abort")
+    whole_id.outcome, whole_id.known_defect = Outcome.FIXED, "abort-prefix"
+    recorded.verdict, recorded.reason = "fail", "listed as known defects, but did not show: ..."
+    again, _ = judge_saved(recorded)
+    assert (again.verdict, again.strict_known) == ("fail", True)
 
 
 def test_a_check_that_this_version_does_not_know_keeps_its_outcome(recorded):
@@ -149,7 +183,7 @@ def test_a_check_that_saw_nothing_keeps_its_outcome(recorded, outcome, verdict):
     assert result_of(again, "weights/disk") == unseen
 
 
-def test_an_interrupted_run_is_no_pass_however_good_its_evidence(recorded):
+def test_an_interrupted_run_is_never_a_pass_however_good_its_evidence(recorded):
     recorded.interrupted = True
     again, changed = judge_saved(recorded)
     assert changed == []
@@ -204,11 +238,11 @@ print(again.verdict, len(again.checks))
     assert run.stdout.split() == ["pass", str(len(json.loads(RECORDING.read_text())["checks"]))]
 
 
-# --- files that are no verdict ----------------------------------------------------------------
+# --- files that are not a verdict ----------------------------------------------------------------
 
 
 def refused(path: Path) -> str:
-    """The words with which ``path`` is refused, on one line and with its name."""
+    """The message with which ``path`` is refused, on one line and with its name."""
     with pytest.raises(SpecError) as caught:
         Verdict.read(path)
     message = str(caught.value)
@@ -230,29 +264,84 @@ def test_a_verdict_that_is_cut_short_is_refused(tmp_path, kept):
 def test_another_file_is_not_taken_for_a_verdict(tmp_path, content):
     path = tmp_path / "verdict.json"
     path.write_text(content)
-    assert "no verdict of this harness" in refused(path)
+    assert "not a verdict of this harness" in refused(path)
 
 
-def test_a_file_that_is_no_text_is_not_taken_for_a_verdict(tmp_path):
+def test_a_binary_file_is_not_taken_for_a_verdict(tmp_path):
     path = tmp_path / "verdict.json"
     path.write_bytes(b"\xff\xfe\x00{}")
     assert "not text" in refused(path)
 
 
-def test_a_verdict_of_another_major_schema_is_refused_with_both_versions(recorded, tmp_path):
-    path = tmp_path / "verdict.json"
-    recorded.schema_version = "2.0"
-    recorded.write(path)
-    message = refused(path)
-    assert "2.0" in message
-    assert SCHEMA_VERSION in message
+@pytest.fixture
+def of_schema(tmp_path):
+    """Writes the recorded run as a file of another schema, changed by ``spoil``."""
+
+    def write(version: object, spoil: Callable[[Any], None] = lambda data: None) -> Path:
+        data = json.loads(RECORDING.read_text(encoding="utf-8"))
+        data["schema_version"] = version
+        spoil(data)
+        path = tmp_path / "verdict.json"
+        path.write_text(json.dumps(data))
+        return path
+
+    return write
 
 
-def test_a_verdict_of_another_minor_schema_is_read(recorded, tmp_path):
-    path = tmp_path / "verdict.json"
-    recorded.schema_version = SCHEMA_VERSION.split(".")[0] + ".9"
-    recorded.write(path)
-    assert Verdict.read(path).checks == recorded.checks
+def add_fields(data: Any) -> None:
+    data["energy"] = {"joules": 3}
+    data["checks"][0]["owner"] = "somewhere"
+    for phase in data["phases"]:
+        phase["node"] = 1
+    data["figures"][0]["baseline"] = 0.5
+
+
+def test_a_file_of_the_first_schema_is_read(of_schema, recorded):
+    assert Verdict.read(of_schema("1.0")) == recorded
+    assert not recorded.caveats[1:]
+
+
+def test_a_later_minor_is_read_without_its_new_fields_and_says_so(of_schema, recorded):
+    read = Verdict.read(of_schema("1.7", add_fields))
+    assert (read.checks, read.figures) == (recorded.checks, recorded.figures)
+    (notice,) = (c for c in read.caveats if c not in recorded.caveats)
+    for part in ("1.7", SCHEMA_VERSION, "energy", "checks.owner", "figures.baseline", "phases"):
+        assert part in notice
+    assert judge_saved(read)[0].verdict == "pass"
+
+
+def test_a_later_minor_without_new_fields_needs_no_notice(of_schema, recorded):
+    assert Verdict.read(of_schema("1.7")).caveats == recorded.caveats
+
+
+def test_a_later_minor_that_is_not_additive_is_refused_by_the_version_that_wrote_it(of_schema):
+    def spoil(data: Any) -> None:
+        add_fields(data)
+        data["checks"][0]["outcome"] = "flaky"
+
+    message = refused(of_schema("1.7", spoil))
+    assert "checks.0.outcome" in message
+    assert "schema 1.7" in message
+    assert "sglang-harness that wrote it (0.1.0)" in message
+
+
+def test_unknown_fields_are_not_ignored_in_a_file_of_this_schema(of_schema):
+    assert "checks.0.owner" in refused(of_schema(SCHEMA_VERSION, add_fields))
+
+
+@pytest.mark.parametrize("version", ["2.0", "0.9", "10.1"])
+def test_another_major_is_refused_with_both_versions_before_its_fields_are_looked_at(
+    of_schema, version
+):
+    message = refused(of_schema(version, add_fields))
+    assert f"has schema {version}" in message
+    assert f"reads schema {SCHEMA_VERSION}" in message
+    assert "cut short" not in message
+
+
+@pytest.mark.parametrize("version", [None, 1, 1.1, "", "1", "one", "1.0.0", [1, 0]])
+def test_a_schema_version_that_is_not_one_is_refused(of_schema, version):
+    assert "schema_version" in refused(of_schema(version)).removeprefix(str(of_schema(version)))
 
 
 @pytest.mark.parametrize("change", [{"checks": []}, {"verdict": "maybe"}, {"later": 1}])
@@ -297,7 +386,7 @@ SEVERITY = ["pass", "fail", "error"]
 def test_each_outcome_alone_makes_its_verdict(outcome):
     state, reason = overall(ended(outcome))
     assert state == ALONE[outcome]
-    # Whatever is no pass says why, and names the check.
+    # A verdict other than pass says why, and names the check.
     assert ("example/0" in reason) == (state != "pass")
 
 
@@ -319,7 +408,7 @@ def test_one_more_check_never_makes_a_verdict_better(found, more, strict):
     assert SEVERITY.index(after) >= SEVERITY.index(before)
 
 
-def test_a_run_that_checked_nothing_is_an_error_because_silence_is_no_pass():
+def test_a_run_that_checked_nothing_is_an_error():
     assert overall([]) == ("error", "no check was run")
 
 
@@ -329,13 +418,13 @@ def test_an_interrupted_run_is_an_error_whatever_it_had_found(found):
     assert (state, reason) == ("error", f"interrupted after {len(found)} checks")
 
 
-def test_a_defect_that_is_fixed_is_red_only_where_that_was_asked_for():
+def test_a_fixed_defect_fails_a_run_only_where_it_is_strict():
     found = ended(Outcome.PASS, Outcome.FIXED, Outcome.KNOWN)
     assert overall(found) == ("pass", "")
     state, reason = overall(found, strict_known=True)
     assert state == "fail"
     assert "example/1-fixed" in reason
-    # Known defects that still show are never red.
+    # Known defects that still reproduce never fail a run.
     assert overall(ended(Outcome.PASS, Outcome.KNOWN), strict_known=True) == ("pass", "")
 
 

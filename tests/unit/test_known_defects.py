@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from sglang_harness import suite
+from sglang_harness._base import assets
+from sglang_harness.cli import app
 from sglang_harness.errors import SpecError
 from sglang_harness.suite import known_defects
-from sglang_harness.suite.known_defects import KnownDefect, apply, load
+from sglang_harness.suite.known_defects import (
+    KnownDefect,
+    apply,
+    as_markdown,
+    as_short_markdown,
+    load,
+)
 from sglang_harness.verdict import CheckResult, Outcome
 
 REVIEW = date(2027, 5, 31)
@@ -148,7 +157,7 @@ def test_an_entry_that_names_no_check_is_refused_by_its_id(registry):
 
 def test_two_entries_of_one_id_are_refused_even_for_different_checks(registry):
     entries = [ENTRY, {**ENTRY, "check": "stop/abort"}]
-    with pytest.raises(SpecError, match="the id abort-prefix is there twice"):
+    with pytest.raises(SpecError, match="the id abort-prefix occurs more than once"):
         load(CHECKS, registry(entries))
 
 
@@ -174,7 +183,7 @@ def without(field: str) -> dict[str, Any]:
         *[pytest.param([without(f)], id=f"no {f}") for f in ENTRY if f != "device"],
     ],
 )
-def test_a_registry_that_cannot_be_meant_is_refused_by_its_name(registry, content):
+def test_an_invalid_registry_is_refused_by_its_name(registry, content):
     with pytest.raises(SpecError, match=r"^known_defects\.yaml cannot be read"):
         load(CHECKS, registry(content))
 
@@ -193,7 +202,10 @@ def test_the_registry_that_is_shipped_names_only_checks_that_exist():
         load(set())
 
 
-@pytest.mark.parametrize("entry", load(set(suite.registered())), ids=lambda entry: entry.id)
+SHIPPED = load(set(suite.registered()))
+
+
+@pytest.mark.parametrize("entry", SHIPPED, ids=lambda entry: entry.id)
 def test_every_shipped_entry_tells_a_reader_what_it_is_about(entry):
     assert entry.notice.endswith(".")
     assert entry.issue
@@ -205,3 +217,55 @@ def test_a_failure_without_an_observation_is_not_the_listed_one():
     """A server that died before the check saw anything failed in another way."""
     died = ended(Outcome.FAIL).model_copy(update={"evidence": None})
     assert applied(died, defect()).outcome is Outcome.FAIL
+
+
+# --- the track record -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", SHIPPED, ids=lambda entry: entry.id)
+def test_the_command_of_a_row_asks_that_one_check_of_the_newest_version_listed(entry):
+    program, *arguments = entry.command.split()
+    assert program == "sglang-harness"
+    options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    assert [c.id for c in suite.select("quick", [options["-k"]])] == [entry.check]
+    assert options["--sglang-version"] == max(
+        entry.versions, key=lambda version: [int(part) for part in version.split(".")]
+    )
+    # Whether the command line takes these options.
+    asked = CliRunner().invoke(app, [*arguments, "--profile", "no such profile"])
+    assert "no such profile" in str(asked.exception)
+
+
+def test_a_defect_of_one_device_is_shown_again_on_that_device():
+    assert defect(device="gpu").command.endswith(
+        "--sglang-version 0.5.23 --device gpu -k stop/abort-whole-id"
+    )
+
+
+def test_a_row_names_the_upstream_issue_and_who_found_it():
+    reported = defect(issue="https://github.com/sgl-project/sglang/pull/1", found_by="a-user")
+    (row,) = as_markdown([reported]).splitlines()[2:]
+    assert "[#1](https://github.com/sgl-project/sglang/pull/1) | a-user |" in row
+    (row,) = as_markdown([defect()]).splitlines()[2:]
+    assert "| none found |  |" in row
+
+
+def test_the_track_record_lists_every_shipped_entry_as_it_is():
+    text = (assets.root() / "docs" / "track-record.md").read_text(encoding="utf-8")
+    assert as_markdown(SHIPPED) in text, "sglang-harness known --markdown prints what belongs there"
+
+
+def test_the_readme_shows_the_first_rows_of_the_track_record():
+    text = (assets.root() / "README.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- track record -->\n")[2].partition("<!-- end -->")[0]
+    assert shown.strip() == as_short_markdown(SHIPPED[:5])
+    assert f"{len(SHIPPED)} defects" in text
+
+
+def test_the_command_prints_the_track_record():
+    printed = CliRunner().invoke(app, ["known", "--markdown"])
+    assert (printed.exit_code, printed.output.strip()) == (0, as_markdown(SHIPPED))
+    listed = CliRunner().invoke(app, ["known"])
+    assert listed.exit_code == 0
+    for entry in SHIPPED:
+        assert entry.command in listed.output

@@ -24,23 +24,12 @@ def sample(seconds: float, used: int) -> Sample:
 # --- timeline ---------------------------------------------------------------------------------
 
 
-def test_the_peak_between_two_marks_is_not_the_peak_of_all():
+def test_samples_between_two_moments_include_both():
     line = Timeline()
     for seconds, used in enumerate([1, 9, 2, 5, 3]):
         line.add(sample(seconds, used))
-    line.mark("ready", 1.5)
-    line.mark("pushed", 3.5)
-    assert line.peak(line.at("ready"), line.at("pushed")) == 5
-    assert line.peak(0) == 9
     assert [s.used for s in line.between(1, 2)] == [9, 2]
-
-
-def test_where_nothing_was_read_nothing_is_known():
-    line = Timeline()
-    with pytest.raises(ValueError, match="no sample between"):
-        line.peak(0)
-    with pytest.raises(KeyError, match="released"):
-        line.at("released")
+    assert line.between(5) == []
 
 
 def test_a_long_run_keeps_its_peaks_and_a_bounded_number_of_samples(monkeypatch):
@@ -49,7 +38,7 @@ def test_a_long_run_keeps_its_peaks_and_a_bounded_number_of_samples(monkeypatch)
     for second in range(5000):
         line.add(sample(second, 1000 if second == 17 else second % 7))
     assert len(line.samples) < 100
-    assert line.peak(0) == 1000
+    assert max(s.used for s in line.samples) == 1000
     assert line.samples[-1].seconds == 4999
     assert [s.seconds for s in line.samples] == sorted(s.seconds for s in line.samples)
 
@@ -116,19 +105,23 @@ def test_a_driver_that_hangs_does_not_keep_whoever_stops_the_sampler():
 
 
 @pytest.mark.parametrize("rate", [0, -1, 1001])
-def test_a_rate_that_cannot_be_meant(rate: float):
+def test_a_rate_outside_its_bounds_is_refused(rate: float):
     with pytest.raises(ValueError, match="a rate of"):
         Sampler(lambda: (0, {}, []), lambda _: None, rate=rate)
 
 
 class Rising:
     name = "nvml"
+    first_call_only = False
 
     def __init__(self) -> None:
         self.used = 10
 
     def read(self) -> tuple[int, dict[str, int]]:
         return self.used, {"GPU-a": self.used}
+
+    def read_partly(self) -> tuple[int, dict[str, int], list[str]]:
+        return (*self.read(), [])
 
 
 def test_a_mark_of_a_watched_source_knows_the_peak_since_the_last():
@@ -151,7 +144,10 @@ def test_a_mark_of_a_watched_source_knows_the_peak_since_the_last():
     assert last.peak_bytes == 20
     ledger.close()
     assert not sampler.alive
-    assert ledger.timelines["nvml"].at("ready") == ready.seconds
+    assert not ledger.first_call_only
+    source.first_call_only = True
+    assert ledger.first_call_only
+    assert (ready.seconds, "ready") in ledger.timelines["nvml"].marks
 
 
 def test_a_ledger_knows_its_sources_by_name():

@@ -18,6 +18,7 @@ from sglang_harness import suite
 from sglang_harness._base import assets
 
 SOURCE = Path(sglang_harness.__file__).parent
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def python(code: str, **variables: str) -> str:
@@ -102,16 +103,16 @@ def imported() -> dict[str, set[str]]:
 
 def declared() -> tuple[set[str], set[str]]:
     """Modules of the package's own dependencies, and of its extra ``torch``."""
-    own, extra = set(), set()
-    for requirement in importlib.metadata.requires("sglang-harness") or []:
-        name = re.match(r"[A-Za-z0-9_.-]+", requirement)
-        assert name is not None
-        module = MODULES.get(name[0].lower(), name[0].lower())
-        if "extra ==" not in requirement:
-            own.add(module)
-        elif "torch" in requirement.partition("extra ==")[2]:
-            extra.add(module)
-    return own, extra
+    # pytest brings the one of older Pythons.
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+
+    def modules(requirements: list[str]) -> set[str]:
+        names = [re.match(r"[A-Za-z0-9_.-]+", each) for each in requirements]
+        found = {name[0].lower() for name in names if name is not None}
+        return {MODULES.get(name, name) for name in found}
+
+    return modules(project["dependencies"]), modules(project["optional-dependencies"]["torch"])
 
 
 def test_every_import_is_of_something_that_is_installed_with_it():

@@ -6,9 +6,11 @@ import base64
 import json
 import os
 import pickle
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,21 @@ def test_a_bucket_that_does_not_fit_into_shared_memory_is_refused_in_words(
         peer.ask("ready", room=1 << 50, shared=True, timeout=60)
 
 
+def test_the_port_of_a_rendezvous_is_kept_free_until_it_is_there(peer: Peer):
+    """Between being told and being used it could be given to another process."""
+    port = peer.ask("port", timeout=10.0)["port"]
+    with socket.socket() as thief, pytest.raises(OSError, match="in use"):
+        thief.bind(("127.0.0.1", port))
+    store = torch.distributed.TCPStore("127.0.0.1", port, 1, True, timedelta(seconds=20))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    del store
+    peer.ask("leave", timeout=10.0)
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
+
+
 def test_an_order_too_many_is_no_answer_to_another(peer: Peer):
     peer.tell("port")
     with pytest.raises(PeerFailed, match="still owes an answer to 'port'"):
@@ -202,6 +219,56 @@ def test_a_peer_that_takes_too_long_is_bounded(peer: Peer):
     os.kill(peer.about["pid"], 19)
     with pytest.raises(PeerFailed, match=r"took longer than 0\.2 s"):
         peer.ask("port", timeout=0.2)
+
+
+class Answers:
+    """What stands beside a server, and says one line whatever it is told."""
+
+    name = "peer"
+
+    def __init__(self, line: bytes) -> None:
+        self.lines = [b'{"pid": 1}', line]
+        self.left = ["process 7"]
+
+    def beside(self, script: str) -> Answers:
+        return self
+
+    def write(self, line: bytes) -> None: ...
+
+    def read(self, timeout: float) -> bytes | None:
+        return self.lines.pop(0)
+
+    def words(self) -> str:
+        return "Traceback\nits last line"
+
+    def end(self) -> list[str]:
+        return self.left
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1, 2]", b'"text"', b"7", b"null", b"not JSON", b"\xff\xfe", b""]
+)
+def test_an_answer_that_is_not_an_object_is_a_failure_of_the_peer(line: bytes):
+    """A list was a TypeError, and what is not JSON a JSONDecodeError."""
+    peer = Peer(Answers(line))  # type: ignore[arg-type]
+    with pytest.raises(PeerFailed, match=r"'pack' was answered with .*its last line"):
+        peer.ask("pack", timeout=1.0)
+
+
+@pytest.mark.parametrize("line", [b'{"peak_bytes": null}', b"{}", b'{"peak_bytes": "many"}'])
+def test_a_peer_that_does_not_say_what_it_held_has_failed(line: bytes):
+    peer = Peer(Answers(line))  # type: ignore[arg-type]
+    with pytest.raises(PeerFailed, match="peak_bytes"):
+        peer.peak_bytes()
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"{}", b'{"left": null}', b'{"error": "OSError: disk full"}']
+)
+def test_a_peer_that_does_not_close_is_ended_all_the_same_and_told(line: bytes):
+    left = Peer(Answers(line)).end()  # type: ignore[arg-type]
+    assert left[0].startswith("closing the peer")
+    assert left[-1] == "process 7"
 
 
 def test_it_ends_when_nobody_speaks_to_it_any_more(peer: Peer, here: Here):

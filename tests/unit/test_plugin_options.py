@@ -219,7 +219,7 @@ def test_the_plugin_imports_nothing_heavy_until_it_is_asked(pytester: pytest.Pyt
         """
         import sys
 
-        HEAVY = "docker requests pydantic torch yaml testcontainers psutil filelock".split()
+        HEAVY = "docker requests pydantic torch yaml testcontainers psutil".split()
 
         def test_x():
             assert not [name for name in HEAVY if name in sys.modules]

@@ -1,217 +1,588 @@
-"""Which servers a run starts, how, in which order, and what the verdict says of it."""
+"""A whole run over scripted servers: what it starts, how it ends, whom it blames, what it writes.
+
+The servers are real ones on sockets; only SGLang behind them is scripted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import json
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import Field
+from scripted_runtime import GENERATED, HANGS, ScriptedRunning, ScriptedRuntime
+from scripted_server import Answer
 
-from sglang_harness._base.secrets import Redactor
-from sglang_harness.errors import ServerDied
-from sglang_harness.run import qualification, server_pool
+from sglang_harness.errors import (
+    EngineError,
+    ImageError,
+    Interrupted,
+    ModelError,
+    NotProvided,
+    Refused,
+    TimeIsOver,
+    Unresponsive,
+)
+from sglang_harness.run import qualification
 from sglang_harness.run.qualification import Qualification, Request
-from sglang_harness.runtime import Started
-from sglang_harness.runtime.death import Death
-from sglang_harness.server import Stopped
-from sglang_harness.server.readiness import Phase, StartReport
+from sglang_harness.runtime.death import Unknown
+from sglang_harness.server import state
 from sglang_harness.spec import ServerSpec
-from sglang_harness.verdict import Verdict
+from sglang_harness.suite.check import Check, Context, Mismatch, Observation
+from sglang_harness.verdict import Outcome, Verdict
 
-DEATH = Death(1, False, "", "ValueError: no", ())
-
-
-class Running:
-    """What a run looks at of a server that answers nothing."""
-
-    def __init__(self, spec: ServerSpec) -> None:
-        self.spec = spec
-        self.model = None
-        self.device = "cpu"
-        self.may_change = True
-        how = "cold" if spec.start == "cold" else "warm"
-        self.running = SimpleNamespace(
-            runtime="docker", owned=True, started=Started(how), watch=SimpleNamespace(death=None)
-        )
-        self.report = StartReport(phases=[Phase("create", 1.0), Phase("import", 2.0)])
-        self.client = SimpleNamespace(
-            retries=[],
-            within=lambda _: nullcontext(),
-            server_info=lambda: {"version": "0.5.23"},
-            has_route=lambda *_: True,
-        )
-        self.memory = SimpleNamespace(readings=[], samplers={}, first_call_only=False)
-        self.redactor = Redactor("")
-        self.lacks: dict[str, str | None] = {}
-        self.stopped: Stopped | None = None
-        self.ended_at_once: bool | None = None
-
-    def about(self) -> dict[str, Any]:
-        return {"image": "an/image"}
-
-    def logs(self) -> str:
-        return "what it wrote"
-
-    def stop(self, *, at_once: bool = False) -> Stopped:
-        self.ended_at_once = at_once
-        self.stopped = Stopped(0, 0.1, [])
-        return self.stopped
+REPORTS = ("verdict.json", "junit.xml", "server.log")
 
 
-class Starts:
-    """Stands in for ``Server.start``: hands out servers, and remembers what was asked for."""
-
-    def __init__(self) -> None:
-        self.servers: list[Running] = []
-        self.fails: Exception | None = None
-
-    def __call__(self, spec: ServerSpec, **_: Any) -> Running:
-        if self.fails is not None:
-            raise self.fails
-        self.servers.append(Running(spec))
-        return self.servers[-1]
+class Seen(Observation):
+    weights: str = ""
+    wrong: list[str] = Field(default_factory=list)
 
 
-class Keeps:
-    """A runtime whose parents are counted."""
+def check(
+    check_id: str,
+    observe: Callable[[Context], object] = lambda _: None,
+    *,
+    wrong: bool = False,
+    **attributes: Any,
+) -> Check[Any]:
+    """A check that sees what the server's weights are, and does ``observe`` before."""
 
-    name = "docker"
-    starts = True
-    caveat: str | None = None
+    def look(self: Any, context: Context) -> Seen:
+        observe(context)
+        with context.server.client.cleanup(5.0):
+            (rank,) = context.server.client.checksums().ranks
+        return Seen(weights=rank["w"], wrong=["it"] if wrong else [])
 
-    def __init__(self) -> None:
-        self.open = 0
-        self.opened = 0
+    def judge(self: Any, seen: Seen) -> list[Mismatch]:
+        found = [Mismatch(w, "right", "wrong") for w in seen.wrong]
+        return [
+            *found,
+            *([] if seen.weights == "first" else [Mismatch("w", "first", seen.weights)]),
+        ]
 
-    def for_another_server(self) -> Keeps:
-        return self
-
-    @contextmanager
-    def keeping_parents(self) -> Iterator[None]:
-        self.open, self.opened = self.open + 1, self.opened + 1
-        try:
-            yield
-        finally:
-            self.open -= 1
+    body = {
+        "id": check_id,
+        "sentence": "It is so.",
+        "observation": Seen,
+        "observe": look,
+        "judge": judge,
+        **attributes,
+    }
+    made: type[Check[Any]] = type("Made", (Check,), body)
+    return made()
 
 
 class Silent:
-    def say(self, message: str) -> None: ...
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
     def begin(self, check_id: str, number: int, total: int) -> None: ...
 
     def end(self, result: Any) -> None: ...
 
 
+Run = Callable[..., Verdict]
+
+
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Starts:
-    start = Starts()
-    for module in (qualification, server_pool):
-        monkeypatch.setattr(module.Server, "start", start)
-    monkeypatch.setattr(server_pool.State, "of", lambda _: None)
-    monkeypatch.setattr(server_pool, "restore", lambda *_: None)
-    monkeypatch.setattr(qualification, "_engine", dict)
-    return start
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs checks over a scripted runtime; the results lie in ``tmp_path``."""
+    monkeypatch.setattr(qualification, "STATES_ITSELF_WITHIN", 0.5)
+    monkeypatch.setattr(state, "ANSWERS_WITHIN", 0.5)
+    monkeypatch.setattr(state, "LOOKED_AT_WITHIN", 2.0)
+
+    def run(*checks: Check[Any], runtime: ScriptedRuntime | None = None, **fields: Any) -> Verdict:
+        monkeypatch.setattr(qualification.suite, "select", lambda *_: list(checks))
+        asked = {
+            name: fields.pop(name)
+            for name in ("keep_on_failure", "strict_known", "viewer")
+            if name in fields
+        }
+        viewer = asked.pop("viewer", None) or Silent()
+        limits = {"check": 1.0, "start": 5.0, "request": 5.0, **fields.pop("limits", {})}
+        request = Request(
+            spec=ServerSpec.make(limits=limits, **fields),
+            out=tmp_path,
+            runtime=runtime or ScriptedRuntime(),
+            **asked,
+        )
+        return Qualification(request, viewer).run()
+
+    return run
 
 
-def run(out: Path, *patterns: str, runtime: Keeps | None = None, **fields: Any) -> Verdict:
-    request = Request(
-        spec=ServerSpec(**{"model": "tiny", **fields}),
-        out=out,
-        runtime=runtime or Keeps(),  # type: ignore[arg-type]
-        patterns=list(patterns),
-    )
-    return Qualification(request, Silent()).run()
+def outcomes(verdict: Verdict) -> dict[str, str]:
+    return {c.id: c.outcome.value for c in verdict.checks}
+
+
+def messages(verdict: Verdict) -> dict[str, str]:
+    return {c.id: c.message for c in verdict.checks}
+
+
+def written(folder: Path) -> Verdict:
+    assert all((folder / name).is_file() for name in REPORTS), "every report is there"
+    return Verdict.read(folder / "verdict.json")
+
+
+def pushes(context: Context) -> None:
+    """Leaves other weights."""
+    context.server.client.update_weights_from_disk("/other")
+
+
+def pauses(context: Context) -> None:
+    context.server.client.pause()
+
+
+def pushes_and_waits(context: Context) -> None:
+    """Leaves other weights, and is not done when its time is over."""
+    pushes(context)
+    pauses(context)
+    context.server.client.generate([1])
+
+
+def fails_to_load(running: ScriptedRunning) -> None:
+    running.sglang.disk_works = False
+    running.sglang.weights = "first"
+
+
+def dies(context: Context) -> None:
+    server: Any = context.server
+    server.running.sglang.mortal.die()
+    server.running.watch.wait(5.0)
+    server.raise_if_dead()
+
+
+# --- a clean run ----------------------------------------------------------------------------------
+
+
+def test_a_run_in_which_all_is_well_passes_and_leaves_nothing(run: Run, tmp_path: Path):
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/one"), check("a/two", pushes_then_restores), runtime=runtime)
+    assert (verdict.verdict, outcomes(verdict)) == ("pass", {"a/one": "pass", "a/two": "pass"})
+    assert written(tmp_path).run_id == verdict.run_id
+    assert [r.ends for r in runtime.running] == [1]
+    assert not runtime.keeping
+    assert (tmp_path / "server.log").read_text() == "log of server 0"
+
+
+def pushes_then_restores(context: Context) -> None:
+    pushes(context)
+    context.server.client.update_weights_from_disk("/m")
 
 
 @pytest.mark.parametrize("asked", ["auto", "cold", "warm"])
-def test_the_first_server_is_cold_whatever_was_asked_for(
-    start: Starts, tmp_path: Path, asked: str
-) -> None:
-    verdict = run(tmp_path, "launch/phases", start=asked)
-    assert [s.spec.start for s in start.servers] == ["cold"]
+def test_the_first_server_is_cold_whatever_was_asked_for(run: Run, asked: str):
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/one"), runtime=runtime, start=asked)
+    assert [order.spec.start for order in runtime.orders] == ["cold"]
     assert [(s.name, s.how) for s in verdict.servers] == [("the server", "cold")]
-    assert [p.name for p in verdict.phases] == ["create", "import"]
+    assert [p.name for p in verdict.phases] == ["create", "import", "load", "first generation"]
     assert not any("warm" in caveat for caveat in verdict.caveats)
 
 
-def test_where_every_check_has_its_own_server_no_other_is_started(
-    start: Starts, tmp_path: Path
-) -> None:
-    verdict = run(tmp_path, "hostile/out-of", "hostile/weights-unknown-names")
-    assert start.servers
-    assert {s.spec.start for s in start.servers} == {"auto"}
-    assert {(s.name, s.how, s.seconds) for s in verdict.servers} == {("tiny", "warm", 3.0)}
+def in_its_own(context: Context) -> None:
+    with context.own_server():
+        pass
+
+
+def test_where_every_check_has_its_own_server_no_other_is_started(run: Run):
+    runtime = ScriptedRuntime()
+    checks = [check(f"a/{n}", in_its_own, own_server=True) for n in ("one", "two")]
+    verdict = run(*checks, runtime=runtime)
+    assert len(runtime.running) == 1, "the second check takes over the server of the first"
+    assert {order.spec.start for order in runtime.orders} == {"auto"}
+    assert {(s.name, s.how) for s in verdict.servers} == {("tiny", "warm")}
     assert verdict.phases == []
-    assert verdict.sglang_version == "0.5.23"
+    assert verdict.sglang_version == "0.0.1"
     assert verdict.image == {"image": "an/image"}
-    assert any(f"of {len(start.servers)} servers were started warm" in c for c in verdict.caveats)
+    assert any("of 1 servers were started warm" in c for c in verdict.caveats)
+    assert runtime.running[0].ends == 1
 
 
-def test_a_version_and_not_an_image_is_what_the_first_of_their_own_runs(
-    start: Starts, tmp_path: Path
-) -> None:
-    run(tmp_path, "hostile/out-of", sglang_version="0.5.20")
-    assert {(s.spec.sglang_version, s.spec.image) for s in start.servers} == {("0.5.20", None)}
-
-
-def test_beside_a_first_server_the_others_run_from_its_image(start: Starts, tmp_path: Path) -> None:
-    verdict = run(tmp_path, "launch/phases", "hostile/out-of", sglang_version="0.5.20")
-    first, *others = start.servers
-    assert (first.spec.start, first.spec.sglang_version) == ("cold", "0.5.20")
-    assert others
-    assert {(s.spec.start, s.spec.image) for s in others} == {("auto", "an/image")}
-    assert [s.how for s in verdict.servers] == ["cold", *["warm"] * len(others)]
-
-
-def test_only_an_end_that_is_judged_is_waited_for(start: Starts, tmp_path: Path) -> None:
-    run(tmp_path, "launch/phases", "launch/stop", "hostile/out-of")
-    first, *others = start.servers
-    assert first.ended_at_once is False
-    assert {s.ended_at_once for s in others} == {True}
-    run(tmp_path, "launch/phases")
-    assert start.servers[-1].ended_at_once is True
-
-
-def test_parents_stay_for_the_run_and_no_longer(start: Starts, tmp_path: Path) -> None:
-    runtime = Keeps()
-    run(tmp_path, "launch/phases", runtime=runtime)
-    assert (runtime.opened, runtime.open) == (1, 0)
-    start.fails = ServerDied(DEATH)
-    verdict = run(tmp_path, "hostile/out-of", runtime=runtime)
-    assert verdict.verdict == "fail"
-    assert (runtime.opened, runtime.open) == (2, 0)
-
-
-@pytest.mark.parametrize("patterns", [("launch/phases",), ("hostile/out-of",)])
-def test_a_server_that_never_comes_up_fails_the_run_with_its_words(
-    start: Starts, tmp_path: Path, patterns: tuple[str, ...]
-) -> None:
-    died = ServerDied(DEATH)
-    died.log = "its last words"
-    start.fails = died
-    verdict = run(tmp_path, *patterns)
-    assert verdict.verdict == "fail"
-    assert "ValueError: no" in verdict.checks[0].message
-    assert "its last words" in (tmp_path / "server.log").read_text()
-    assert verdict.servers == []
-
-
-def test_a_replacement_for_one_that_died_is_warm_where_it_can_be(
-    start: Starts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = qualification.run_check
-
-    def kills(check: Any, context: Any) -> Any:
-        if check.id == "launch/phases":
-            context.server.running.watch.death = DEATH
-        return asked(check, context)
-
-    monkeypatch.setattr(qualification, "run_check", kills)
-    verdict = run(tmp_path, "launch/phases", "launch/log")
-    assert [s.spec.start for s in start.servers] == ["cold", "auto"]
+def test_beside_a_first_server_the_others_run_from_its_image(run: Run):
+    runtime = ScriptedRuntime()
+    verdict = run(
+        check("a/one"),
+        check("a/own", in_its_own, own_server=True),
+        runtime=runtime,
+        sglang_version="0.5.20",
+    )
+    first, other = (order.spec for order in runtime.orders)
+    assert (first.start, first.sglang_version) == ("cold", "0.5.20")
+    assert (other.start, other.image, other.sglang_version) == ("auto", "an/image", None)
     assert [s.how for s in verdict.servers] == ["cold", "warm"]
-    assert all(s.stopped for s in start.servers)
+
+
+def test_only_an_end_that_is_judged_is_waited_for(run: Run):
+    judged, unjudged = ScriptedRuntime(), ScriptedRuntime()
+    own = check("a/own", in_its_own, own_server=True)
+    run(check("a/one"), own, check("a/stop", after_stop=True, wrong=True), runtime=judged)
+    assert [r.ended_at_once for r in judged.running] == [False, True]
+    run(check("a/one"), runtime=unjudged)
+    assert [r.ended_at_once for r in unjudged.running] == [True]
+
+
+def test_parents_stay_for_the_run_and_no_longer(run: Run):
+    runtime = ScriptedRuntime()
+    run(check("a/one"), runtime=runtime)
+    assert (runtime.parents_kept, runtime.keeping) == (1, False)
+    runtime = ScriptedRuntime(EngineError("it went"))
+    with pytest.raises(EngineError):
+        run(check("a/one"), runtime=runtime)
+    assert (runtime.parents_kept, runtime.keeping) == (1, False)
+
+
+# --- a verdict whatever happens -------------------------------------------------------------------
+
+
+def never_generates(running: ScriptedRunning) -> None:
+    running.sglang.http.script["POST /generate"] = Answer(body={**GENERATED, "output_ids": []})
+
+
+def is_dead_at_once(running: ScriptedRunning) -> None:
+    running.start = lambda: running.sglang.mortal.die()  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("prepared", "says"),
+    [(never_generates, "200"), (is_dead_at_once, "IndexError: index out of range in self")],
+    ids=["200 without a token", "dies at its start"],
+)
+def test_a_server_that_never_comes_up_fails_the_run_with_its_log(
+    run: Run, tmp_path: Path, prepared: Any, says: str
+):
+    runtime = ScriptedRuntime(prepared)
+    verdict = run(check("a/one"), check("a/two"), runtime=runtime)
+    assert verdict.verdict == "fail"
+    assert outcomes(verdict) == {"launch/phases": "fail", "a/one": "not-run", "a/two": "not-run"}
+    assert says in messages(verdict)["launch/phases"]
+    assert messages(verdict)["a/one"] == "the server never came up"
+    assert written(tmp_path).verdict == "fail"
+    assert "log of server 0" in (tmp_path / "server.log").read_text()
+    assert verdict.servers == []
+    assert [r.ends for r in runtime.running] == [1]
+
+
+@pytest.mark.parametrize("broken", [EngineError("no engine"), ImageError("no image")])
+def test_an_engine_that_fails_at_the_start_is_an_error_with_a_verdict(
+    run: Run, tmp_path: Path, broken: Exception
+):
+    with pytest.raises(type(broken)):
+        run(check("a/one"), runtime=ScriptedRuntime(broken))
+    verdict = written(tmp_path)
+    assert (verdict.verdict, verdict.exit_code) == ("error", 2)
+    assert messages(verdict) == {
+        "launch/phases": str(broken),
+        "a/one": "the server never came up",
+    }
+
+
+def test_a_server_whose_server_info_hangs_is_judged_all_the_same(run: Run, tmp_path: Path):
+    def stuck(running: ScriptedRunning) -> None:
+        running.sglang.http.script["GET /server_info"] = HANGS
+
+    verdict = run(check("a/one"), runtime=ScriptedRuntime(stuck))
+    assert outcomes(verdict) == {"a/one": "pass"}
+    assert verdict.sglang_version is None
+    assert written(tmp_path).verdict == "pass"
+
+
+def test_an_attached_server_that_does_not_generate_has_failed(run: Run, tmp_path: Path):
+    runtime = ScriptedRuntime(Unresponsive("it does not generate"), starts=False)
+    verdict = run(check("a/one"), runtime=runtime)
+    assert verdict.verdict == "fail"
+    assert written(tmp_path).verdict == "fail"
+
+
+def test_an_image_that_is_gone_when_the_server_has_to_be_replaced(run: Run, tmp_path: Path):
+    runtime = ScriptedRuntime(lambda _: None, ImageError("the image is gone"))
+    verdict = run(check("a/one", dies), check("a/two"), check("a/three"), runtime=runtime)
+    assert outcomes(verdict) == {"a/one": "fail", "a/two": "not-run", "a/three": "not-run"}
+    assert "the image is gone" in messages(verdict)["a/two"]
+    assert verdict.verdict == "fail", "the server died; that the rest was not asked is no excuse"
+    assert not any("was replaced" in caveat for caveat in verdict.caveats)
+    assert written(tmp_path).verdict == "fail"
+
+
+def test_an_exception_of_the_harness_loses_nothing_that_was_seen(run: Run, tmp_path: Path):
+    class Breaks(Silent):
+        def begin(self, check_id: str, number: int, total: int) -> None:
+            if check_id == "a/two":
+                raise KeyError("a slip of ours")
+
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/one"), check("a/two"), check("a/x"), runtime=runtime, viewer=Breaks())
+    assert (verdict.verdict, verdict.exit_code) == ("error", 2)
+    assert "the harness failed: KeyError in test_qualification.py:" in verdict.reason
+    assert outcomes(verdict) == {"a/one": "pass", "a/two": "not-run", "a/x": "not-run"}
+    assert written(tmp_path).checks == verdict.checks
+    assert "Traceback" in (tmp_path / "server.log").read_text()
+    assert [r.ends for r in runtime.running] == [1]
+
+
+def test_results_of_before_stay_until_there_are_new_ones(run: Run, tmp_path: Path):
+    for name in REPORTS:
+        (tmp_path / name).write_text("of before")
+    with pytest.raises(ModelError):
+        run(check("a/one"), runtime=ScriptedRuntime(ModelError("no such model")))
+    assert {(tmp_path / name).read_text() for name in REPORTS} == {"of before"}
+    verdict = run(check("a/one"))
+    assert written(tmp_path).run_id == verdict.run_id
+
+
+def test_an_interruption_ends_the_run_and_what_was_seen_is_written(run: Run, tmp_path: Path):
+    import os
+    import signal
+
+    def interrupted(_: Context) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    runtime = ScriptedRuntime()
+    with pytest.raises(Interrupted):
+        run(check("a/one"), check("a/two", interrupted), check("a/three"), runtime=runtime)
+    verdict = written(tmp_path)
+    assert (verdict.verdict, verdict.interrupted) == ("error", True)
+    assert outcomes(verdict) == {"a/one": "pass"}
+    assert [r.ends for r in runtime.running] == [1]
+
+
+# --- restored after every check -------------------------------------------------------------------
+
+
+def test_a_check_whose_time_is_over_leaves_nothing_for_the_next_one(run: Run):
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/slow", pushes_and_waits, changes=True), check("a/next"), runtime=runtime)
+    assert outcomes(verdict) == {"a/slow": "fail", "a/next": "pass"}, "a paused server hangs"
+    assert len(runtime.running) == 1, "it was restored, not replaced"
+    (told,) = [c for c in verdict.caveats if "left the server changed" in c]
+    assert told.startswith("a/slow left the server changed (paused, 1 tensors (w, ...)")
+
+
+@pytest.mark.parametrize("leaves", [pushes, pauses])
+def test_what_a_passing_check_left_is_restored_too(run: Run, leaves: Any):
+    verdict = run(check("a/one", leaves, changes=True), check("a/two"), runtime=ScriptedRuntime())
+    assert outcomes(verdict)["a/two"] == "pass"
+    assert any(c.startswith("a/one left the server changed") for c in verdict.caveats)
+
+
+def test_a_failing_check_that_should_change_nothing_is_looked_after_as_well(run: Run):
+    verdict = run(check("a/one", pushes, wrong=True), check("a/two"))
+    assert outcomes(verdict) == {"a/one": "fail", "a/two": "pass"}
+
+
+def test_a_server_that_cannot_be_restored_is_replaced(run: Run):
+    def pushes_for_good(context: Context) -> None:
+        pushes(context)
+        server: Any = context.server
+        server.running.sglang.disk_works = False
+
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/one", pushes_for_good, changes=True), check("a/two"), runtime=runtime)
+    assert outcomes(verdict)["a/two"] == "pass"
+    assert [s.weights for s in runtime.servers] == ["/other", "first"]
+    assert [r.ends for r in runtime.running] == [1, 1]
+    assert any("could not be restored after a/one" in c for c in verdict.caveats)
+    assert [order.spec.start for order in runtime.orders] == ["cold", "auto"]
+
+
+def test_an_attached_server_that_cannot_be_restored_is_judged_no_further(run: Run):
+    def pushes_for_good(context: Context) -> None:
+        pushes(context)
+        server: Any = context.server
+        server.running.sglang.disk_works = False
+
+    runtime = ScriptedRuntime(starts=False)
+    verdict = run(check("a/one", pushes_for_good, changes=True), check("a/two"), runtime=runtime)
+    assert outcomes(verdict)["a/two"] == "not-run"
+    assert "not started by this run" in messages(verdict)["a/two"]
+    assert len(runtime.running) == 1
+
+
+def test_a_server_that_is_only_read_is_sent_nothing_that_restores(run: Run):
+    runtime = ScriptedRuntime(starts=False, may_change=False)
+    verdict = run(
+        check("a/one", wrong=True), check("a/changes", pushes, changes=True), runtime=runtime
+    )
+    assert outcomes(verdict) == {"a/one": "fail"}
+    assert [o.id for o in verdict.outside_profile] == ["a/changes"]
+    (server,) = runtime.servers
+    assert server.asked("/flush_cache") == server.asked("/continue_generation") == 0
+
+
+def test_a_server_that_dies_again_and_again_is_replaced_twice_and_no_more(run: Run):
+    runtime = ScriptedRuntime()
+    verdict = run(*(check(f"a/{n}", dies) for n in range(4)), runtime=runtime)
+    assert list(outcomes(verdict).values()) == ["fail", "fail", "fail", "not-run"]
+    assert len(runtime.running) == 3
+    assert [r.ends for r in runtime.running] == [1, 1, 1]
+    assert verdict.verdict == "fail"
+
+
+# --- what makes the rest meaningless --------------------------------------------------------------
+
+
+def test_a_gate_that_fails_turns_the_rest_into_not_run_and_the_verdict_stays_a_fail(run: Run):
+    verdict = run(
+        check("a/gate", wrong=True, gate=True),
+        check("a/two"),
+        check("a/own", in_its_own, own_server=True),
+        check("a/stop", after_stop=True),
+    )
+    assert outcomes(verdict) == {
+        "a/gate": "fail",
+        "a/two": "not-run",
+        "a/own": "not-run",
+        "a/stop": "not-run",
+    }
+    assert "a/gate failed" in messages(verdict)["a/two"]
+    assert (verdict.verdict, verdict.reason) == ("fail", "failed: a/gate")
+
+
+def test_a_gate_that_could_not_be_asked_keeps_nothing_from_being_asked(run: Run):
+    def lacks(_: Context) -> None:
+        raise NotProvided("torch is missing")
+
+    verdict = run(check("a/gate", lacks, gate=True), check("a/two"))
+    assert outcomes(verdict) == {"a/gate": "not-run", "a/two": "pass"}
+    assert verdict.verdict == "error"
+
+
+def test_when_the_time_of_the_run_is_over_the_rest_is_not_run(run: Run):
+    def long(context: Context) -> None:
+        with pytest.raises(TimeIsOver):
+            context.server.client.send(_hanging())
+
+    verdict = run(
+        check("a/one", long),
+        check("a/two"),
+        check("a/own", in_its_own, own_server=True),
+        runtime=ScriptedRuntime(hangs_at("/hang")),
+        limits={"run": 1.2, "check": 60.0},
+    )
+    assert outcomes(verdict) == {"a/one": "pass", "a/two": "not-run", "a/own": "not-run"}
+    assert "limit of 1.2 s was over" in messages(verdict)["a/two"]
+    assert verdict.verdict == "error"
+
+
+def _hanging() -> Any:
+    from sglang_harness.client.call import Call
+
+    return Call("GET", "/hang", lambda _: None)
+
+
+def hangs_at(path: str) -> Callable[[ScriptedRunning], None]:
+    def prepare(running: ScriptedRunning) -> None:
+        running.sglang.http.script[f"GET {path}"] = HANGS
+
+    return prepare
+
+
+# --- blame ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (Answer(500, {"error": {"message": "boom"}}), Outcome.FAIL),
+        (Answer(ending="cut", body={"text": "a"}), Outcome.FAIL),
+        (HANGS, Outcome.FAIL),
+        (Answer(401, {"error": "Unauthorized"}), Outcome.ERROR),
+    ],
+    ids=["500", "cut off", "hangs", "401"],
+)
+def test_a_plain_generation_that_goes_wrong_is_laid_at_the_right_door(
+    run: Run, answer: Answer, outcome: Outcome
+):
+    def asks(context: Context) -> None:
+        server: Any = context.server
+        server.running.sglang.http.script["POST /generate"] = answer
+        context.server.client.generate([1, 2, 3])
+
+    verdict = run(check("a/one", asks), runtime=ScriptedRuntime())
+    assert verdict.checks[0].outcome is outcome
+    assert verdict.verdict == outcome.value
+
+
+def test_a_container_that_somebody_removed_is_not_a_death_and_the_rest_is_asked_of_another(
+    run: Run,
+):
+    def removed(context: Context) -> None:
+        server: Any = context.server
+        server.running.sglang.mortal.death = Unknown("its container was removed from outside")
+        server.running.sglang.mortal.die()
+        server.running.watch.wait(5.0)
+
+    runtime = ScriptedRuntime()
+    verdict = run(check("a/one", removed), check("a/two"), runtime=runtime)
+    assert outcomes(verdict) == {"a/one": "error", "a/two": "pass"}
+    assert "removed from outside" in messages(verdict)["a/one"]
+    assert (verdict.verdict, len(runtime.running)) == ("error", 2)
+
+
+def test_a_request_that_the_server_refuses_by_mistake_of_ours_is_an_error(run: Run):
+    def asks(_: Context) -> None:
+        raise Refused("POST /generate", 400, "no such field")
+
+    assert run(check("a/one", asks)).verdict == "error"
+
+
+# --- nothing is left ------------------------------------------------------------------------------
+
+
+def test_what_fails_to_end_keeps_nothing_else_from_ending_and_is_told(run: Run):
+    def fails(running: ScriptedRunning) -> None:
+        running.fails_to_end = EngineError("409: removal is already in progress")
+
+    runtime = ScriptedRuntime(lambda _: None, fails)
+    verdict = run(check("a/one"), check("a/own", in_its_own, own_server=True), runtime=runtime)
+    assert [r.ends for r in runtime.running] == [1, 1]
+    assert any("removal is already in progress" in c for c in verdict.caveats)
+    for running in runtime.running:
+        running.sglang.http.close()
+
+
+def test_what_a_server_left_behind_is_told_whether_or_not_it_is_judged(run: Run):
+    def leaves(running: ScriptedRunning) -> None:
+        running.left = ["volume sglang-harness-x"]
+
+    verdict = run(check("a/one"), runtime=ScriptedRuntime(leaves))
+    assert any("volume sglang-harness-x" in c for c in verdict.caveats)
+
+
+def test_the_scratch_folder_goes_with_the_run(run: Run):
+    seen: list[Path] = []
+
+    def looks(context: Context) -> None:
+        seen.append(context.scratch)
+        (context.scratch / "file").write_text("x")
+
+    run(check("a/one", looks))
+    assert not seen[0].exists()
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+
+def test_a_secret_passed_by_the_environment_is_in_no_file_of_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    secret = "a-value-that-nobody-may-read"
+    monkeypatch.setenv("ACME_LICENCE", secret)
+
+    def tells(running: ScriptedRunning) -> None:
+        running.sglang.wrote = f"licence {secret}"
+
+    def fails(_: Context) -> None:
+        raise Refused("POST /generate", 500, f"bad licence {secret}")
+
+    run(check("a/one", fails), runtime=ScriptedRuntime(tells), pass_environment=["ACME_LICENCE"])
+    for name in REPORTS:
+        assert secret not in (tmp_path / name).read_text()
+    assert "licence <redacted>" in (tmp_path / "server.log").read_text()
+    assert json.loads((tmp_path / "verdict.json").read_text())["checks"][0]["outcome"] == "fail"

@@ -9,14 +9,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted_runtime import HANGS, ScriptedRuntime
 
 from sglang_harness import suite
 from sglang_harness._base.secrets import Redactor
-from sglang_harness.errors import DidNotComeUp, MissingExtra, ServerDied
+from sglang_harness.client.call import Call
+from sglang_harness.errors import (
+    DidNotComeUp,
+    EngineError,
+    Interrupted,
+    MissingExtra,
+    NoAnswerInTime,
+    ServerDied,
+    TimeIsOver,
+)
 from sglang_harness.run import server_pool
-from sglang_harness.run.server_pool import OwnServers
+from sglang_harness.run.server_pool import ServerPool
 from sglang_harness.runtime.death import Death
-from sglang_harness.server import Server
+from sglang_harness.server import Server, state
 from sglang_harness.server.state import CannotRestore
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.check import NotProvided, run_check
@@ -37,9 +47,7 @@ def context(error: BaseException, device: str = "cpu") -> Any:
         yield
 
     seen: dict[str, Any] = {}
-    server = SimpleNamespace(
-        client=SimpleNamespace(retries=[]), redactor=Redactor(""), device=device
-    )
+    server = SimpleNamespace(client=SimpleNamespace(), redactor=Redactor(""), device=device)
     return SimpleNamespace(
         server=server, own_server=own_server, asked=seen, scratch=Path("/nowhere"), seed=0
     )
@@ -97,62 +105,22 @@ class Starts:
         return self.outcome
 
 
-class Lives:
-    """Stands in for a server that is up."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.within: list[float] = []
-        self.bounded = False
-        self.client = SimpleNamespace(within=self._within)
-        self.running = SimpleNamespace(watch=SimpleNamespace(death=None))
-        self.ended = 0
-
-    @contextmanager
-    def _within(self, seconds: float) -> Iterator[None]:
-        self.within.append(seconds)
-        self.bounded = True
-        yield
-        self.bounded = False
-
-    def logs(self) -> str:
-        return f"what {self.name} wrote"
-
-    def stop(self, *, at_once: bool = False) -> None:
-        assert at_once, "nobody judges how it ends"
-        self.ended += 1
-
-
 @pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> list[Lives]:
-    """The servers that were started, in their order."""
-    started: list[Lives] = []
-
-    def start(spec: ServerSpec, **_: Any) -> Any:
-        started.append(Lives(f"server {len(started)}"))
-        return started[-1]
-
-    monkeypatch.setattr(server_pool.Server, "start", start)
-    monkeypatch.setattr(server_pool.State, "of", lambda server: f"first of {server.name}")
-    monkeypatch.setattr(server_pool, "restore", lambda *_: None)
-    return started
-
-
-@pytest.fixture
-def servers() -> OwnServers:
+def servers() -> ServerPool:
     wanted = ServerSpec.make(model="/models/large", server_args={"quantization": "fp8"})
-    return OwnServers(
+    return ServerPool(
         wanted,
         SimpleNamespace(),  # type: ignore[arg-type]
         image="an/image",
         run_id="r",
         say=lambda _: None,
         started=lambda _, __: None,
+        left=lambda: 3600.0,
     )
 
 
 def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
-    servers: OwnServers, monkeypatch: pytest.MonkeyPatch
+    servers: ServerPool, monkeypatch: pytest.MonkeyPatch
 ):
     died = ServerDied(DEATH)
     died.log = "its last words"
@@ -172,69 +140,169 @@ def test_the_log_of_a_server_that_died_at_its_start_is_kept_under_what_it_was(
 
 
 def test_a_missing_package_is_what_the_harness_lacks(
-    servers: OwnServers, monkeypatch: pytest.MonkeyPatch
+    servers: ServerPool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(server_pool.Server, "start", Starts(MissingExtra("A tiny model", "torch")))
-    with pytest.raises(NotProvided, match=r"sglang-harness\[torch\]"), servers.lent():
+    with pytest.raises(MissingExtra, match=r"sglang-harness\[torch\]"), servers.lent():
         pytest.fail("it cannot be made")
 
 
-def test_the_check_has_its_time_from_when_the_server_is_up(
-    servers: OwnServers, starts: list[Lives]
+# --- over real sockets ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runtime() -> ScriptedRuntime:
+    return ScriptedRuntime()
+
+
+@pytest.fixture
+def pool(runtime: ScriptedRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerPool]:
+    monkeypatch.setattr(state, "ANSWERS_WITHIN", 0.5)
+    made = ServerPool(
+        ServerSpec.make(limits={"check": 0.5, "start": 5.0, "request": 5.0}),
+        runtime,
+        image="an/image",
+        run_id="r",
+        say=lambda _: None,
+        started=lambda _, __: None,
+        left=lambda: 60.0,
+    )
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Interrupted(2), KeyboardInterrupt(), ValueError("a slip of ours"), CannotRestore("no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_goes_wrong_while_it_is_restored_the_server_is_ended_and_not_used_again(
+    pool: ServerPool, runtime: ScriptedRuntime, monkeypatch: pytest.MonkeyPatch, error: Any
 ):
-    with servers.lent():
-        assert starts[0].within == [servers._wanted.limits.check]
-        assert starts[0].bounded
-    assert not starts[0].bounded, "putting back is not the check's time"
+    def goes_wrong(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(server_pool, "restore", goes_wrong)
+    if isinstance(error, Exception):
+        with pool.lent():
+            pass
+    else:
+        with pytest.raises(type(error)), pool.lent():
+            pass
+    assert [r.ends for r in runtime.running] == [1]
+    pool.close()
+    assert [r.ends for r in runtime.running] == [1], "ended once"
+
+
+def test_a_check_that_is_interrupted_leaves_no_server(pool: ServerPool, runtime: ScriptedRuntime):
+    def check() -> None:
+        with pool.lent():
+            raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        check()
+    assert [r.ends for r in runtime.running] == [1]
+
+
+def test_closing_ends_every_server_although_one_of_them_cannot_be_ended(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    with pool.lent():
+        with pool.lent(model="tiny-qwen3"):
+            pass
+        first, second = runtime.running
+        first.fails_to_end = EngineError("409: removal is already in progress")
+        pool.close()
+        assert (first.ends, second.ends) == (1, 1)
+    assert any("removal is already in progress" in line for line in pool.left_behind)
+    first.sglang.http.close()
+
+
+def test_other_weights_are_gone_before_the_next_check_has_the_server(
+    pool: ServerPool, runtime: ScriptedRuntime
+):
+    with pool.lent() as server:
+        server.client.update_weights_from_disk("/other")
+    with pool.lent() as again:
+        assert again is server
+        assert again.client.checksums().ranks[0]["w"] == "first"
+    assert len(runtime.running) == 1
+
+
+@pytest.mark.parametrize("stuck", [True, False], ids=["stuck", "slow"])
+def test_a_server_that_hangs_until_the_checks_time_is_over_is_told_from_a_slow_one(
+    pool: ServerPool, runtime: ScriptedRuntime, stuck: bool
+):
+    def check() -> None:
+        with pool.lent() as server:
+            if stuck:
+                server.client.pause()
+            runtime.servers[0].http.script["GET /slow"] = HANGS
+            server.client.send(Call("GET", "/slow", lambda _: None))
+
+    with pytest.raises(NoAnswerInTime) as raised:
+        check()
+    assert isinstance(raised.value, TimeIsOver) is not stuck
+    assert ("does not generate any more" in str(raised.value)) is stuck
+    assert [r.ends for r in runtime.running] == [1]
+
+
+def test_after_the_runs_time_no_other_server_is_started(runtime: ScriptedRuntime):
+    pool = ServerPool(
+        ServerSpec.make(),
+        runtime,
+        image=None,
+        run_id="r",
+        say=lambda _: None,
+        started=lambda _, __: None,
+        left=lambda: 0.0,
+    )
+    with pytest.raises(NotProvided, match="limit was over"), pool.lent():
+        pytest.fail("it was started")
+    assert runtime.running == []
 
 
 def test_it_is_stopped_and_its_log_kept_where_the_check_did_not_come_to_its_end(
-    servers: OwnServers, starts: list[Lives]
+    pool: ServerPool, runtime: ScriptedRuntime
 ):
     def check() -> None:
-        with servers.lent():
+        with pool.lent(server_args={"quantization": "fp8"}):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         check()
-    assert [each.ended for each in starts] == [1]
+    assert [r.ends for r in runtime.running] == [1]
+    assert runtime.running[0].ended_at_once, "how it ends is not judged"
     title = "--- a server of its own: tiny --quantization=fp8 ---"
-    assert servers.logs == [f"{title}\nwhat server 0 wrote"]
-    assert servers.stopped == starts
+    assert pool.logs == [f"{title}\nlog of server 0"]
+    assert len(pool.stopped) == 1
 
 
-def test_one_that_could_be_put_back_is_handed_on_to_whoever_asks_for_the_same(
-    servers: OwnServers, starts: list[Lives]
+def test_one_that_could_be_restored_is_handed_on_to_a_check_that_asks_for_the_same(
+    pool: ServerPool, runtime: ScriptedRuntime
 ):
-    for _ in range(3):
-        with servers.lent(model="tiny", server_args={"tp_size": 2}):
+    for name in ("tp_size", "tp-size", "tp_size"):
+        with pool.lent(model="tiny", server_args={name: 2}):
             pass
-    with servers.lent(model="tiny", server_args={"tp-size": 2}):
-        pass
-    assert [each.ended for each in starts] == [0]
-    with servers.lent(model="tiny-qwen3"):
-        assert [each.ended for each in starts] == [1, 0], "never two of them at once"
-    servers.close()
-    servers.close()
-    assert [each.ended for each in starts] == [1, 1]
+    assert [r.ends for r in runtime.running] == [0]
+    with pool.lent(model="tiny-qwen3"):
+        assert [r.ends for r in runtime.running] == [1, 0], "never two of them at once"
+    pool.close()
+    pool.close()
+    assert [r.ends for r in runtime.running] == [1, 1]
 
 
-def test_one_that_died_or_could_not_be_put_back_is_never_handed_on(
-    servers: OwnServers, starts: list[Lives], monkeypatch: pytest.MonkeyPatch
+def test_one_that_died_or_could_not_be_restored_is_never_handed_on(
+    pool: ServerPool, runtime: ScriptedRuntime
 ):
-    with servers.lent():
+    with pool.lent():
         pass
-    starts[0].running.watch.death = DEATH
-    with servers.lent():
+    runtime.servers[0].mortal.die()
+    assert runtime.running[0].watch.wait(5.0) is not None
+    with pool.lent() as server:
+        server.client.update_weights_from_disk("/other")
+        runtime.servers[1].disk_works = False
+    with pool.lent():
         pass
-
-    def cannot(*_: Any) -> None:
-        raise CannotRestore("other weights")
-
-    monkeypatch.setattr(server_pool, "restore", cannot)
-    with servers.lent():
-        pass
-    with servers.lent():
-        pass
-    assert len(starts) == 3
-    assert [each.ended for each in starts] == [1, 1, 1]
+    assert [r.ends for r in runtime.running] == [1, 1, 0]
+    assert any("was not used again" in log for log in pool.logs)

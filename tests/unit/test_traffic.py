@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
-from scripted_server import Answer, Mortal, ScriptedServer, Seen
+from scripted_server import BOUND, Answer, Mortal, ScriptedServer, Seen
 
 from sglang_harness.client import Client, RequestsTransport
-from sglang_harness.errors import HarnessError, ServerDied
+from sglang_harness.errors import HarnessError, ServerDied, TimeIsOver
 from sglang_harness.traffic import EmptySlice, Request, Traffic, TrafficRecord
 
 
@@ -125,10 +126,102 @@ def test_a_dead_server_ends_the_wait_with_its_reason(server: ScriptedServer) -> 
 
 
 def test_answers_that_do_not_come_are_counted(server: ScriptedServer) -> None:
-    never = threading.Event()
-    server.script["POST /generate"] = Answer(hold=never)
+    Aborting(server)
     traffic = Traffic(client(server), PROMPTS, sampling={}, workers=1, patience=0.1)
-    with traffic, pytest.raises(HarnessError, match=r"Of 2 answers .* 0 came within 0.1 s"):
+    with traffic, pytest.raises(HarnessError, match=r"Only 0 of 2 .* within 0.1 s"):
         traffic.wait_for_answers(2, seconds=0.1)
     assert len(traffic.record().lost()) == 1, "one that never ended is lost, not forgotten"
     assert traffic.under_way() == 1
+
+
+# --- what is the harness's own fault -------------------------------------------------------------
+
+NOT_JSON: dict[str, object] = {"stop": {object()}}
+
+
+def test_an_error_of_the_harness_is_raised_to_the_reader_and_is_no_lost_request(
+    server: ScriptedServer,
+) -> None:
+    traffic = Traffic(client(server), PROMPTS, sampling=NOT_JSON, workers=2)
+    with traffic, pytest.raises(TypeError, match="not JSON serializable"):
+        traffic.wait_for_answers(1, seconds=10)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        traffic.record()
+    assert server.seen == []
+    assert traffic.under_way() == 0
+
+
+def test_the_time_of_the_caller_ends_the_traffic_and_is_no_answer_of_the_server(
+    server: ScriptedServer,
+) -> None:
+    server.script["POST /generate"] = Answer(delay=BOUND)
+    asking = client(server)
+    traffic = Traffic(asking, PROMPTS, sampling={}, workers=2)
+    with asking.within(0.3), traffic, pytest.raises(TimeIsOver):
+        traffic.wait_for_answers(6, seconds=BOUND)
+    with pytest.raises(TimeIsOver):
+        traffic.record()
+    assert len(server.asked("POST /generate")) <= 2, "nothing is sent again and again meanwhile"
+
+
+def test_traffic_without_prompts_is_refused(server: ScriptedServer) -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        Traffic(client(server), [], sampling={})
+
+
+# --- what is left behind -------------------------------------------------------------------------
+
+
+class Aborting:
+    """Holds every generation until its request is aborted, as a server that is busy does."""
+
+    def __init__(self, server: ScriptedServer) -> None:
+        self.running: dict[str, threading.Event] = {}
+        self.aborted: list[str] = []
+        server.script["POST /generate"] = self.generate
+        server.script["POST /abort_request"] = self.abort
+
+    def generate(self, seen: Seen) -> Answer:
+        held = self.running.setdefault(seen.json()["rid"], threading.Event())
+        return Answer(body=answer(seen).body, hold=held)
+
+    def abort(self, seen: Seen) -> Answer:
+        request_id = seen.json()["rid"]
+        self.aborted.append(request_id)
+        self.running.setdefault(request_id, threading.Event()).set()
+        return Answer()
+
+
+def threads_of_the_harness() -> set[str]:
+    names = {t.name for t in threading.enumerate()}
+    return {name for name in names if name.startswith(("traffic-", "stream-", "at-once"))}
+
+
+class Broken(Exception):
+    """What a check raises in the midst of it."""
+
+
+def broken_off(traffic: Traffic, held: Aborting) -> None:
+    with traffic:
+        while len(held.running) < 3:
+            time.sleep(0.01)
+        raise Broken
+
+
+def test_traffic_is_aborted_where_its_owner_raises(server: ScriptedServer) -> None:
+    held = Aborting(server)
+    traffic = Traffic(client(server), PROMPTS, sampling={}, workers=3, patience=6 * BOUND)
+    with pytest.raises(Broken):
+        broken_off(traffic, held)
+    assert set(held.aborted) == set(held.running)
+    assert threads_of_the_harness() == set()
+
+
+def test_what_outlasts_the_patience_is_lost_and_does_not_run_on(server: ScriptedServer) -> None:
+    held = Aborting(server)
+    with Traffic(client(server), PROMPTS, sampling={}, workers=2, patience=0.2) as traffic:
+        while len(held.running) < 2:
+            time.sleep(0.01)
+    assert len(traffic.record().lost()) == 2
+    assert set(held.aborted) == set(held.running)
+    assert threads_of_the_harness() == set()

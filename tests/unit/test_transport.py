@@ -72,7 +72,7 @@ def test_half_an_answer_is_no_answer_even_where_it_would_parse(connect: Connect)
 
 
 @pytest.mark.parametrize("where", ["the call", "the transport"])
-def test_a_server_that_is_too_slow_is_told_from_one_that_is_gone(connect: Connect, where: str):
+def test_a_slow_server_is_distinguished_from_one_that_is_gone(connect: Connect, where: str):
     with ScriptedServer({"GET /a": Answer(delay=BOUND)}) as server:
         by_call = where == "the call"
         transport = connect(server, read_timeout=30.0 if by_call else 0.25)
@@ -225,7 +225,7 @@ def test_a_large_event_costs_the_reader_next_to_nothing(connect: Connect):
         assert time.monotonic() - began < 0.5
 
 
-def test_a_stream_that_nobody_reads_any_more_is_hung_up(connect: Connect):
+def test_closing_a_stream_closes_its_connection(connect: Connect):
     # A client's disconnect is what frees the slot in SGLang.
     pieces = (event({"text": "a"}), *[event({"text": "a" * 4096})] * 5000)
     with ScriptedServer({"POST /generate": Answer(pieces=pieces)}) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import threading
@@ -11,16 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
+from sglang_harness._base import shared_file
 from sglang_harness.errors import HarnessError
 
-#: Seconds between two signs of life of a holder.
+#: Seconds between two heartbeats of a holder.
 HEARTBEAT = 1.0
+
+#: Seconds between two attempts to lock.
+POLL = 0.02
 
 
 class LeaseTaken(HarnessError):
-    """Somebody else has held the lease for as long as one was ready to wait."""
+    """Another process has held the lease for as long as this one was to wait."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,18 @@ class Holder:
 
 
 class Lease:
-    """A file lock that the kernel gives back when its holder dies, with the holder's name and
-    signs of life beside it.
+    """A file lock that the kernel releases when its holder dies, with the holder's name and
+    heartbeat beside it.
 
     Args:
         path: of the lock; ``path.holder`` is written beside it.
-        name: of whoever asks, such as ``gw1``.
+        name: of the one who asks, such as ``gw1``.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        # One lock for all threads of this process: whoever releases it need not be who took it.
-        self._lock = FileLock(path, thread_local=False)
+        self._path = path
+        self._locked: int | None = None
+        """The descriptor of the locked file."""
         self._holder = path.with_name(path.name + ".holder")
         self._name = name
         self._over = threading.Event()
@@ -68,21 +73,23 @@ class Lease:
     @property
     def held(self) -> bool:
         """Whether this object holds it."""
-        return bool(self._lock.is_locked)
+        return self._locked is not None
 
     def acquire(self, purpose: str, *, timeout: float) -> Holder | None:
         """Waits up to ``timeout`` seconds.
 
         Returns:
-            whoever held it before and died without giving it back; ``None`` when nobody did.
+            the holder that died without releasing it; ``None`` where none did.
 
         Raises:
             LeaseTaken: the time is over; says who holds it, for what, and since when.
         """
-        try:
-            self._lock.acquire(timeout=timeout, poll_interval=0.02)
-        except Timeout:
-            raise self._taken(timeout) from None
+        until = time.monotonic() + timeout
+        while (locked := _lock(self._path)) is None:
+            if time.monotonic() >= until:
+                raise self._taken(timeout)
+            time.sleep(POLL)
+        self._locked = locked
         before = self.holder()
         self._write(Holder.this_process(self._name, purpose))
         self._over.clear()
@@ -91,26 +98,27 @@ class Lease:
         return before
 
     def release(self) -> None:
-        """Gives it back. Again: nothing."""
-        if not self.held:
+        """Releases it; from any thread. Again: nothing."""
+        locked, self._locked = self._locked, None
+        if locked is None:
             return
         self._over.set()
         if self._heart is not None:
             self._heart.join(HEARTBEAT)
-        self._holder.unlink(missing_ok=True)
-        self._lock.release()
+        shared_file.clear(self._holder)
+        # The lock is of the open file, which a child that was forked meanwhile may have, too.
+        fcntl.flock(locked, fcntl.LOCK_UN)
+        os.close(locked)
 
     def holder(self) -> Holder | None:
-        """Whoever is on record; ``None`` where nobody is, or the record is half written."""
+        """The holder on record; ``None`` where there is none, or the record is half written."""
         try:
             return Holder(**json.loads(self._holder.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def _write(self, holder: Holder) -> None:
-        beside = self._holder.with_name(f"{self._holder.name}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(holder)), encoding="utf-8")
-        beside.replace(self._holder)
+        shared_file.write(self._holder, json.dumps(asdict(holder)))
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT):
@@ -120,14 +128,38 @@ class Lease:
     def _taken(self, waited: float) -> LeaseTaken:
         holder = self.holder()
         if holder is None:
-            return LeaseTaken(f"The lease {self._lock.lock_file} was not free for {waited:g} s.")
+            return LeaseTaken(f"The lease {self._path} was not free for {waited:g} s.")
         try:
             silent = time.time() - self._holder.stat().st_mtime
         except OSError:
             silent = 0.0
         return LeaseTaken(
-            f"{holder.name} (process {holder.pid}) has held the server for "
+            f"{holder.name} (process {holder.pid}) has held the lease for "
             f"{time.time() - holder.since:.0f} s for {holder.purpose}; "
-            f"its last sign of life was {silent:.0f} s ago.",
+            f"last heartbeat {silent:.0f} s ago.",
             advice="Wait longer, or give each worker a server of its own.",
         )
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of ``path``, locked; ``None``: another has it.
+
+    Another user's file may be locked as well, in a folder with the sticky bit, too: there its owner
+    alone could remove it, and packages for file locks refuse it for that.
+
+    Raises:
+        OSError: it cannot be opened, or is a link.
+    """
+    descriptor = shared_file.opened(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A lock of a file that was removed meanwhile excludes nobody.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

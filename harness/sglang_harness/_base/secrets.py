@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import secrets as stdlib_secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 REDACTED = "<redacted>"
@@ -31,6 +32,16 @@ def named_as_secrets(environment: Mapping[str, str]) -> list[str]:
     """The values of variables whose names say that they are secret."""
     telling = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
     return [value for name, value in environment.items() if telling.search(name)]
+
+
+def passed_through(names: Iterable[str]) -> list[str]:
+    """The values of variables that a server gets from this process's own environment.
+
+    That is the way in which secrets are passed, so every value counts as one, whatever its name;
+    except paths that exist here, which say nothing and which a log cannot do without.
+    """
+    values = (os.environ.get(name, "") for name in names)
+    return [v for v in values if v and not (v.startswith("/") and Path(v).exists())]
 
 
 class Redactor:

@@ -1,21 +1,23 @@
-"""What the server's answers mean, as types."""
+"""The server's answers as types. Each ``parse`` raises ``ValueError``, ``KeyError``,
+``TypeError`` or ``IndexError`` for what is not a valid answer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 
 def logprobs_in(meta: dict[str, Any]) -> tuple[float, ...]:
-    """Of the generated tokens, in nats; NaN where a server with such weights answers null, as
-    JSON has no NaN (0.5.23)."""
+    """Log-probabilities of the generated tokens, in nats; NaN where the server answers null:
+    JSON has no NaN, so a server with NaN in its weights writes null (0.5.23)."""
     scored = meta.get("output_token_logprobs") or ()
     return tuple(math.nan if entry[0] is None else float(entry[0]) for entry in scored)
 
 
 def spans_in(meta: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
-    """Label, first token and the one behind the last, where the server states them."""
+    """Weight label, first token and one past the last, where the server states them."""
     return tuple(
         (str(span["version"]), int(span["start"]), int(span["end"]))
         for span in meta.get("weight_versions") or ()
@@ -28,13 +30,14 @@ class Generation:
 
     Attributes:
         output_ids: the generated token ids, in order.
-        logprobs: natural-log probability of each generated token, empty if not asked for.
+        logprobs: log-probability of each generated token in nats, empty if not asked for.
         prompt_logprobs: the same for the prompt from ``logprob_start_len`` on; the first
             token of a sequence has none (``None``).
         finish: ``length``, ``stop`` or ``abort``.
         finish_detail: the rest of SGLang's ``finish_reason``, such as ``matched``.
         weight_spans: which tokens were generated under which label: the label, the first token,
-            and the one behind the last; empty where the server does not state it.
+            and one past the last; empty where the server does not state it.
+        seconds: from the first byte sent to the last byte received.
     """
 
     text: str
@@ -52,11 +55,10 @@ class Generation:
     seconds: float
     weight_spans: tuple[tuple[str, int, int], ...] = ()
     dp_rank: int | None = None
-    """Which replica answered, where a data-parallel server says so."""
+    """Which replica answered, where a data-parallel server states it."""
 
     @classmethod
     def parse(cls, data: dict[str, Any], seconds: float) -> Generation:
-        """Reads one element of the answer; raises ``KeyError`` where it lacks what it owes."""
         meta = data["meta_info"]
         finish = dict(meta["finish_reason"] or {})
         scored = meta.get("output_token_logprobs") or []
@@ -82,13 +84,24 @@ class Generation:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One event of a stream: the text so far, the ids so far, and when it came."""
+    """One event of a streamed generation.
+
+    Attributes:
+        text: all text so far.
+        output_ids: all token ids so far, or only the new ones (SGLang 0.5.23 does both).
+    """
 
     text: str
     output_ids: tuple[int, ...]
     seconds: float
     """Since the request was sent."""
     data: dict[str, Any] = field(repr=False)
+    """The whole event; ``meta_info`` has the counts and the finish reason."""
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], seconds: float) -> Chunk:
+        ids = tuple(int(i) for i in data.get("output_ids") or ())
+        return cls(data.get("text", ""), ids, seconds, data)
 
 
 @dataclass(frozen=True)
@@ -100,12 +113,57 @@ class ChatAnswer:
     prompt_tokens: int
     completion_tokens: int
     chunks: int = 0
-    """How many events a stream had; 0 where the answer came whole."""
+    """How many events the stream had; 0 for an answer that was not streamed."""
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], text: str) -> ChatAnswer:
+        finish, usage = data["choices"][0]["finish_reason"], data["usage"]
+        return cls(text, finish, usage["prompt_tokens"], usage["completion_tokens"])
+
+    @classmethod
+    def joined(cls, chunks: Iterable[ChatChunk]) -> ChatAnswer:
+        """The answer that the events of one stream add up to."""
+        text, finish, prompt_tokens, completion_tokens, count = "", "", 0, 0, 0
+        for chunk in chunks:
+            count += 1
+            text += chunk.text
+            finish = chunk.finish or finish
+            prompt_tokens = chunk.prompt_tokens or prompt_tokens
+            completion_tokens = chunk.completion_tokens or completion_tokens
+        return cls(text, finish, prompt_tokens, completion_tokens, count)
+
+
+@dataclass(frozen=True)
+class ChatChunk:
+    """One event of a streamed chat completion: the new text only, unlike :class:`Chunk`.
+
+    Attributes:
+        finish: empty before the last text.
+        prompt_tokens: 0 before the last event, which alone has the counts; so too
+            ``completion_tokens``.
+    """
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> ChatChunk:
+        choices, usage = data.get("choices") or (), data.get("usage") or {}
+        return cls(
+            "".join(choice["delta"].get("content") or "" for choice in choices),
+            next(
+                (choice["finish_reason"] for choice in choices if choice.get("finish_reason")), ""
+            ),
+            usage.get("prompt_tokens", 0),
+            usage.get("completion_tokens", 0),
+        )
 
 
 @dataclass(frozen=True)
 class Update:
-    """The server's word on a weight update. Not evidence that anything changed."""
+    """The server's answer to a weight update. Not evidence that anything changed."""
 
     success: bool
     message: str
@@ -114,10 +172,10 @@ class Update:
 
 @dataclass(frozen=True)
 class AdapterUpdate:
-    """The server's word on a LoRA adapter. Not evidence that it is applied.
+    """The server's answer about a LoRA adapter. Not evidence that it is applied.
 
     Attributes:
-        loaded: names of the adapters that it says it holds now.
+        loaded: names of the adapters that the server lists as loaded.
     """
 
     success: bool
@@ -131,11 +189,11 @@ class Checksums:
     """Per-tensor checksums as ``/weights_checker`` answers them.
 
     Attributes:
-        ranks: one mapping a rank, from the fused parameter name to 16 hexadecimal digits; in the
-            order of replica, stage and tensor-parallel rank, as far as the server says it.
+        ranks: one mapping per rank, from the fused parameter name to 16 hexadecimal digits; in the
+            order of replica, stage and tensor-parallel rank, as far as the server states them.
         engine: the checksum over everything.
-        places: for each of ``ranks`` where it stands: ``tp_rank``, ``dp_rank``, ``pp_rank`` and
-            their sizes, as far as the server says so.
+        places: position of each of ``ranks``: ``tp_rank``, ``dp_rank``, ``pp_rank`` and their
+            sizes, as far as the server states them.
     """
 
     ranks: tuple[dict[str, str], ...]
@@ -156,11 +214,11 @@ class Checksums:
         )
 
     def names(self) -> list[str]:
-        """Every tensor of every rank, ``rankN:`` put before all but those of rank 0."""
+        """Every tensor of every rank; ``rankN:`` precedes all but those of rank 0."""
         return [_on(index) + n for index, rank in enumerate(self.ranks) for n in sorted(rank)]
 
     def changed_since(self, before: Checksums) -> list[str]:
-        """Those of :meth:`names` that differ from ``before``, or are in one of the two alone."""
+        """Those of :meth:`names` that differ from ``before``, or are only in one of the two."""
         changed = []
         for index, (then, now) in enumerate(zip(before.ranks, self.ranks, strict=True)):
             differing = (n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n))
@@ -173,8 +231,8 @@ def _on(rank: int) -> str:
 
 
 def _place(info: Any) -> dict[str, int]:
-    """Where a rank stands; newer servers list one place a role, the target's first."""
-    told = info[0] if isinstance(info, list) and info else info
-    if not isinstance(told, dict):
+    """Position of a rank; newer servers list one per role, the target's first."""
+    place = info[0] if isinstance(info, list) and info else info
+    if not isinstance(place, dict):
         return {}
-    return {name: value for name, value in told.items() if isinstance(value, int)}
+    return {name: value for name, value in place.items() if isinstance(value, int)}

@@ -1,23 +1,33 @@
-"""Every call of SGLang's HTTP remote control, each a small frozen record.
+"""Every call of SGLang's HTTP API, each a small frozen record.
 
-Facts about the endpoints are from SGLang 0.5.23 (docs/sglang.md says what was seen live).
+The one place where a call's parameters are written: the methods of
+:class:`sglang_harness.client.Client` take their signatures from here. Facts about the endpoints
+are from SGLang 0.5.23 (docs/sglang.md marks those that were observed on a running server).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec
 
 from sglang_harness.client.answers import (
     AdapterUpdate,
     ChatAnswer,
+    ChatChunk,
     Checksums,
+    Chunk,
     Generation,
     Update,
 )
 from sglang_harness.client.call import Call, Content, Reply
+from sglang_harness.client.methods import described_as
+
+P = ParamSpec("P")
 
 Prompt = str | Sequence[int]
+
+#: What a pause does with running requests.
+PauseMode = Literal["abort", "retract", "in_place"]
 
 
 def _nothing(_: Reply) -> None:
@@ -39,42 +49,44 @@ def _is_text(prompt: Prompt) -> bool:
 
 
 def ready() -> Call[None]:
-    """200 when the server takes requests; instant; from 0.5.20 on (404 before)."""
-    return Call("GET", "/ready", _nothing, repeatable=True, timeout=5.0)
+    """200 when the server accepts requests. Answers at once. Exists from 0.5.20 on (404
+    before)."""
+    return Call("GET", "/ready", _nothing, timeout=5.0)
 
 
 def health() -> Call[None]:
-    """200 after a one-token generation inside the server: takes 1 s at least, 20 s at most
+    """200 after a one-token generation inside the server: takes at least 1 s, and at most 20 s
     before it answers 503 (``SGLANG_HEALTH_CHECK_TIMEOUT``)."""
-    return Call("GET", "/health", _nothing, repeatable=True, timeout=25.0)
+    return Call("GET", "/health", _nothing, timeout=25.0)
 
 
 def routes() -> Call[frozenset[tuple[str, str]]]:
-    """Methods and paths that the server offers, by its own ``/openapi.json``."""
+    """Methods and paths that the server lists in its ``/openapi.json``. A server that was started
+    with ``DISABLE_OPENAPI_DOC=1``, SGLang's embedded Rust server and most proxies answer 404."""
 
     def read(reply: Reply) -> frozenset[tuple[str, str]]:
         paths = _object(reply)["paths"]
         if not isinstance(paths, dict):
-            raise TypeError("'paths' is no object")
+            raise TypeError("'paths' is not an object")
         return frozenset((method.upper(), path) for path, ms in paths.items() for method in ms)
 
-    return Call("GET", "/openapi.json", read, repeatable=True)
+    return Call("GET", "/openapi.json", read)
 
 
 def model_info() -> Call[dict[str, Any]]:
     """The served model as it is now: path, name, weight version, architecture."""
-    return Call("GET", "/model_info", _object, repeatable=True)
+    return Call("GET", "/model_info", _object)
 
 
 def server_info() -> Call[dict[str, Any]]:
-    """Launch configuration and live scheduler state. Holds the API key (0.5.23): never
-    write it down uncleaned. Hangs when the scheduler is stuck."""
-    return Call("GET", "/server_info", _object, repeatable=True, timeout=30.0)
+    """Launch configuration and live scheduler state. Contains the API key (0.5.23): redact it
+    before writing it anywhere. Hangs when the scheduler is stuck."""
+    return Call("GET", "/server_info", _object, timeout=30.0)
 
 
 def models() -> Call[list[str]]:
-    """Names of served models. Answers 200 before the server can generate."""
-    return Call("GET", "/v1/models", lambda r: [m["id"] for m in r.json()["data"]], repeatable=True)
+    """Names of the served models. Answers 200 before the server can generate."""
+    return Call("GET", "/v1/models", lambda r: [m["id"] for m in r.json()["data"]])
 
 
 # --- generate --------------------------------------------------------------------------
@@ -96,9 +108,11 @@ def generate(
     Args:
         sampling: SGLang's ``sampling_params``, as they are.
         logprobs: ask for the log-probability of each generated token.
-        prompt_logprobs_from: also those of the prompt, from this position on.
-        lora_path: name of a loaded LoRA adapter (SGLang's word for it); ``None``: the base.
+        prompt_logprobs_from: also those of the prompt, from this token position on.
+        request_id: SGLang's ``rid``, by which the request can be aborted.
+        lora_path: name of a loaded LoRA adapter (the field is SGLang's); ``None``: the base model.
         routed_dp_rank: which replica of a data-parallel server answers; ``None``: any.
+        timeout: seconds for the answer; ``None``: the client's.
     """
     body = _generate_body(prompt, sampling, logprobs, prompt_logprobs_from)
     if lora_path is not None:
@@ -111,7 +125,6 @@ def generate(
     def read(reply: Reply) -> Generation:
         return Generation.parse(_object(reply), reply.seconds)
 
-    # Not repeatable: a second copy would run beside the first and count twice.
     return Call("POST", "/generate", read, body, timeout=timeout)
 
 
@@ -125,7 +138,11 @@ def generate_batch(
     """Several prompts in one request; answers in the order of the prompts.
 
     Args:
-        lora_path: a LoRA adapter's name for each prompt, ``None`` where the base shall answer.
+        sampling: SGLang's ``sampling_params``, the same for all.
+        lora_path: a LoRA adapter's name for each prompt, ``None`` for the base model.
+
+    Raises:
+        ValueError: no prompts, or another number of adapters than of prompts.
     """
     if not prompts:
         raise ValueError("a batch needs at least one prompt")
@@ -164,12 +181,16 @@ def generate_stream(
     sampling: dict[str, Any] | None = None,
     logprobs: bool = False,
     request_id: str | None = None,
-) -> Call[dict[str, Any]]:
-    """The same as events; text and ids are cumulative. Sent with ``Client.stream``."""
+) -> Call[Chunk]:
+    """A generation as a stream of events; see :class:`Chunk` for what is cumulative."""
     body = {**_generate_body(prompt, sampling, logprobs, None), "stream": True}
     if request_id is not None:
         body["rid"] = request_id
-    return Call("POST", "/generate", _object, body)
+
+    def read(reply: Reply) -> Chunk:
+        return Chunk.parse(_object(reply), reply.seconds)
+
+    return Call("POST", "/generate", read, body)
 
 
 def _generate_body(
@@ -187,57 +208,132 @@ def _generate_body(
 
 
 def chat(
-    messages: Sequence[dict[str, str]], *, model: str = "default", **options: Any
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    model: str = "default",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    frequency_penalty: float | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    repetition_penalty: float | None = None,
+    ignore_eos: bool | None = None,
+    extra: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
 ) -> Call[ChatAnswer]:
-    """OpenAI's chat completion. ``options`` are OpenAI's and SGLang's own, as they are."""
-    body = {"model": model, "messages": list(messages), **options}
+    """OpenAI's chat completion. What is ``None`` is not sent, so the server's default holds.
+
+    Args:
+        messages: such as ``[{"role": "user", "content": "Hello"}]``.
+        max_tokens: of the answer.
+        response_format: such as ``{"type": "json_schema", "json_schema": {...}}``.
+        repetition_penalty: SGLang's own field; without it that of the model's
+            ``generation_config.json`` holds on this route (0.5.23).
+        ignore_eos: go on after an end-of-sequence token (SGLang's own field).
+        extra: further fields of the request body, sent as they are.
+        timeout: seconds for the answer; ``None``: the client's.
+    """
+    body = _openai_body(
+        extra,
+        model=model,
+        messages=[dict(message) for message in messages],
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        stop=stop,
+        seed=seed,
+        frequency_penalty=frequency_penalty,
+        response_format=response_format,
+        repetition_penalty=repetition_penalty,
+        ignore_eos=ignore_eos,
+    )
 
     def read(reply: Reply) -> ChatAnswer:
         data = _object(reply)
-        choice, usage = data["choices"][0], data["usage"]
-        return ChatAnswer(
-            text=choice["message"]["content"] or "",
-            finish=choice["finish_reason"],
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-        )
+        return ChatAnswer.parse(data, data["choices"][0]["message"]["content"] or "")
 
-    return Call("POST", "/v1/chat/completions", read, body)
+    return Call("POST", "/v1/chat/completions", read, body, timeout=timeout)
 
 
-def chat_stream(
-    messages: Sequence[dict[str, str]], *, model: str = "default", **options: Any
-) -> Call[dict[str, Any]]:
-    body = {"model": model, "messages": list(messages), **options, "stream": True}
-    return Call("POST", "/v1/chat/completions", _object, body)
+def _as_events(whole: Callable[P, Call[ChatAnswer]]) -> Callable[P, Call[ChatChunk]]:
+    """The same request, answered as a stream of events."""
+
+    def streamed(*args: P.args, **kwargs: P.kwargs) -> Call[ChatChunk]:
+        call = whole(*args, **kwargs)
+        # Without include_usage SGLang counts nothing.
+        streaming = {"stream": True, "stream_options": {"include_usage": True}}
+        body = {**(call.body or {}), **streaming}
+        return Call(call.method, call.path, _chat_chunk, body, timeout=call.timeout)
+
+    return described_as(streamed, whole, returns=Call[ChatChunk])
 
 
-def completions(prompt: str, *, model: str = "default", **options: Any) -> Call[ChatAnswer]:
-    """OpenAI's text completion."""
+def _chat_chunk(reply: Reply) -> ChatChunk:
+    return ChatChunk.parse(_object(reply))
+
+
+chat_stream = _as_events(chat)
+
+
+def completions(
+    prompt: str,
+    *,
+    model: str = "default",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    repetition_penalty: float | None = None,
+    ignore_eos: bool | None = None,
+    extra: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Call[ChatAnswer]:
+    """OpenAI's text completion. What is ``None`` is not sent, so the server's default holds.
+
+    Args:
+        max_tokens: of the answer; SGLang's default is 16 (0.5.23).
+        repetition_penalty: SGLang's own field; without it that of the model's
+            ``generation_config.json`` holds on this route (0.5.23).
+        ignore_eos: go on after an end-of-sequence token (SGLang's own field).
+        extra: further fields of the request body, sent as they are.
+        timeout: seconds for the answer; ``None``: the client's.
+    """
+    body = _openai_body(
+        extra,
+        model=model,
+        prompt=prompt,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        stop=stop,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        ignore_eos=ignore_eos,
+    )
 
     def read(reply: Reply) -> ChatAnswer:
         data = _object(reply)
-        choice, usage = data["choices"][0], data["usage"]
-        return ChatAnswer(
-            choice["text"],
-            choice["finish_reason"],
-            usage["prompt_tokens"],
-            usage["completion_tokens"],
-        )
+        return ChatAnswer.parse(data, data["choices"][0]["text"])
 
-    return Call("POST", "/v1/completions", read, {"model": model, "prompt": prompt, **options})
+    return Call("POST", "/v1/completions", read, body, timeout=timeout)
+
+
+def _openai_body(extra: Mapping[str, Any] | None, **fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None} | dict(extra or {})
 
 
 def abort(request_id: str) -> Call[None]:
-    """Ends a running request. Answers 200 for an unknown id too, and SGLang 0.5.23 also ends
-    every request whose id begins with this one."""
-    return Call("POST", "/abort_request", _nothing, {"rid": request_id}, repeatable=True)
+    """Ends a running request. Answers 200 for an unknown id too; SGLang 0.5.23 also ends every
+    request whose id begins with this one."""
+    return Call("POST", "/abort_request", _nothing, {"rid": request_id})
 
 
 def abort_all() -> Call[None]:
-    return Call(
-        "POST", "/abort_request", _nothing, {"abort_all": True}, repeatable=True, changes=True
-    )
+    """Ends every running request, including those of other clients."""
+    return Call("POST", "/abort_request", _nothing, {"abort_all": True}, changes=True)
 
 
 # --- weights ---------------------------------------------------------------------------
@@ -251,8 +347,17 @@ def update_weights_from_disk(
     abort_all_requests: bool = False,
     timeout: float | None = None,
 ) -> Call[Update]:
-    """Loads a checkpoint folder of the server's. Also changes ``model_path`` and the served
-    name (0.5.23). Without ``weight_version`` the label stays what it was."""
+    """Loads a checkpoint folder. The answer is not evidence that the weights changed.
+
+    Also changes ``model_path`` and the served name (0.5.23).
+
+    Args:
+        path: as the server sees it.
+        weight_version: the new label; ``None``: the label stays what it was.
+        flush_cache: empty the prefix cache, which holds results of the old weights.
+        abort_all_requests: end running requests first.
+        timeout: seconds for the answer; ``None``: the client's.
+    """
     body: dict[str, Any] = {
         "model_path": path,
         "flush_cache": flush_cache,
@@ -264,28 +369,29 @@ def update_weights_from_disk(
 
 
 def checksums() -> Call[Checksums]:
-    """A checksum for every tensor of every rank, as the server holds them now."""
+    """A checksum for every tensor of every rank, computed by the server from what it holds
+    now."""
 
     def read(reply: Reply) -> Checksums:
         return Checksums.parse(_object(reply))
 
-    return Call("POST", "/weights_checker", read, {"action": "checksum"}, repeatable=True)
+    return Call("POST", "/weights_checker", read, {"action": "checksum"})
 
 
 def begin_weight_update(*, timeout: float | None = None) -> Call[Update]:
-    """Opens SGLang's session (0.5.21 and later), without which pushes of tensors are refused.
-    400 where one is open already, so not repeatable."""
+    """Opens a weight-update session (0.5.21 and later), without which pushes of tensors are
+    refused. 400 if one is open already."""
     return Call("POST", "/begin_weight_update", _update, {}, timeout=timeout, changes=True)
 
 
 def end_weight_update(*, timeout: float | None = None) -> Call[Update]:
-    """Closes the session. 400 where none is open, so not repeatable."""
+    """Closes the weight-update session. 400 if none is open."""
     return Call("POST", "/end_weight_update", _update, {}, timeout=timeout, changes=True)
 
 
 def update_weights_from_tensor(content: Content, *, timeout: float | None = None) -> Call[Update]:
-    """Tensors, or handles to them, in the body. What kills a scheduler (0.5.23): a wrong
-    shape, and a payload that cannot be unpickled. Never repeatable.
+    """Tensors, or handles to them, in the body. A wrong shape or a payload that cannot be
+    unpickled kills the scheduler (0.5.23).
 
     Args:
         content: the whole body; see :class:`sglang_harness.weights.routes.packing.TensorBody`.
@@ -311,7 +417,7 @@ def init_weights_update_group(
     timeout: float | None = None,
 ) -> Call[Update]:
     """Joins a process group whose rank 0 is the trainer. The scheduler answers nothing else
-    until every rank is there: a peer that never joins holds the whole server (0.5.23)."""
+    until every rank has joined: a peer that never joins blocks the whole server (0.5.23)."""
     body = {
         "master_address": master_address,
         "master_port": master_port,
@@ -324,7 +430,7 @@ def init_weights_update_group(
 
 
 def destroy_weights_update_group(group_name: str, *, timeout: float | None = None) -> Call[Update]:
-    """Leaves the group. 400 for one that is not there."""
+    """Leaves the process group. 400 if there is no such group."""
     body = {"group_name": group_name}
     return Call(
         "POST", "/destroy_weights_update_group", _update, body, timeout=timeout, changes=True
@@ -342,8 +448,8 @@ def update_weights_from_distributed(
     abort_all_requests: bool = False,
     timeout: float | None = None,
 ) -> Call[Update]:
-    """Receives one broadcast a tensor from rank 0, in this order. Never repeatable: a second
-    one would wait for tensors that nobody sends."""
+    """Receives one broadcast per tensor from rank 0, in this order. Blocks until all have been
+    sent."""
     body: dict[str, Any] = {
         "names": list(names),
         "dtypes": list(dtypes),
@@ -360,15 +466,15 @@ def update_weights_from_distributed(
 
 
 def update_weight_version(version: str) -> Call[Update]:
-    """Changes the label alone. SGLang's own default aborts every request; here none is."""
+    """Changes only the label. SGLang's default would abort every request; here none is aborted."""
     body = {"new_version": version, "abort_all_requests": False}
-    return Call("POST", "/update_weight_version", _update, body, repeatable=True, changes=True)
+    return Call("POST", "/update_weight_version", _update, body, changes=True)
 
 
 def check_weights(action: Literal["snapshot", "reset_tensors", "compare"]) -> Call[Update]:
-    """Other actions of ``/weights_checker``. ``reset_tensors`` fills every parameter with
-    noise; ``compare`` needs CUDA (0.5.23) and answers 400 for tensors that differ from the
-    snapshot. Not repeatable: a comparison uses its snapshot up."""
+    """The other actions of ``/weights_checker``. ``reset_tensors`` fills every parameter with
+    noise; ``compare`` needs CUDA (0.5.23), answers 400 for tensors that differ from the snapshot,
+    and discards the snapshot."""
     return Call("POST", "/weights_checker", _update, {"action": action}, changes=True)
 
 
@@ -381,10 +487,12 @@ def _update(reply: Reply) -> Update:
 
 
 def load_lora_adapter(name: str, path: str, *, pinned: bool = False) -> Call[AdapterUpdate]:
-    """Loads an adapter folder of the server's (PEFT's layout). Needs ``--enable-lora``.
+    """Loads an adapter folder (PEFT's layout). Needs ``--enable-lora``. The answer is not evidence
+    that the adapter is applied.
 
     Args:
-        pinned: it may not be put out of memory by others.
+        path: as the server sees it.
+        pinned: other adapters may not evict it from memory.
     """
     body = {"lora_name": name, "lora_path": path, "pinned": pinned}
     return Call("POST", "/load_lora_adapter", _adapter_update, body, changes=True)
@@ -393,12 +501,14 @@ def load_lora_adapter(name: str, path: str, *, pinned: bool = False) -> Call[Ada
 def load_lora_adapter_from_tensors(
     name: str, config: dict[str, Any], tensors: Sequence[str], *, pinned: bool = False
 ) -> Call[AdapterUpdate]:
-    """Loads an adapter whose weights travel in the request.
+    """Loads an adapter whose weights are in the request. The answer is not evidence that the
+    adapter is applied.
 
     Args:
         config: PEFT's ``adapter_config.json``.
         tensors: for each tensor-parallel rank a base64 pickle of ``{name: tensor}`` with PEFT's
             names and whole, unsharded CPU tensors: each rank reads its own copy (0.5.23).
+        pinned: other adapters may not evict it from memory.
     """
     body = {
         "lora_name": name,
@@ -410,7 +520,7 @@ def load_lora_adapter_from_tensors(
 
 
 def unload_lora_adapter(name: str) -> Call[AdapterUpdate]:
-    """Waits for the requests that use it (0.5.23)."""
+    """Unloads an adapter, after the requests that use it have ended (0.5.23)."""
     body = {"lora_name": name}
     return Call("POST", "/unload_lora_adapter", _adapter_update, body, changes=True)
 
@@ -429,35 +539,46 @@ def _adapter_update(reply: Reply) -> AdapterUpdate:
 
 
 def flush_cache(wait: float = 5.0) -> Call[None]:
-    """Empties the prefix cache. 400 while requests run; and for some milliseconds after an
-    answer its request still counts as running (0.5.23), so the server is given ``wait`` seconds.
+    """Empties the prefix cache. 400 while requests run.
 
-    With 0 it answers at once. Only so does a server flush that was paused with ``retract`` and
-    holds requests: where it waits, it waits for requests that cannot end (0.5.23).
+    Args:
+        wait: seconds that the server waits for running requests to end: for some milliseconds
+            after an answer its request still counts as running (0.5.23). With 0 it answers at
+            once, which a server that was paused with ``retract`` needs: its requests cannot end,
+            so waiting for them would fail (0.5.23).
     """
     query = (("timeout", f"{wait:g}"),) if wait else ()
-    return Call("POST", "/flush_cache", _nothing, query=query, repeatable=True, changes=True)
+    return Call("POST", "/flush_cache", _nothing, query=query, changes=True)
 
 
-def pause(mode: str = "abort") -> Call[None]:
+def pause(mode: PauseMode = "abort") -> Call[None]:
     """Stops generating. ``abort`` ends running requests, ``retract`` and ``in_place`` keep
-    them for ``resume``. While paused a new request hangs rather than fails (0.5.23)."""
+    them for ``resume``. While paused, a new request hangs instead of failing (0.5.23)."""
     return Call("POST", "/pause_generation", _nothing, {"mode": mode}, changes=True)
 
 
 def resume() -> Call[None]:
-    """SGLang's ``/continue_generation``. The body is required."""
-    return Call("POST", "/continue_generation", _nothing, {}, repeatable=True, changes=True)
+    """Continues after a pause (SGLang's ``/continue_generation``)."""
+    # The server requires a body.
+    return Call("POST", "/continue_generation", _nothing, {}, changes=True)
 
 
 def release_memory(tags: Sequence[str] | None = None) -> Call[None]:
-    """Gives memory back; frees nothing without ``--enable-memory-saver``, and answers 200
-    all the same. Not repeatable: a second release of the same tag can kill the server."""
+    """Releases GPU memory. Without ``--enable-memory-saver`` it frees nothing and still answers
+    200. A second release of the same tag can kill the server (0.5.23).
+
+    Args:
+        tags: such as ``["weights", "kv_cache"]``; ``None``: all.
+    """
     body = {"tags": list(tags)} if tags is not None else {}
     return Call("POST", "/release_memory_occupation", _nothing, body, changes=True)
 
 
 def resume_memory(tags: Sequence[str] | None = None) -> Call[None]:
-    """Takes memory back. Not repeatable: without a release before it the server dies."""
+    """Allocates released memory again. Without a release before it the server dies (0.5.23).
+
+    Args:
+        tags: such as ``["weights", "kv_cache"]``; ``None``: all.
+    """
     body = {"tags": list(tags)} if tags is not None else {}
     return Call("POST", "/resume_memory_occupation", _nothing, body, changes=True)

@@ -1,4 +1,4 @@
-"""Sends calls with ``requests``. Knows nothing of what they mean."""
+"""Sends calls with ``requests``, without interpreting them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Transport(Protocol):
     def send(self, call: Call[Any]) -> Reply: ...
 
     def stream(self, call: Call[Any]) -> Iterator[bytes]:
-        """The lines of the answer as they arrive; the first is the status as digits."""
+        """The lines of the answer as they arrive; the first is the status code in digits."""
 
     def close(self) -> None: ...
 
 
 class RequestsTransport:
-    """One ``requests`` session for each thread, so that many may call at once.
+    """Keeps one ``requests`` session per thread, so that many threads may call at once.
 
     Args:
         base_url: such as ``http://127.0.0.1:30000``.
         api_key: sent as a bearer token.
-        connect_timeout: seconds until a connection stands.
+        connect_timeout: seconds to establish a connection.
         read_timeout: seconds for a whole answer, or between two events of a stream, where
-            the call says nothing else.
+            the call sets none.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class RequestsTransport:
                 body = bytearray()
                 for piece in response.iter_content(1 << 16):
                     body += piece
-                    # The library bounds the pause between two pieces, not the whole answer.
+                    # requests bounds the time between two pieces, not that of the whole answer.
                     if time.monotonic() - started > self._timeout(call):
                         raise NoAnswerInTime(
-                            str(call), f"no whole answer within {self._timeout(call):g} s"
+                            str(call), f"no complete answer within {self._timeout(call):g} s"
                         )
                 return Reply(response.status_code, bytes(body), time.monotonic() - started)
         except requests.RequestException as error:
@@ -72,7 +72,7 @@ class RequestsTransport:
         try:
             with self._request(call, stream=True) as response:
                 yield str(response.status_code).encode()
-                # Pieces as they arrive, not of a fixed size: a token must not wait for others.
+                # Pieces as they arrive, not of a fixed size: a token must not wait for the next.
                 yield from response.iter_lines(chunk_size=None)
         except requests.RequestException as error:
             raise _translated(call, error, self._timeout(call)) from None
@@ -92,7 +92,7 @@ class RequestsTransport:
             call.method,
             self._base_url + call.path,
             json=None if call.content is not None else call.body,
-            # With a known length it goes out piece by piece, and never as 'chunked'.
+            # Its length is known, so it is sent piece by piece with Content-Length, not chunked.
             data=call.content,
             headers={"Content-Type": "application/json"} if call.content is not None else None,
             params=list(call.query),
@@ -104,7 +104,7 @@ class RequestsTransport:
         session: requests.Session | None = getattr(self._local, "session", None)
         if session is None:
             session = requests.Session()
-            # Proxies and .netrc of this machine are for other hosts than a server under test.
+            # Proxies and .netrc of this machine are not meant for a server under test.
             session.trust_env = False
             session.headers.update(self._headers)
             session.mount("http://", HTTPAdapter(pool_maxsize=4, max_retries=0))
@@ -114,16 +114,23 @@ class RequestsTransport:
         return session
 
 
+#: What ``requests`` reports, in plain English.
+_CAUSES = {
+    "Connection refused": "connection refused",
+    "Connection reset": "connection reset",
+    "RemoteDisconnected": "the connection was closed without an answer",
+    "timed out": "timed out",
+}
+
+
 def _translated(
     call: Call[Any], error: requests.RequestException, timeout: float
 ) -> Unreachable | NoAnswerInTime:
     if isinstance(error, requests.ReadTimeout) or "Read timed out" in str(error):
         return NoAnswerInTime(str(call), f"no answer within {timeout:g} s")
     reason = str(error.args[0] if error.args else error)
-    for words in ("Connection refused", "Connection reset", "RemoteDisconnected", "timed out"):
-        if words in reason:
-            reason = {"RemoteDisconnected": "the connection was closed without an answer"}.get(
-                words, words.lower()
-            )
+    for cause, plain in _CAUSES.items():
+        if cause in reason:
+            reason = plain
             break
     return Unreachable(str(call), reason)

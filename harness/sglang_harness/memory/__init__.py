@@ -1,65 +1,55 @@
-"""Where a server's memory is read, and what was read when."""
+"""The memory of a server: where it is read, and the readings at named marks."""
 
 from __future__ import annotations
 
 import time
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict
-
 from sglang_harness.memory.sampler import RATE, Sampler
 from sglang_harness.memory.timeline import Sample, Timeline
+from sglang_harness.verdict import Reading
 
-__all__ = ["MemoryLedger", "MemorySource", "Reading", "Sample", "Timeline"]
-
-
-class Reading(BaseModel):
-    """Memory at one moment, all figures in bytes.
-
-    Attributes:
-        source: ``nvml`` (whole GPUs, by UUID), ``container`` (host memory of the server's
-            container as the kernel counts it) or ``process`` (host memory of its processes).
-        used_bytes: the figure to compare: device memory in use for ``nvml``; anonymous plus
-            shared memory for the others (page cache is not counted: the kernel takes it
-            back by itself).
-        parts: what it is made of.
-        peak_bytes: the highest that was sampled since the mark before, this one included;
-            ``None`` where nothing samples.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    mark: str
-    seconds: float
-    """Since the ledger began."""
-    source: str
-    used_bytes: int
-    parts: dict[str, int]
-    peak_bytes: int | None = None
+__all__ = ["MemoryLedger", "MemorySource", "Sample", "Timeline", "WatchedSource"]
 
 
 class MemorySource(Protocol):
-    """Something that can be asked how much memory is in use now."""
+    """Something that reports how much memory is in use now."""
 
     name: str
 
     def read(self) -> tuple[int, dict[str, int]]:
-        """Bytes in use, and the parts; raises :class:`HarnessError` when it cannot."""
+        """Bytes in use, and the parts; raises :class:`HarnessError` if they cannot be read."""
+
+
+class WatchedSource(MemorySource, Protocol):
+    """A source that can be sampled: an error of one part does not hide the others.
+
+    Attributes:
+        first_call_only: the driver has only the first version of the memory call, which counts
+            memory that the driver reserves as used.
+    """
+
+    first_call_only: bool
+
+    def read_partly(self) -> tuple[int, dict[str, int], list[str]]:
+        """Bytes in use, the parts that could be read, and the reasons for those that could not;
+        raises :class:`HarnessError` if nothing could be read."""
 
 
 class MemoryLedger:
     """Reads every source at named marks and keeps the readings in order.
 
-    Between the marks :meth:`watch` has a thread read a source at its own rate.
+    :meth:`watch` samples a source between the marks, in a thread and at its own rate.
     """
 
     def __init__(self, sources: list[MemorySource]) -> None:
         self._sources = sources
         self._began = time.monotonic()
+        self._watched: list[WatchedSource] = []
         self._samplers: dict[str, Sampler] = {}
         self.readings: list[Reading] = []
         self.timelines: dict[str, Timeline] = {}
-        """By source: what was sampled, where it is watched."""
+        """By source: its samples, where it is watched."""
 
     @property
     def source_names(self) -> list[str]:
@@ -67,15 +57,14 @@ class MemoryLedger:
 
     @property
     def first_call_only(self) -> bool:
-        """The driver counts what it reserves as used: it has only the first version of the
-        memory call."""
-        return any(getattr(source, "first_call_only", False) for source in self._sources)
+        """See :class:`WatchedSource`; true where one of them says so."""
+        return any(source.first_call_only for source in self._watched)
 
     def source(self, name: str) -> MemorySource:
         """The source of that name.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no source has that name.
         """
         for source in self._sources:
             if source.name == name:
@@ -116,28 +105,21 @@ class MemoryLedger:
         since = marks[-1][0] if marks else 0.0
         return max([used, *(s.used for s in timeline.between(since, seconds))])
 
-    def watch(self, source: MemorySource, *, rate: float = RATE) -> Sampler:
-        """Samples ``source`` from now on, ``rate`` times a second, until :meth:`close`. A device
-        that falls off is a gap in the samples, and the others go on."""
+    def watch(self, source: WatchedSource, *, rate: float = RATE) -> Sampler:
+        """Samples ``source`` from now on, ``rate`` times a second, until :meth:`close`. A lost
+        device is a gap in the samples, and the others continue."""
         timeline = self.timelines.setdefault(source.name, Timeline())
-        partly = getattr(source, "read_partly", None)
-
-        def read() -> tuple[int, dict[str, int], list[str]]:
-            if partly is not None:
-                used, parts, reasons = partly()
-                return used, parts, reasons
-            return (*source.read(), [])
-
-        sampler = Sampler(read, timeline.add, rate=rate, clock=self.now)
+        sampler = Sampler(source.read_partly, timeline.add, rate=rate, clock=self.now)
+        self._watched.append(source)
         self._samplers[source.name] = sampler
         return sampler.start()
 
     @property
     def samplers(self) -> dict[str, Sampler]:
-        """By source: what watches it, or did."""
+        """By source: the sampler that watches it, or watched it."""
         return dict(self._samplers)
 
     def close(self) -> None:
-        """Ends the sampling. What was read stays."""
+        """Stops the sampling and keeps the readings."""
         for sampler in self._samplers.values():
             sampler.stop()

@@ -14,20 +14,24 @@ RATE = 10.0
 
 
 class Sampler:
-    """Reads until it is stopped. Whatever a source does, nothing is raised to whoever uses the
-    server: what could not be read is a gap with a reason.
+    """Reads until it is stopped. An error of a source never reaches the user of the server: what
+    could not be read is a gap with a reason.
 
     Args:
-        read: bytes in use, whole and by part, and why parts of it could not be read. What it
-            raises is such a reason, too.
-        take: is given each sample.
-        clock: seconds for the samples.
+        read: returns the bytes in use, in total and by part, and the reasons why parts could not be
+            read. What it raises counts as such a reason.
+        take: called with each sample.
+        rate: samples a second.
+        clock: gives the seconds of the samples.
 
     Attributes:
-        taken: how many samples came.
-        missed: how many moments passed without one, as with a driver that answers slowly.
-        gaps: reasons, and how often each was met.
-        slowest: seconds of the longest reading.
+        taken: number of samples.
+        missed: number of samples that were skipped because an earlier one took too long.
+        gaps: reasons for missing data, and how often each occurred.
+        slowest: seconds of the slowest reading.
+
+    Raises:
+        ValueError: a rate outside 0 to 1000.
     """
 
     def __init__(
@@ -56,8 +60,8 @@ class Sampler:
         return self
 
     def stop(self, timeout: float = 2.0) -> None:
-        """Ends it. A driver that hangs keeps its thread, which dies with the process, and not
-        whoever stops it."""
+        """Stops it, and waits ``timeout`` seconds at most: a driver that hangs blocks the thread,
+        which ends with the process, and not the caller."""
         self._over.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout)
@@ -91,7 +95,7 @@ class Sampler:
                 self.taken += 1
         except HarnessError as error:
             self._gap(error.message)
-        except Exception as error:  # a sampler takes no server down, whatever is wrong with it
+        except Exception as error:  # a defect here must not affect the server
             self._gap(f"{type(error).__name__}: {error}")
         finally:
             self.slowest = max(self.slowest, time.monotonic() - began)

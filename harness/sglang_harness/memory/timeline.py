@@ -1,18 +1,17 @@
-"""Samples and marks in their order, and what was highest between them. Knows no clock but the
-seconds it is given."""
+"""Samples and marks in their order. It has no clock: every time is given to it."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
 
-#: So many samples of a source are kept; then every other one of the older half goes. Peaks stay.
+#: Samples kept of a source; beyond it every other one of the older half is dropped, never a peak.
 KEPT = 100_000
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Bytes in use at one moment, whole and by part (by UUID for devices)."""
+    """Bytes in use at one moment, in total and by part (by UUID for devices)."""
 
     seconds: float
     used: int
@@ -20,7 +19,7 @@ class Sample:
 
 
 class Timeline:
-    """What one source read, and when. Safe from several threads."""
+    """The samples and marks of one source. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,21 +27,21 @@ class Timeline:
         self._marks: list[tuple[float, str]] = []
 
     def add(self, sample: Sample) -> None:
-        """Samples come in the order of their seconds."""
+        """Adds a sample, which must not be older than the last one."""
         with self._lock:
             self._samples.append(sample)
             if len(self._samples) >= KEPT:
                 self._thin()
 
     def _thin(self) -> None:
-        """Of each two neighbours in the older half the higher one stays."""
+        """Keeps the higher of each two neighbours in the older half."""
         middle = len(self._samples) // 4 * 2
         older = self._samples[:middle]
         kept = [max(two, key=lambda s: s.used) for two in zip(older[::2], older[1::2], strict=True)]
         self._samples = kept + self._samples[middle:]
 
     def mark(self, name: str, seconds: float) -> None:
-        """Names a moment. A name may come again: the last one counts."""
+        """Names a moment. Names may repeat."""
         with self._lock:
             self._marks.append((seconds, name))
 
@@ -53,32 +52,10 @@ class Timeline:
 
     @property
     def marks(self) -> list[tuple[float, str]]:
-        """Seconds and names, in their order."""
+        """Seconds and names, in order."""
         with self._lock:
             return list(self._marks)
-
-    def at(self, mark: str) -> float:
-        """Seconds of the last mark of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for seconds, name in reversed(self.marks):
-            if name == mark:
-                return seconds
-        raise KeyError(f"no mark {mark!r}")
 
     def between(self, after: float, before: float = float("inf")) -> list[Sample]:
         """Samples from ``after`` to ``before``, both included."""
         return [s for s in self.samples if after <= s.seconds <= before]
-
-    def peak(self, after: float, before: float = float("inf")) -> int:
-        """The highest use from ``after`` to ``before``, in bytes.
-
-        Raises:
-            ValueError: nothing was read in between, so nothing is known.
-        """
-        found = self.between(after, before)
-        if not found:
-            raise ValueError(f"no sample between {after:.3f} s and {before:.3f} s")
-        return max(s.used for s in found)

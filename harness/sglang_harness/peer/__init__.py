@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import PeerFailed
 from sglang_harness.runtime import Beside, Running
 
@@ -57,8 +58,8 @@ class Peer:
         """The answer to the last order.
 
         Raises:
-            PeerFailed: the order failed, the peer ended, or it took longer than ``timeout``
-                seconds; after the last it is of no use any more.
+            PeerFailed: the order failed, the peer ended, its answer cannot be read, or it took
+                longer than ``timeout`` seconds; after the last it can be used no more.
         """
         started, do = time.monotonic(), self._owed
         try:
@@ -69,8 +70,16 @@ class Peer:
             seconds = time.monotonic() - started
             raise PeerFailed(f"it ended after {seconds:.1f} s of '{do}'", self.words())
         self._owed = None
-        answer = json.loads(line)
-        if not isinstance(answer, dict) or "error" in answer:
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            said = line[:100].decode(errors="replace")
+            raise PeerFailed(
+                f"'{do}' was answered with {said!r}, expected a JSON object", self.words()
+            )
+        if "error" in answer:
             raise PeerFailed(f"'{do}' failed: {answer['error']}", self.words())
         return answer
 
@@ -85,7 +94,11 @@ class Peer:
         Raises:
             PeerFailed: it does not answer.
         """
-        return int(self.ask("memory", timeout=10.0)["peak_bytes"])
+        answer = self.ask("memory", timeout=10.0)
+        try:
+            return int(answer["peak_bytes"])
+        except (KeyError, TypeError, ValueError):
+            raise PeerFailed(f"'memory' was answered without peak_bytes: {answer}") from None
 
     def words(self) -> str:
         """The end of its error output."""
@@ -96,10 +109,12 @@ class Peer:
         if self.ended:
             return []
         self.ended = True
-        left: list[str] = []
-        if self._owed is None:
-            try:
-                left = [f"/dev/shm/{n}" for n in self.ask("close", timeout=10.0)["left"]]  # noqa: S108
-            except Exception as error:
-                left = [f"the peer did not close: {error}"]
-        return [*left, *self._beside.end()]
+        with Teardown() as down:
+            if self._owed is None:
+                down.collect("closing the peer", self._close)
+            down.collect(f"peer {self.name}", self._beside.end)
+        return down.failures
+
+    def _close(self) -> list[str]:
+        names = self.ask("close", timeout=10.0)["left"]
+        return [f"/dev/shm/{name}" for name in names]  # noqa: S108

@@ -6,7 +6,7 @@ is there. Orders come as lines of JSON on standard input, one answer a line goes
     open        a folder of safetensors            -> {"tensors": n, "bytes": n}
     ready       room for the largest bucket        -> {"seconds": s}
     pack        a bucket into shared memory        -> {"payloads": [base64 a rank], ...}
-    port        a free port on loopback            -> {"port": n}
+    port        a port on loopback, kept free      -> {"port": n}
     join        a process group as its rank 0      -> {"seconds": s}
     broadcast   a bucket, one tensor after another -> {"seconds_read": s, ...}
     leave       the process group                  -> {}
@@ -46,6 +46,7 @@ class Sender:
         self.segments: list[str] = []
         self.group: Any = None
         self.backend = ""
+        self.reserved: socket.socket | None = None
         self.imports = resident()["VmRSS"]
 
     @contextmanager
@@ -225,9 +226,18 @@ class Sender:
     # --- process groups -------------------------------------------------------------------
 
     def port(self) -> dict[str, Any]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return {"port": probe.getsockname()[1]}
+        """Bound here until the group is left, and not listened at: the kernel gives it to nobody
+        else, and the rendezvous, which sets SO_REUSEADDR, may still listen at it."""
+        self._release_port()
+        self.reserved = socket.socket()
+        self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.reserved.bind(("127.0.0.1", 0))
+        return {"port": self.reserved.getsockname()[1]}
+
+    def _release_port(self) -> None:
+        if self.reserved is not None:
+            self.reserved.close()
+            self.reserved = None
 
     def join(
         self, backend: str, port: int, world: int, group: str, timeout: float
@@ -282,6 +292,7 @@ class Sender:
 
             torch.distributed.destroy_process_group(self.group)
             self.group = None
+        self._release_port()
         return {}
 
     # --- the end --------------------------------------------------------------------------
@@ -294,6 +305,7 @@ class Sender:
     def close(self) -> dict[str, Any]:
         self.room = None
         self.on_device = {}
+        self._release_port()
         return {"left": self._unlink()}
 
     def _unlink(self) -> list[str]:

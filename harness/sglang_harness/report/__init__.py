@@ -14,12 +14,12 @@ from sglang_harness.verdict import Verdict
 
 @dataclass(frozen=True)
 class Format:
-    """One way to report a verdict.
+    """A report format.
 
     Attributes:
-        name: what a caller asks for.
+        name: by which a caller selects it.
         file: name of its file in the folder of the results.
-        text: the content of that file. It sees the verdict and nothing else.
+        text: returns the content of that file, from the verdict alone.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Format:
     text: Callable[[Verdict], str]
 
 
-#: The verdict itself comes first: whatever a later format fails at, it is there.
+#: The verdict itself comes first, so that a defect in another format cannot prevent it.
 FORMATS = (
     Format("json", "verdict.json", Verdict.as_json),
     Format("junit", "junit.xml", junit.text),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from sglang_harness._base.whole_file import write_whole
 from sglang_harness.verdict import CheckResult, Outcome, Verdict
 
 
@@ -41,10 +39,6 @@ def text(verdict: Verdict) -> str:
     return written.getvalue().decode("utf-8")
 
 
-def write(verdict: Verdict, path: Path) -> None:
-    write_whole(path, text(verdict))
-
-
 def _verdict_case(verdict: Verdict) -> TestCase:
     """The verdict itself: an interrupted run with three passes must not look like a success."""
     case = TestCase("verdict", classname="run")
@@ -65,7 +59,7 @@ def _case(check: CheckResult) -> TestCase:
     elif check.outcome is Outcome.KNOWN:
         case.result = [Skipped(f"known defect {check.known_defect}: {message}")]
     elif check.outcome is Outcome.FIXED:
-        case.system_out = f"known defect {check.known_defect} did not show"
+        case.system_out = f"known defect {check.known_defect} did not reproduce"
     return case
 
 

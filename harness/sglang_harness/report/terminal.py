@@ -123,7 +123,7 @@ def show(verdict: Verdict, console: Console) -> None:
             line = f"  {escape(outside.id)}: {escape(plain(outside.reason))}"
             console.print(line, highlight=False, soft_wrap=not console.is_terminal)
     counts = {o: sum(c.outcome is o for c in verdict.checks) for o in Outcome}
-    told = ", ".join(f"{n} {o.value}" for o, n in counts.items() if n) or "no check"
+    told = ", ".join(f"{n} {o.value}" for o, n in counts.items() if n) or "no checks"
     style = {"pass": "green", "fail": "red", "error": "magenta"}[verdict.verdict]
     model = verdict.model.get("name")
     lines = [

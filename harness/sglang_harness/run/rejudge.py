@@ -1,4 +1,4 @@
-"""Judging a saved run again: when a tolerance is questioned, no server is needed."""
+"""Judging a saved run again: questioning a tolerance needs no server."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from sglang_harness.suite.check import judge_again
 from sglang_harness.verdict import CheckResult, Verdict, overall
 
 
-def judge_saved(saved: Verdict) -> tuple[Verdict, list[tuple[CheckResult, CheckResult]]]:
+def judge_saved(
+    saved: Verdict, *, strict_known: bool = False
+) -> tuple[Verdict, list[tuple[CheckResult, CheckResult]]]:
     """The verdict as it would be today, and each check whose outcome changed.
 
-    A check that this version does not know, or whose evidence is not there, keeps its
-    outcome. Known defects are applied as of the day of the run.
+    A check that this version does not have, or that has no evidence, keeps its outcome. Known
+    defects are applied as of the day of the run.
+
+    Args:
+        strict_known: judge strictly a run that was not. A run that was strict stays so.
 
     Raises:
-        SpecError: evidence that does not fit its check, or an installed package's checks that
-            cannot be added.
+        SpecError: evidence does not fit its check, or the checks of an installed package cannot
+            be added.
     """
     installed.load()
     registered = suite.registered()
@@ -37,9 +42,16 @@ def judge_saved(saved: Verdict) -> tuple[Verdict, list[tuple[CheckResult, CheckR
                 after, defects, version=saved.sglang_version, device=device, today=ran_on
             )
         )
-    state, reason = overall(again, interrupted=saved.interrupted)
+    strict = strict_known or _was_strict(saved)
+    state, reason = overall(again, interrupted=saved.interrupted, strict_known=strict)
     changed = [
         (b, a) for b, a in zip(saved.checks, again, strict=True) if b.outcome is not a.outcome
     ]
-    update = {"checks": again, "verdict": state, "reason": reason}
+    update = {"checks": again, "verdict": state, "reason": reason, "strict_known": strict}
     return saved.model_copy(update=update), changed
+
+
+def _was_strict(saved: Verdict) -> bool:
+    # Schema 1.0 has no field for it, but a strict run is recognisable: it failed without a failure.
+    failed = saved.verdict == "fail" and not saved.interrupted
+    return saved.strict_known or (failed and overall(saved.checks)[0] == "pass")

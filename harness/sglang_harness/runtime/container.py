@@ -264,7 +264,7 @@ class RunningContainer:
                 self._logs_at_end = self._logs_at_end or ""
             down.collect("the server's folder or volume", self._clear_away)
             down.step("the volume for temporary files", self._remove_temporary)
-            down.step("the engine's client", self._close_clients)
+            down.step("the engine's client", self._close_engine)
         return self._exit_code
 
     def _stop_container(self, container: Container, seconds: int) -> None:
@@ -278,7 +278,7 @@ class RunningContainer:
         removed."""
         return []
 
-    def _close_clients(self) -> None:
+    def _close_engine(self) -> None:
         # Whoever asks again gets another.
         if (client := self.__dict__.pop("_engine", None)) is not None:
             client.close()

@@ -78,7 +78,8 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
         self._reach: FolderReach | VolumeReach | None = None
         # Only images made for it are hardened: other images may not run that way.
         ours = self._engine.images.get(image).labels.get(images.LABEL_DEVICE) == "cpu"
-        self.with_command(self._command_words()).with_name(f"sglang-harness-{uuid.uuid4().hex[:8]}")
+        self._command = self._command_words()
+        self._name = f"sglang-harness-{uuid.uuid4().hex[:8]}"
         self.ports = {f"{PORT}/tcp": (spec.publish_on, spec.port)}  # type: ignore[dict-item]
         self.env = self._environment()
         self._kwargs = {
@@ -169,16 +170,23 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
                 name=self._name,
                 tmpfs=tmpfs,
                 mounts=[*mounts, *own_mounts],
-                **kwargs,
+                **{**kwargs, **self._added()},
             )
+            self._fill()
         except BaseException as error:
-            self._reach.close()
-            self._remove_temporary()
+            self.end()
             if isinstance(error, APIError):
                 raise EngineError(
                     f"The engine refused to create the container: {error.explanation}."
                 ) from None
             raise
+
+    def _added(self) -> dict[str, Any]:
+        """What a test author has added by Testcontainers' builders; none by default."""
+        return {}
+
+    def _fill(self) -> None:
+        """Puts files into the container before it is started; none by default."""
 
     def _make_reach(self) -> tuple[FolderReach | VolumeReach, list[Mount]]:
         how = self.spec.model_mount
@@ -197,7 +205,7 @@ class SGLangServerContainer(RunningContainer, DockerContainer):
             mounts = volume.mounts()
             if self.model is not None:
                 self._model_inside = str(volume.upload(self.model, PurePosixPath("model")))
-                self.with_command(self._command_words())
+                self._command = self._command_words()
         except BaseException:
             volume.close()
             raise

@@ -10,14 +10,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness import checkpoint
-from sglang_harness._base.secrets import Redactor, named_as_secrets
-from sglang_harness.client import Client, RequestsTransport, RetryPolicy
+from sglang_harness._base.secrets import Redactor
+from sglang_harness._base.teardown import Teardown
+from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import (
-    AttachError,
     HarnessError,
     Interrupted,
     ServerDied,
     StartTimeout,
+    Unresponsive,
 )
 from sglang_harness.memory import MemoryLedger, MemorySource
 from sglang_harness.memory.gpu.guard import Guard, Return
@@ -88,13 +89,12 @@ class Server:
         self.report = report
         self.memory = memory
         self.running = running
-        self.redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
+        self.redactor = Redactor(running.api_key or "", *spec.secret_values())
         self.client = Client(
             RequestsTransport(
                 running.address, api_key=running.api_key, read_timeout=spec.limits.request
             ),
             watch=running.watch,
-            retry=RetryPolicy(),
             timeout=spec.limits.request,
             # What restores a server may load its weights again.
             cleanup=spec.limits.start,
@@ -135,10 +135,12 @@ class Server:
         say: Say = _quietly,
         run_id: str | None = None,
         held: bool = False,
+        within: float | None = None,
     ) -> Server:
         """Starts a server and waits until it answers.
 
         Args:
+            within: seconds until it answers, where there are fewer than ``limits.start``.
             runtime: how it comes to be; by default in a container. One that starts nothing
                 gives the server that runs already: see :meth:`attach`.
 
@@ -167,37 +169,43 @@ class Server:
             return cls._attached(spec, running)
         guard = _guard(spec, running, say)
         devices: list[MemorySource] = [guard.source] if guard else []
-        ledger = MemoryLedger([*devices, *running.memory()])
+        ledger = MemoryLedger(devices)
+        redactor = Redactor(running.api_key or "", *spec.secret_values())
         try:
+            ledger = MemoryLedger([*devices, *running.memory()])
             ledger.mark("before start", only=devices)
             started = time.monotonic()
             running.start()
-            for source in devices:
-                ledger.watch(source)
+            if guard:
+                ledger.watch(guard.source)
             ledger.mark("started")
             say("it runs, and imports SGLang")
             report = wait_until_ready(
                 running.address,
                 api_key=running.api_key,
                 watch=running.watch,
-                limit=spec.limits.start,
+                limit=spec.limits.start if within is None else min(within, spec.limits.start),
                 started=started,
                 last_log_line=lambda: (running.logs(tail=1).strip().splitlines() or [""])[-1],
+                redactor=redactor,
                 say=say,
             )
             ledger.mark("ready")
             return cls(spec, running, report=report, memory=ledger, guard=guard)
         except BaseException as error:
-            # The log would be gone with the server; whoever reports the failure needs it.
-            log = running.logs()
-            ledger.close()
-            running.end()
-            for each in guard.close() if guard else ():
-                if not each.given_back:
-                    say(f"GPU {each.uuid} was not given back: {_held(each)}")
-            if isinstance(error, (HarnessError, Interrupted)):
-                redactor = Redactor(running.api_key or "", *named_as_secrets(spec.environment))
-                error.log = redactor.text(log)
+            with Teardown() as down:
+                # The log would be gone with the server; whoever reports the failure needs it.
+                log = down.step("log", running.logs) or ""
+                if isinstance(error, (HarnessError, Interrupted)):
+                    error.log = redactor.text(log)
+                down.step("memory readings", ledger.close)
+                down.step("server", running.end)
+                for each in (down.step("GPUs", guard.close) or ()) if guard else ():
+                    if not each.given_back:
+                        say(f"GPU {each.uuid} was not given back: {_held(each)}")
+                down.collect("server", running.left_behind)
+                for failure in down.failures:
+                    say(f"left behind: {failure}")
             raise
 
     @classmethod
@@ -216,7 +224,8 @@ class Server:
                 checkpoint on this machine) are used.
 
         Raises:
-            AttachError: nothing answers there, it wants another key, or it is not SGLang.
+            AttachError: nothing answers there, it requires another key, or it is not SGLang.
+            Unresponsive: it is SGLang and does not generate.
             ModelError: ``model`` was given and is not there.
         """
         return cls.start(spec or ServerSpec(), runtime=attachment, say=say, run_id=run_id)
@@ -232,7 +241,7 @@ class Server:
             )
         except (ServerDied, StartTimeout) as error:
             running.end()
-            raise AttachError(
+            raise Unresponsive(
                 f"The server at {running.address} answers, but does not generate: {error.message}",
                 advice="It may be paused, loading or stuck; look at its log.",
             ) from None
@@ -273,15 +282,18 @@ class Server:
                 asked to end all the same: what a killed one holds there may come back late.
         """
         if self.stopped is None:
-            left = self._weights.close() if self._weights is not None else []
-            self.client.close()
-            started = time.monotonic()
-            exit_code = self.running.end(at_once=at_once and self.device == "cpu")
-            seconds = time.monotonic() - started
-            self.memory.close()
-            devices = self._guard.close() if self._guard else []
-            left = [*left, *self.running.left_behind()]
-            self.stopped = Stopped(exit_code, seconds, left, devices)
+            with Teardown() as down:
+                if self._weights is not None:
+                    down.collect("sidecar", self._weights.close)
+                down.step("HTTP client", self.client.close)
+                started = time.monotonic()
+                kill = at_once and self.device == "cpu"
+                exit_code = down.step("server", lambda: self.running.end(at_once=kill))
+                seconds = time.monotonic() - started
+                down.step("memory readings", self.memory.close)
+                devices = down.step("GPUs", self._guard.close) if self._guard else []
+                down.collect("server", self.running.left_behind)
+                self.stopped = Stopped(exit_code, seconds, down.failures, devices or [])
         return self.stopped
 
     def __enter__(self) -> Server:
@@ -304,7 +316,8 @@ def _guard(spec: ServerSpec, running: Running, say: Say) -> Guard | None:
     try:
         guard.open(purpose=f"a server with {spec.model}", timeout=spec.limits.gpus, say=say)
     except BaseException:
-        running.end()
+        with Teardown() as down:
+            down.step("server", running.end)
         raise
     for warning in guard.warnings:
         say(warning)

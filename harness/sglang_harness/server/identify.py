@@ -1,11 +1,18 @@
-"""Finds out what answers at an address, before it is treated as an SGLang server."""
+"""Identifies what answers at an address, before it is treated as an SGLang server."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from sglang_harness.client import Client, RequestsTransport
-from sglang_harness.errors import AttachError, BadAnswer, NoAnswerInTime, Refused, Unreachable
+from sglang_harness.errors import (
+    AttachError,
+    BadAnswer,
+    NoAnswerInTime,
+    Refused,
+    Unreachable,
+    Unresponsive,
+)
 from sglang_harness.runtime import Introduction
 
 #: Seconds for each of the two questions; ``/server_info`` hangs when the scheduler is stuck.
@@ -16,12 +23,22 @@ def introduce(where: str, api_key: str | None) -> Introduction:
     """Asks the server at the URL ``where`` what it is. Changes nothing.
 
     Raises:
-        AttachError: nothing answers, it wants another key, or it is no SGLang.
+        AttachError: nothing answers, it requires another key, or it is not SGLang.
+        Unresponsive: it is SGLang, and its scheduler does not answer.
     """
     transport = RequestsTransport(where, api_key=api_key, read_timeout=PATIENCE)
     client = Client(transport, timeout=PATIENCE, read_only=True)
     try:
-        model, server = client.model_info(), client.server_info()
+        model = client.model_info()
+        try:
+            server = client.server_info()
+        except NoAnswerInTime as error:
+            # It asks the scheduler, /model_info does not (SGLang 0.5.20 to 0.5.23).
+            raise Unresponsive(
+                f"The server at {where} states its model, but its scheduler does not answer: "
+                f"{error.message}.",
+                advice="It may be paused, loading or stuck; look at its log.",
+            ) from None
     except (Unreachable, NoAnswerInTime) as error:
         raise AttachError(
             f"No server answers at {where}: {error.message}.",
@@ -31,8 +48,9 @@ def introduce(where: str, api_key: str | None) -> Introduction:
         if error.status in (401, 403):
             said = "the one in SGLANG_API_KEY" if api_key else "none"
             raise AttachError(
-                f"The server at {where} wants a key ({error.status}), and {said} was sent.",
-                advice="Put its key into the variable SGLANG_API_KEY.",
+                f"The server at {where} requires an API key (HTTP {error.status}), and {said} "
+                f"was sent.",
+                advice="Set its key in the environment variable SGLANG_API_KEY.",
             ) from None
         raise _stranger(where, error.message) from None
     except BadAnswer as error:

@@ -17,7 +17,6 @@ from sglang_harness.client import calls
 from sglang_harness.client.call import Call, understand
 from sglang_harness.client.transport import RequestsTransport, Transport
 from sglang_harness.errors import (
-    HarnessError,
     NoAnswerInTime,
     RequestFailed,
     ServerDied,
@@ -133,6 +132,7 @@ def wait_until_ready(
     limit: float,
     started: float | None = None,
     last_log_line: Callable[[], str] = lambda: "",
+    redactor: Redactor | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> StartReport:
     """Waits until the server at ``address`` has generated a token.
@@ -141,10 +141,12 @@ def wait_until_ready(
         limit: seconds, counted from ``started`` (``time.monotonic()`` before the container
             was made; now, where it is ``None``).
         last_log_line: asked for when the time is up, for the message.
+        redactor: knows the secrets that may stand in that line.
 
     Raises:
         ServerDied: at once, with the reason, when the server ends.
-        StartTimeout: the server lives and ``limit`` seconds have passed.
+        StartTimeout: the server runs and ``limit`` seconds have passed, or it answered a generation
+            with 200 and not one token.
     """
     created = time.monotonic()
     started = created if started is None else started
@@ -157,9 +159,9 @@ def wait_until_ready(
             raise ServerDied(death)
         if time.monotonic() - started > limit:
             # SGLang prints its key while it starts.
-            line = Redactor(api_key or "").text(last_log_line())
+            line = (redactor or Redactor(api_key or "")).text(last_log_line())
             raise StartTimeout(
-                f"The server lives but did not answer a generation within {limit:g} s "
+                f"The server process is running, but no generation succeeded within {limit:g} s "
                 f"(last answers: {looker.last()}; last log line: {line or 'none'}).",
                 advice="Raise limits.start if the model is large; the log shows how far it came.",
             )
@@ -210,5 +212,8 @@ def _first_generation(looker: _Looker, watch: DeathWatch, pause: Callable[[], No
             pause()
             continue
         if not tokens:
-            raise HarnessError("The first generation answered 200 without a single token.")
+            raise StartTimeout(
+                "The server is ready and answered the first generation with 200 and no token.",
+                advice="Its log may show what it generated; no check was asked of it.",
+            )
         return tokens

@@ -1,8 +1,8 @@
-"""Puts a server back to how it was, judged by what the server holds and not by what was done.
+"""The state of a server, and restoring it: judged by what the server holds, not by what was done.
 
-A flag such as "this test pushed weights" would miss the push that nobody wrote down. So the
-state is asked for: checksums, weight version, served name, the models on offer, whether it is
-paused; what differs is put back, and what cannot be put back is said.
+A flag such as "this test pushed weights" would miss a push that nobody recorded. So the server is
+asked: checksums, weight version, served name, the models on offer, whether it is paused. What
+differs is restored, and what cannot be restored is reported.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sglang_harness.client import calls
-from sglang_harness.errors import HarnessError, Refused, RequestFailed
-from sglang_harness.suite.needs import CHECKSUMS
+from sglang_harness.errors import HarnessError, NoAnswerInTime, Refused, RequestFailed
 
 if TYPE_CHECKING:
     from sglang_harness.client import Checksums
@@ -29,9 +28,28 @@ FINGERPRINT_IDS = (1, 2, 3, 4, 5, 6, 7, 8)
 #: Seconds for one token of a server that is to be used again.
 ANSWERS_WITHIN = 30.0
 
+#: Seconds in which a server that is used again tells its state; loading weights has its own bound.
+LOOKED_AT_WITHIN = 120.0
+
 
 class CannotRestore(HarnessError):
-    """The server is not as it was, and only another one would be."""
+    """The server differs from its baseline, and could not be restored: it has to be replaced."""
+
+
+def lacks_checksums(server: Server) -> str | None:
+    """Why the server cannot compute checksums of its weights; ``None``: it can. Asked once a
+    server: 0.5.20 has the route, but needs CUDA to answer it."""
+    if "checksums" not in server.lacks:
+        reason = None
+        if not server.client.has_route("POST", "/weights_checker"):
+            reason = "this SGLang has no POST /weights_checker"
+        else:
+            try:
+                server.client.checksums()
+            except Refused as error:
+                reason = f"this SGLang cannot compute checksums here ({error.reason})"
+        server.lacks["checksums"] = reason
+    return server.lacks["checksums"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class State:
         told = client.model_info()
         checksums: Checksums | None = None
         fingerprint: tuple[float, ...] = ()
-        if CHECKSUMS.lacking(server) is None:
+        if lacks_checksums(server) is None:
             checksums = client.checksums()
         else:
             client.flush_cache()
@@ -83,9 +101,11 @@ class State:
         if now.paused:
             found.append("paused")
         if self.checksums is not None and now.checksums is not None:
-            if changed := now.checksums.changed_since(self.checksums):
+            if len(now.checksums.ranks) != len(self.checksums.ranks):
+                found.append(f"{len(now.checksums.ranks)} ranks state checksums")
+            elif changed := now.checksums.changed_since(self.checksums):
                 found.append(f"{len(changed)} tensors ({changed[0]}, ...)")
-        elif any(
+        elif len(self.fingerprint) != len(now.fingerprint) or any(
             # As reproducible as one batch of one request is on one machine.
             not abs(a - b) <= 1e-4
             for a, b in zip(self.fingerprint, now.fingerprint, strict=True)
@@ -101,11 +121,11 @@ class State:
 
 @dataclass
 class Restored:
-    """What putting back took.
+    """What restoring took.
 
     Attributes:
-        differed: what was other than at first, in words.
-        seconds: for looking and for putting back.
+        differed: what differed from the baseline, in words; empty: nothing did.
+        seconds: for comparing and for restoring.
     """
 
     differed: list[str] = field(default_factory=list)
@@ -114,7 +134,7 @@ class Restored:
 
 def is_paused(server: Server) -> bool | None:
     """Whether generation is paused: ``/ready`` answers 503 then (SGLang 0.5.23); ``None``
-    where there is no such route."""
+    where the server does not have that route."""
     if not server.client.has_route("GET", "/ready"):
         return None
     try:
@@ -126,27 +146,52 @@ def is_paused(server: Server) -> bool | None:
     return False
 
 
+def unresponsive(server: Server) -> str | None:
+    """Asks for one token, bounded on its own: why the server does not generate any more, or
+    ``None`` where it does.
+
+    Raises:
+        ServerDied: it has ended.
+    """
+    try:
+        with server.client.cleanup(ANSWERS_WITHIN):
+            server.client.generate([1, 2, 3], sampling={"max_new_tokens": 1})
+    except NoAnswerInTime:
+        return f"the server does not generate any more: no token within {ANSWERS_WITHIN:g} s"
+    except RequestFailed as error:
+        return f"the server does not generate any more: {error.message}"
+    return None
+
+
 def restore(server: Server, first: State) -> Restored:
-    """Brings ``server`` back to ``first``.
+    """Restores ``server`` to ``first``, whatever bound is set on its client's calls.
 
     Running requests are aborted, a pause and an open weight-update session are ended, adapters
     that were not there are unloaded, and other weights are replaced by those on the disk that
     ``first`` was loaded from.
 
     Raises:
-        CannotRestore: it is still not the same, or does not answer.
+        CannotRestore: it still differs, or does not answer.
         ServerDied: it has ended.
     """
-    started = time.monotonic()
+    started, client = time.monotonic(), server.client
+    server.raise_if_dead()
     try:
-        return _restore(server, first, started)
+        with client.cleanup(LOOKED_AT_WITHIN):
+            done, differing = _undo(server, first)
+        if differing:
+            _load_again(server, first, differing)
+        with client.cleanup(ANSWERS_WITHIN):
+            client.generate([1, 2, 3], sampling={"max_new_tokens": 1})
     except RequestFailed as error:
         server.raise_if_dead()
-        raise CannotRestore(f"The server cannot be put back: {error.message}.") from error
+        raise CannotRestore(f"The server cannot be restored: {error.message}.") from error
+    done.seconds = time.monotonic() - started
+    return done
 
 
-def _restore(server: Server, first: State, started: float) -> Restored:
-    server.raise_if_dead()
+def _undo(server: Server, first: State) -> tuple[Restored, list[str]]:
+    """Ends and unloads what can be undone without loading weights; what differs after that."""
     client, done = server.client, Restored()
     paused = is_paused(server)
     # Where nothing tells, continuing what runs is harmless, and asking a paused server hangs.
@@ -171,26 +216,33 @@ def _restore(server: Server, first: State, started: float) -> Restored:
     now = State.of(server)
     differing = first.differences(now)
     done.differed += differing
-    # The base model goes by another name after an update from disk, and is no adapter.
+    # The base model has another name after an update from disk, and is not an adapter.
     base = {now.labels["model_path"], now.labels["served_model_name"]}
     if adapters := set(now.models) - set(first.models) - base:
         for name in sorted(adapters):
             client.unload_lora_adapter(name)
         differing = first.differences(State.of(server))
-    if differing:
-        if not server.running.owned and first.labels["weight_version"] != "default":
-            raise CannotRestore(
-                f"Other than at first: {', '.join(differing)}. What was served at first had been "
-                f"pushed by somebody ({first.labels['weight_version']}), and lies on no disk."
-            )
+    return done, differing
+
+
+def _load_again(server: Server, first: State, differing: list[str]) -> None:
+    if not server.running.owned and first.labels["weight_version"] != "default":
+        raise CannotRestore(
+            f"These differ from the baseline: {', '.join(differing)}. The weights served at "
+            f"first had been pushed ({first.labels['weight_version']}) and are on no disk."
+        )
+    client, patience = server.client, server.spec.limits.start
+    with client.cleanup(patience):
         client.update_weights_from_disk(
             first.labels["model_path"],
             weight_version=first.labels["weight_version"],
             flush_cache=True,
-            timeout=server.spec.limits.start,
+            timeout=patience,
         )
-        if still := first.differences(State.of(server)):
-            raise CannotRestore(f"After its first weights were loaded again: {', '.join(still)}.")
-    client.generate([1, 2, 3], sampling={"max_new_tokens": 1}, timeout=ANSWERS_WITHIN)
-    done.seconds = time.monotonic() - started
-    return done
+    with client.cleanup(LOOKED_AT_WITHIN):
+        still = first.differences(State.of(server))
+    if still:
+        raise CannotRestore(
+            f"After the weights it started with were loaded again, these still differ: "
+            f"{', '.join(still)}."
+        )

@@ -20,7 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness.errors import HarnessError, MissingExtra, NotEnoughRoom, ServerDied, SpecError
+from sglang_harness.errors import MissingExtra, SpecError, TimeIsOver
+from sglang_harness.errors import NotProvided as NotProvided  # part of this module's interface
+from sglang_harness.server.state import unresponsive
+from sglang_harness.suite.blame import blame, place
 from sglang_harness.verdict import CheckResult, Figure, Outcome
 
 if TYPE_CHECKING:
@@ -63,11 +66,6 @@ class Need:
 
     name: str
     lacking: Callable[[Server], str | None] = field(compare=False)
-
-
-class NotProvided(HarnessError):
-    """The harness cannot provide what a check needs: the check is ``not-run``, and the run is
-    no pass."""
 
 
 class OwnServer(Protocol):
@@ -185,8 +183,9 @@ class Check(ABC, Generic[O]):
         ends_its_server: was seen to end or hang its server with some version: it is asked after
             those whose server can be handed on.
         after_stop: asked when the server has been stopped.
-        changes: leaves the server other than it was until it has put it back, so it is not
-            asked of somebody else's server unless that is allowed.
+        changes: modifies the server until it has restored it, so it is not asked of a server
+            that this run did not start unless that is allowed.
+        gate: where it fails, what the checks after it would see means nothing: they are not run.
     """
 
     id: ClassVar[str]
@@ -199,6 +198,7 @@ class Check(ABC, Generic[O]):
     ends_its_server: ClassVar[bool] = False
     after_stop: ClassVar[bool] = False
     changes: ClassVar[bool] = False
+    gate: ClassVar[bool] = False
 
     @abstractmethod
     def observe(self, context: Context) -> O:
@@ -237,41 +237,38 @@ def registered() -> dict[str, Check[Any]]:
 
 
 def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Figure]]:
-    """Observes and judges. Never raises for what a server or the harness does wrong.
-
-    A server that dies under a check is a failure of the server; everything else that keeps
-    the harness from finding out is an error.
-    """
+    """Observes and judges. Never raises for what a server or the harness does wrong; whose
+    fault an error is: see :func:`sglang_harness.suite.blame.blame`."""
     started = time.monotonic()
-    retries_before = len(context.server.client.retries)
 
     def result(outcome: Outcome, message: str = "", seen: Observation | None = None) -> CheckResult:
         redactor = context.server.redactor
-        retries = [
-            f"{a.call}: try {a.number}: {a.reason}"
-            for a in context.server.client.retries[retries_before:]
-        ]
         return CheckResult(
             id=check.id,
             outcome=outcome,
             seconds=time.monotonic() - started,
             message=redactor.text(message),
             evidence=None if seen is None else redactor.data(seen.model_dump()),
-            retries=[redactor.text(r) for r in retries],
         )
 
     try:
         seen = check.observe(context)
-    except (NotProvided, NotEnoughRoom) as error:
-        return result(Outcome.NOT_RUN, str(error)), []
-    except ServerDied as error:
-        return result(Outcome.FAIL, f"expected a server that lives; {error}"), []
-    except HarnessError as error:
-        return result(Outcome.ERROR, str(error)), []
+    except TimeIsOver as error:
+        return result(*_slow_or_stuck(check, context, error)), []
     except Exception as error:
-        where = _place(error)
-        return result(Outcome.ERROR, f"{type(error).__name__} in {where}: {error}"), []
+        return result(*blame(error)), []
     return _judged(check, seen, result)
+
+
+def _slow_or_stuck(check: Check[Any], context: Context, error: TimeIsOver) -> tuple[Outcome, str]:
+    if check.own_server:
+        # Asked where that server is at hand: see ServerPool.
+        return blame(error)
+    try:
+        stuck = unresponsive(context.server)
+    except Exception as worse:
+        return blame(worse)
+    return blame(error) if stuck is None else (Outcome.FAIL, f"{error.message}; {stuck}")
 
 
 def judge_again(check: Check[Any], saved: CheckResult) -> CheckResult:
@@ -306,7 +303,7 @@ def _judged(
     try:
         mismatches, figures = check.judge(seen), check.figures(seen)
     except Exception as error:
-        message = f"the judge failed: {type(error).__name__} in {_place(error)}: {error}"
+        message = f"the judge failed: {type(error).__name__} in {place(error)}: {error}"
         return result(Outcome.ERROR, message, seen), []
     if mismatches:
         shown = [str(m) for m in mismatches[:5]]
@@ -314,15 +311,6 @@ def _judged(
             shown.append(f"and {len(mismatches) - 5} more")
         return result(Outcome.FAIL, "; ".join(shown), seen), figures
     return result(Outcome.PASS, "", seen), figures
-
-
-def _place(error: BaseException) -> str:
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    if step is None:
-        return "an unknown place"
-    return f"{Path(step.tb_frame.f_code.co_filename).name}:{step.tb_lineno}"
 
 
 def expect(where: str, expected: Any, got: Any) -> Iterator[Mismatch]:

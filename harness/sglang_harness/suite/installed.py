@@ -1,4 +1,4 @@
-"""Checks of other packages, by the entry point ``sglang_harness.checks``."""
+"""Checks of other packages, found by the entry point ``sglang_harness.checks``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GROUP = "sglang_harness.checks"
 
 @dataclass(frozen=True)
 class Added:
-    """What one package has added to the suite."""
+    """The checks that one package has added to the suite."""
 
     package: str
     version: str
@@ -24,11 +24,11 @@ _ADDED: dict[str, Added] = {}
 
 
 def load() -> list[Added]:
-    """Imports every installed package's checks, once a process; ``@register`` adds them.
+    """Imports the checks of every installed package, once per process; ``@register`` adds them.
 
     Raises:
-        SpecError: a package's checks cannot be imported, add nothing, or have an id that is
-            taken. Nothing is judged then: a suite that lacks checks looks like one that passed.
+        SpecError: the checks of a package cannot be imported, register nothing, or reuse an id.
+            The run ends, because a suite with missing checks would look like one that passed.
     """
     for point in sorted(entry_points(group=GROUP), key=lambda p: (_package(p), p.name)):
         if point.value not in _ADDED:
@@ -43,20 +43,20 @@ def _load(point: EntryPoint) -> Added:
     except HarnessError as error:
         raise SpecError(
             f"The checks of {_package(point)} ({point.value}) cannot be added: {error}",
-            advice="Correct that package, or uninstall it.",
+            advice="Fix that package or uninstall it.",
         ) from None
     except Exception as error:
         raise SpecError(
             f"The checks of {_package(point)} ({point.value}) cannot be imported: "
             f"{type(error).__name__}: {error}.",
-            advice="Correct that package, or uninstall it.",
+            advice="Fix that package or uninstall it.",
         ) from error
     added = tuple(name for name in registered() if name not in before)
     if not added:
         raise SpecError(
             f"The checks of {_package(point)} ({point.value}) cannot be added: "
-            "the module registers none.",
-            advice="Decorate each check with @register in that module.",
+            "the module does not register any.",
+            advice="Decorate each check in that module with @register.",
         )
     version = point.dist.version if point.dist is not None else ""
     return Added(_package(point), version, added)

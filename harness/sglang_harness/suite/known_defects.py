@@ -1,4 +1,7 @@
-"""The registry of known defects: data in one file, checked when it is read."""
+"""The registry of known defects: data in one file, validated when it is read.
+
+It is two things at once: what a run is excused for, and the track record of what the suite shows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,15 @@ FILE = Path(__file__).with_suffix(".yaml")
 
 
 class KnownDefect(BaseModel):
-    """One defect of given SGLang versions."""
+    """One defect of given SGLang versions.
+
+    Attributes:
+        versions: those in which it was seen, oldest first.
+        issue: address of the upstream issue or pull request, or a sentence where there is none.
+        found_by: who reported it upstream; ``None`` where that is not known.
+        notice: what a user of the server notices, as a sentence.
+        review_by: the last day on which the entry excuses a failure.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,8 +36,18 @@ class KnownDefect(BaseModel):
     versions: list[str] = Field(min_length=1)
     device: Literal["any", "cpu", "gpu"] = "any"
     issue: str
+    found_by: str | None = None
     notice: str
     review_by: date
+
+    @property
+    def command(self) -> str:
+        """The command that shows it again, on the newest version in which it was seen."""
+        device = "" if self.device == "any" else f" --device {self.device}"
+        return (
+            f"sglang-harness qualify --model tiny --sglang-version {self.versions[-1]}{device} "
+            f"-k {self.check}"
+        )
 
     def applies(self, version: str | None, device: str, today: date) -> bool:
         return (
@@ -38,7 +59,8 @@ def load(check_ids: set[str], path: Path = FILE) -> list[KnownDefect]:
     """Reads the registry.
 
     Raises:
-        SpecError: it is no such file, an id is there twice, or an entry names no check.
+        SpecError: the file is not a registry, has an id twice, or names a check that does not
+            exist.
     """
     try:
         entries = [KnownDefect(**item) for item in yaml.safe_load(path.read_text(encoding="utf-8"))]
@@ -46,7 +68,7 @@ def load(check_ids: set[str], path: Path = FILE) -> list[KnownDefect]:
         raise SpecError(f"{path.name} cannot be read: {error}") from None
     ids = [entry.id for entry in entries]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
-        raise SpecError(f"{path.name}: the id {', '.join(twice)} is there twice.")
+        raise SpecError(f"{path.name}: the id {', '.join(twice)} occurs more than once.")
     if unknown := [e.id for e in entries if e.check not in check_ids]:
         raise SpecError(f"{path.name}: {', '.join(unknown)} names a check that does not exist.")
     return entries
@@ -65,7 +87,7 @@ def apply(
         if defect.check != result.id or not defect.applies(version, device, today):
             continue
         if result.outcome is Outcome.FAIL and result.evidence is None:
-            # The check did not come to see what the entry describes: another failure.
+            # The check ended before it observed anything, so this is another failure.
             continue
         if result.outcome is Outcome.FAIL:
             changed = Outcome.KNOWN
@@ -75,3 +97,28 @@ def apply(
             continue
         return result.model_copy(update={"outcome": changed, "known_defect": defect.id})
     return result
+
+
+def as_markdown(defects: list[KnownDefect]) -> str:
+    """Every defect as a table: the content of ``docs/track-record.md``."""
+    rows = [
+        f"| `{d.id}` | {', '.join(d.versions)} | {d.notice} | {_upstream(d)} "
+        f"| {d.found_by or ''} | `{d.command}` |"
+        for d in defects
+    ]
+    head = (
+        "| defect | SGLang | what you notice | upstream | found by | command that shows it again |"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def as_short_markdown(defects: list[KnownDefect]) -> str:
+    """The same without the commands, for a page that has other things to say."""
+    rows = [f"| {d.notice} | {', '.join(d.versions)} | {_upstream(d)} |" for d in defects]
+    return "\n".join(["| what you notice | SGLang | upstream |", "|---|---|---|", *rows])
+
+
+def _upstream(defect: KnownDefect) -> str:
+    if not defect.issue.startswith("https://"):
+        return "none found"
+    return f"[#{defect.issue.rpartition('/')[2]}]({defect.issue})"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_harness.errors import Refused
 from sglang_harness.runtime import device
+from sglang_harness.server.state import lacks_checksums
 from sglang_harness.suite.check import Need
 from sglang_harness.weights.routes.base import lacks_shared_folder
 
@@ -100,19 +100,6 @@ def _no_prefix_cache(server: Server) -> str | None:
 PREFIX_CACHE = Need("a prefix cache", _no_prefix_cache)
 
 
-def _no_checksums(server: Server) -> str | None:
-    """Asked once a server: 0.5.20 has the route, but needs CUDA to answer it."""
-    if "checksums" not in server.lacks:
-        reason = route("POST", "/weights_checker").lacking(server)
-        if reason is None:
-            try:
-                server.client.checksums()
-            except Refused as error:
-                reason = f"this SGLang cannot compute checksums here ({error.reason})"
-        server.lacks["checksums"] = reason
-    return server.lacks["checksums"]
-
-
-CHECKSUMS = Need("checksums of the weights", _no_checksums)
+CHECKSUMS = Need("checksums of the weights", lacks_checksums)
 DISK_UPDATE = route("POST", "/update_weights_from_disk")
 TENSOR_UPDATE = route("POST", "/update_weights_from_tensor")

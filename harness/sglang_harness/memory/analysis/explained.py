@@ -1,4 +1,4 @@
-"""What the server says it holds, beside what the device shows."""
+"""The memory that a server states, compared with what the device shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUNDED_BY = GIB // 2000
 
 @dataclass(frozen=True)
 class Said:
-    """What one rank says it holds on its GPU, in bytes; ``None``: it does not say."""
+    """What one rank states to hold on its GPU, in bytes; ``None`` where it does not."""
 
     weights: int | None
     kv_cache: int | None
@@ -22,11 +22,11 @@ class Said:
 
     @property
     def known(self) -> int:
-        """The sum of what is said."""
+        """The sum of what is stated."""
         return sum(part or 0 for part in (self.weights, self.kv_cache, self.graphs))
 
     def of(self, tags: tuple[str, ...]) -> int | None:
-        """Bytes that a release of ``tags`` is to free; ``None`` where one is not said."""
+        """Bytes that a release of ``tags`` should free; ``None`` where one is not stated."""
         parts = {"weights": self.weights, "kv_cache": self.kv_cache, "cuda_graph": self.graphs}
         found = [parts[tag] for tag in tags]
         return None if None in found else sum(part or 0 for part in found)
@@ -34,12 +34,11 @@ class Said:
 
 @dataclass(frozen=True)
 class Explained:
-    """Where the memory of a device went, in bytes.
+    """How the memory of a device is used, in bytes.
 
     Attributes:
-        unexplained: what the device shows beyond what the server says: CUDA's context and
-            libraries, workspaces, fragmentation. Negative: the server says it holds more than
-            there is.
+        unexplained: what the device shows beyond what the server states: CUDA's context and
+            libraries, workspaces, fragmentation. Negative if the server states more than is used.
     """
 
     used: int

@@ -1,11 +1,11 @@
-"""Does memory creep? The slope over repetitions, robust against steps and outliers.
+"""Detects leaks: the slope of memory over repetitions, robust against steps and outliers.
 
 Theil's and Sen's estimator: the median of the slopes between all pairs of readings. Its
 confidence interval comes from the ranks of these slopes (P. K. Sen, JASA 63, 1968, with the
 correction of the variance for ties). No assumption is made about the shape of the noise.
 
-A single step, such as a buffer that grows once, has a slope, too. So a leak has to show in
-both halves of the readings.
+A single step, such as a buffer that grows once, has a slope too. So a leak has to appear in both
+halves of the readings.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 
 MB = 1_000_000
 
-#: Two-sided. With it noise is taken for a leak less than once in 20,000 estimates. It takes 11
-#: readings to be so sure of anything.
+#: Two-sided: noise is reported as a leak in fewer than 1 of 20,000 estimates. At least 11 readings
+#: are needed for it.
 CONFIDENCE = 0.9999
-#: Slopes below it are no leak that anybody could meet: it takes 10,000 cycles to lose 1 GB.
+#: MB a cycle. A smaller slope does not matter in practice: it takes 10,000 cycles to lose 1 GB.
 IGNORED = 0.1
 
 
 @dataclass(frozen=True)
 class Slope:
-    """What memory does with each cycle, in MB (1,000,000 bytes) a cycle.
+    """Growth of memory in MB (1,000,000 bytes) a cycle.
 
     Attributes:
         low, high: bounds of the confidence interval; infinite where there are too few readings.
@@ -44,7 +44,7 @@ class Slope:
 
     @property
     def leaks(self) -> bool:
-        """Memory grows, and neither chance nor a single step explains it."""
+        """Memory grows, and neither noise nor a single step explains it."""
         steady = min(self.halves) >= max(self.mb, *self.halves) / 4
         return self.low > 0 and self.mb >= IGNORED and steady
 
@@ -56,10 +56,10 @@ class Slope:
 
 
 def slope(used_bytes: Sequence[float], *, confidence: float = CONFIDENCE) -> Slope:
-    """The slope of readings that were taken once a cycle, in their order.
+    """The slope of readings taken once a cycle, in order.
 
     Raises:
-        ValueError: there are fewer than three readings, or the confidence is none.
+        ValueError: there are fewer than three readings, or the confidence is not between 0 and 1.
     """
     count = len(used_bytes)
     if count < 3:

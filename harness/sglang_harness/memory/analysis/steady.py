@@ -1,5 +1,5 @@
-"""Waiting until memory is where it stays. A release answers before the memory is free, so the
-time between the two is a figure of its own."""
+"""Waits until memory use is stable. A release answers before the memory is free, so the time
+between the two is a figure of its own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Settled:
-    """Where memory came to rest.
+    """Memory use once it was stable, or when the wait ended.
 
     Attributes:
         parts: bytes by part at the end (by UUID for devices).
         used: their sum.
-        reached: what was waited for is so; true where nothing was waited for.
-        flat: it stood still for as long as was asked.
-        seconds: from ``since`` until it first was where it stayed: for a release, the time
-            from the answer to free memory.
-        waited: seconds in all.
+        reached: the expected state was reached; true where none was given.
+        flat: it was stable for as long as was asked.
+        seconds: from ``since`` to the start of the stable phase: for a release, the time from the
+            answer to free memory.
+        waited: seconds in total.
     """
 
     parts: dict[str, int]
@@ -44,18 +44,18 @@ def settle(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Settled:
-    """Reads until memory is where it should be and stands still, ``timeout`` seconds at most.
+    """Reads until memory is where it should be and stable, ``timeout`` seconds at most.
 
     Args:
-        read: as of a :class:`sglang_harness.memory.MemorySource`; what it raises is raised.
-        reached: whether memory is where it should be. Memory that has not begun to fall stands
-            still, too.
-        within: bytes that each part may move and still count as flat.
-        flat_for: seconds that it has to stand still.
+        read: as of a :class:`sglang_harness.memory.MemorySource`; its errors propagate.
+        reached: whether memory is where it should be, because memory that has not begun to fall is
+            stable too.
+        within: bytes that each part may change by and still count as stable.
+        flat_for: seconds that it has to be stable.
         since: ``clock()`` when the server answered; ``None``: now.
 
     Returns:
-        The last reading, whether or not it is what was waited for.
+        The last reading, whether or not the expected state was reached.
     """
     began = clock()
     origin = began if since is None else since
@@ -80,7 +80,7 @@ def settle(
 
 
 def _at_rest_since(seen: list[tuple[float, dict[str, int]]], within: int) -> float:
-    """When the last stretch began in which no part moved by more than ``within``."""
+    """Start of the last period in which no part changed by more than ``within``."""
     last = seen[-1][1]
     low, high = dict(last), dict(last)
     rest = seen[-1][0]

@@ -1,7 +1,7 @@
 """What the NVIDIA driver says of its devices, through NVIDIA's own binding.
 
-Whole devices are the truth: which process holds what is told by some drivers only, and by the
-ids of the host, which mean nothing inside a container.
+Figures of whole devices are reliable. Figures by process are not: only some drivers give them, and
+by process ids of the host, which are not valid inside a container.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sglang_harness.errors import TelemetryError
 
 T = TypeVar("T")
 
-#: What a driver answers to a call that it does not know, or that this device has nothing for.
+#: Error codes for a call that the driver does not have, or that this device does not support.
 NOT_TOLD = frozenset(
     {
         pynvml.NVML_ERROR_NOT_SUPPORTED,
@@ -27,10 +27,10 @@ NOT_TOLD = frozenset(
     }
 )
 
-#: NVML's numbers of errors in words: what happened, and what to do about it.
-_WORDS: dict[int, tuple[str, str]] = {
+#: NVML's error codes as messages: what happened, and what to do about it.
+_MESSAGES: dict[int, tuple[str, str]] = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: (
-        "there is no NVIDIA driver library (libnvidia-ml.so.1) here",
+        "the NVIDIA driver library (libnvidia-ml.so.1) is not installed",
         "Use a machine with an NVIDIA driver, or device=cpu.",
     ),
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: (
@@ -39,10 +39,10 @@ _WORDS: dict[int, tuple[str, str]] = {
     ),
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (
         "the NVIDIA library and the kernel driver are of different versions",
-        "A driver was updated under a running system: reboot.",
+        "The driver was updated while the system was running: reboot.",
     ),
     pynvml.NVML_ERROR_NO_PERMISSION: (
-        "the driver denies it to this user",
+        "the driver denies access to this user",
         "Run as a user who may open /dev/nvidia*, or ask the administrator.",
     ),
     pynvml.NVML_ERROR_GPU_IS_LOST: (
@@ -51,46 +51,33 @@ _WORDS: dict[int, tuple[str, str]] = {
     ),
     pynvml.NVML_ERROR_RESET_REQUIRED: (
         "the GPU needs a reset",
-        "nvidia-smi --gpu-reset, by somebody who may.",
+        "Run nvidia-smi --gpu-reset as an administrator.",
     ),
     pynvml.NVML_ERROR_NOT_FOUND: (
-        "there is no such device",
+        "the device does not exist",
         "See nvidia-smi -L.",
     ),
     pynvml.NVML_ERROR_INVALID_ARGUMENT: (
-        "the driver does not know what it was asked about",
+        "the driver rejected the argument",
         "See nvidia-smi -L.",
     ),
-    pynvml.NVML_ERROR_NOT_SUPPORTED: ("this device does not tell it", ""),
+    pynvml.NVML_ERROR_NOT_SUPPORTED: ("this device does not report it", ""),
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: (
         "the driver is too old for this call",
         "Install a newer driver.",
     ),
-    pynvml.NVML_ERROR_TIMEOUT: ("the driver did not answer in time", "Look at nvidia-smi."),
-}
-
-#: Reasons for a clock below its highest, by NVML's bits (``nvml.h``).
-_SLOWED_BY = {
-    0x01: "idle",
-    0x02: "application clocks",
-    0x04: "power cap (software)",
-    0x08: "slowdown (hardware)",
-    0x10: "sync boost",
-    0x20: "heat (software)",
-    0x40: "heat (hardware)",
-    0x80: "power brake",
-    0x100: "display clocks",
+    pynvml.NVML_ERROR_TIMEOUT: ("the driver did not answer in time", "Check nvidia-smi."),
 }
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device, or one MIG instance of one, as NVML names it.
+    """A device, or a MIG instance of one, as NVML names it.
 
     Attributes:
         index: NVML's, which is the order of the PCI bus; a MIG instance has its parent's.
         parent: UUID of the whole GPU that a MIG instance is of; empty for a whole GPU.
-        split: MIG is on: the memory is in its instances, and CUDA takes only these.
+        split: MIG is enabled: the memory is in its instances, and CUDA can use only these.
         instance: number of the MIG instance on its parent; ``None`` for a whole GPU.
     """
 
@@ -108,7 +95,7 @@ class DeviceMemory:
     """Memory of one device, in bytes.
 
     Attributes:
-        used: allocated by anybody. With ``call`` 1 it holds what the driver reserves, too.
+        used: allocated by all processes. With ``call`` 1 it includes what the driver reserves.
         reserved: by driver and firmware; ``None`` where the driver has only the first call.
         call: version of ``nvmlDeviceGetMemoryInfo`` that answered, 1 or 2.
     """
@@ -127,31 +114,11 @@ class ProcessUse:
 
     Attributes:
         pid: as the driver's host counts processes.
-        used: bytes; ``None`` where the driver does not tell.
+        used: bytes; ``None`` where the driver does not report them.
     """
 
     pid: int
     used: int | None
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What else may explain a figure; ``None`` for what the device does not tell.
-
-    Attributes:
-        ecc: error correction is on.
-        ecc_errors: not corrected, since the driver was loaded.
-        sm_mhz, memory_mhz: clocks now.
-        slowed_by: why the clocks are below their highest.
-        celsius: temperature of the GPU.
-    """
-
-    ecc: bool | None
-    ecc_errors: int | None
-    sm_mhz: int | None
-    memory_mhz: int | None
-    slowed_by: tuple[str, ...] | None
-    celsius: int | None
 
 
 @dataclass(frozen=True)
@@ -162,21 +129,6 @@ class Versions:
     cuda: str
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """All that one device says of itself at one moment.
-
-    Attributes:
-        processes: ``None`` where the driver does not tell; ``processes_unknown`` says why.
-    """
-
-    gpu: Gpu
-    memory: DeviceMemory
-    processes: tuple[ProcessUse, ...] | None
-    processes_unknown: str
-    circumstances: Circumstances
-
-
 def _code(error: Any) -> int:
     return int(getattr(error, "value", pynvml.NVML_ERROR_UNKNOWN))
 
@@ -184,8 +136,8 @@ def _code(error: Any) -> int:
 def telemetry_error(error: Any, what: str) -> TelemetryError:
     """An ``NVMLError`` as one sentence that begins with ``what``."""
     code = _code(error)
-    words, advice = _WORDS.get(code, (f"{error}", "Look at nvidia-smi."))
-    return TelemetryError(f"{what}: {words} (NVML error {code}).", advice=advice, code=code)
+    message, advice = _MESSAGES.get(code, (f"{error}", "Check nvidia-smi."))
+    return TelemetryError(f"{what}: {message} (NVML error {code}).", advice=advice, code=code)
 
 
 class Driver:
@@ -208,7 +160,7 @@ class Driver:
         self.close()
 
     def open(self) -> Driver:
-        """Begins the session. Again: nothing.
+        """Opens the session; does nothing if it is open.
 
         Raises:
             TelemetryError: no driver answers.
@@ -223,7 +175,7 @@ class Driver:
         return self
 
     def close(self) -> None:
-        """Ends the session. Again: nothing. A driver that fails at it has no say."""
+        """Closes the session; does nothing if it is closed. Errors of the driver are ignored."""
         with self._lock:
             self._handles.clear()
             if self._open:
@@ -234,7 +186,7 @@ class Driver:
                     return
 
     def versions(self) -> Versions:
-        """Versions of driver and CUDA; empty where the driver does not tell."""
+        """Versions of driver and CUDA; empty where the driver does not report them."""
         cuda = self._optional(pynvml.nvmlSystemGetCudaDriverVersion_v2)
         return Versions(
             driver=str(self._optional(pynvml.nvmlSystemGetDriverVersion) or ""),
@@ -242,11 +194,11 @@ class Driver:
         )
 
     def gpus(self) -> tuple[list[Gpu], list[TelemetryError]]:
-        """Every whole device, each followed by its MIG instances; and why the others do not
-        answer.
+        """Every whole device, each followed by its MIG instances; and the errors of those that do
+        not answer.
 
         Raises:
-            TelemetryError: the driver cannot even count them.
+            TelemetryError: the driver cannot count them.
         """
         found: list[Gpu] = []
         failed: list[TelemetryError] = []
@@ -309,10 +261,10 @@ class Driver:
         return DeviceMemory(uuid, int(told.total), int(told.used), int(told.free), None, 1)
 
     def processes(self, uuid: str) -> tuple[ProcessUse, ...]:
-        """Who is on the device, by compute, graphics and MPS; a process counts once.
+        """The processes on the device (compute, graphics and MPS); each is listed once.
 
         Raises:
-            TelemetryError: the driver tells nobody, or not us.
+            TelemetryError: the driver does not report them, or not to this user.
         """
         handle = self._handle(uuid)
         found: dict[int, int | None] = {}
@@ -328,59 +280,17 @@ class Driver:
                     last = error
                     if _code(error) in NOT_TOLD:
                         continue
-                    raise telemetry_error(error, f"The processes of {uuid} are not told") from None
+                    raise telemetry_error(
+                        error, f"The processes of {uuid} cannot be read"
+                    ) from None
                 answered = True
                 for each in told:
                     used = None if each.usedGpuMemory is None else int(each.usedGpuMemory)
                     found[int(each.pid)] = max(found.get(int(each.pid)) or 0, used or 0) or used
                 break
         if not answered:
-            raise telemetry_error(last, f"The processes of {uuid} are not told")
+            raise telemetry_error(last, f"The processes of {uuid} cannot be read")
         return tuple(ProcessUse(pid, found[pid]) for pid in sorted(found))
-
-    def circumstances(self, uuid: str) -> Circumstances:
-        """Clocks, heat and error correction.
-
-        Raises:
-            TelemetryError: the device is lost; what it merely does not tell is ``None``.
-        """
-        handle = self._handle(uuid)
-        ecc = self._optional(pynvml.nvmlDeviceGetEccMode, handle)
-        bits = self._optional(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
-        return Circumstances(
-            ecc=None if ecc is None else ecc[0] == 1,
-            ecc_errors=self._optional(
-                pynvml.nvmlDeviceGetTotalEccErrors,
-                handle,
-                pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
-                pynvml.NVML_VOLATILE_ECC,
-            ),
-            sm_mhz=self._optional(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-            memory_mhz=self._optional(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-            slowed_by=None
-            if bits is None
-            else tuple(words for bit, words in _SLOWED_BY.items() if bits & bit),
-            celsius=self._optional(
-                pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU
-            ),
-        )
-
-    def snapshot(self, gpu: Gpu) -> Snapshot:
-        """Everything of one device.
-
-        Raises:
-            TelemetryError: its memory cannot be read, or it is lost.
-        """
-        memory = self.memory(gpu.uuid)
-        processes: tuple[ProcessUse, ...] | None = None
-        unknown = ""
-        try:
-            processes = self.processes(gpu.uuid)
-        except TelemetryError as error:
-            if error.code == pynvml.NVML_ERROR_GPU_IS_LOST:
-                raise
-            unknown = error.message
-        return Snapshot(gpu, memory, processes, unknown, self.circumstances(gpu.uuid))
 
     def _handle(self, uuid: str) -> Any:
         if uuid not in self._handles:
@@ -407,8 +317,8 @@ class Driver:
 
 
 def gpus() -> tuple[list[Gpu], str]:
-    """The whole devices and MIG instances of this machine that answer, and why there are none
-    where there are none."""
+    """The whole devices and MIG instances of this machine that answer; where there are none, the
+    reason."""
     try:
         with Driver() as driver:
             found, failed = driver.gpus()
@@ -416,10 +326,10 @@ def gpus() -> tuple[list[Gpu], str]:
         return [], _without_capital(error.message)
     if found:
         return found, ""
-    return [], _without_capital(failed[0].message) if failed else "the NVIDIA driver knows no GPU"
+    return [], _without_capital(failed[0].message) if failed else "the NVIDIA driver reports no GPU"
 
 
 def _without_capital(sentence: str) -> str:
-    """To stand within another sentence."""
+    """For use within another sentence."""
     first = sentence[:1].lower() if sentence.startswith("The ") else sentence[:1]
     return (first + sentence[1:]).rstrip(".")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from sglang_harness._base import shared_file
 from sglang_harness.errors import DeviceNotIdle, HarnessError, SpecError, TelemetryError
 from sglang_harness.memory.gpu import leases
 from sglang_harness.memory.gpu.driver import Driver, Gpu
@@ -246,14 +247,8 @@ def _owe(uuid: str, debt: _Debt) -> None:
     if known is not None:
         # The lowest that was seen is what the device is to come back to.
         debt = _Debt(min(debt.before, known.before), debt.run_id, debt.pid)
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        beside.unlink(missing_ok=True)
-        with open(
-            beside, "x", encoding="utf-8", opener=lambda p, f: os.open(p, f | os.O_NOFOLLOW, 0o644)
-        ) as out:
-            json.dump(asdict(debt), out)
-        beside.replace(file)
+        shared_file.write(file, json.dumps(asdict(debt)))
     except OSError as error:
         raise HarnessError(f"{file} cannot be written: {error.strerror}.") from None
 
@@ -267,6 +262,6 @@ def _debt(uuid: str) -> _Debt | None:
 
 def _settled(uuid: str) -> None:
     try:
-        _debt_file(uuid).unlink(missing_ok=True)
+        shared_file.clear(_debt_file(uuid))
     except OSError:
         return

@@ -1,7 +1,7 @@
-"""Which run has which GPU: nobody gets one by mistake that somebody else has.
+"""Which run has which GPU, so that no two runs use one by mistake.
 
 A lease is a file lock by UUID, in one folder of the machine, for all its users. The kernel
-gives it back when its holder dies.
+releases it when its holder dies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from sglang_harness.memory.gpu.driver import Gpu
 
 #: The same for every user and whatever TMPDIR says; ``SGLANG_HARNESS_GPU_LEASES`` moves it.
 FOLDER = Path("/tmp/sglang-harness.gpu-leases")  # noqa: S108
+
+#: Every user of the machine makes locks in it, and with the sticky bit none can remove another's:
+#: a lock whose file was removed excludes nobody.
+SHARED = 0o1777
 
 
 @dataclass
@@ -68,10 +72,12 @@ def folder() -> Path:
     try:
         with suppress(FileExistsError):
             place.mkdir(parents=True)
-            # Every user of the machine makes locks in it.
-            place.chmod(0o777)
-        if not stat.S_ISDIR(place.lstat().st_mode):
-            raise HarnessError(f"{place} is no folder: GPUs cannot be leased.")
+            place.chmod(SHARED)
+        found = place.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise HarnessError(f"{place} is not a folder: GPUs cannot be leased.")
+        if found.st_uid == os.geteuid() and found.st_mode & 0o1002 == 0o002:
+            place.chmod(SHARED)  # as it was made by an earlier version
     except OSError as error:
         raise HarnessError(
             f"GPUs cannot be leased: {place}: {error.strerror}.",
@@ -122,7 +128,6 @@ def _take(
             held.uuids.append(gpu.uuid)
             return
     path = place / f"{gpu.uuid}.lock"
-    _for_all_users(path)
     lease = Lease(path, name=f"run {run_id}")
     try:
         before = lease.acquire(purpose, timeout=max(0.0, left))
@@ -152,18 +157,6 @@ def _take(
             f"GPU {gpu.uuid} was held by {before.name} (process {before.pid}), which ended "
             "without giving it back"
         )
-
-
-def _for_all_users(path: Path) -> None:
-    """Makes the lock's file so that another user can lock it, too."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    except OSError:
-        return  # it is there already, or locking it will say what is wrong
-    try:
-        os.fchmod(descriptor, 0o666)
-    finally:
-        os.close(descriptor)
 
 
 def _give_back(uuid: str) -> None:

@@ -52,7 +52,7 @@ class ChatEqualsNative(Check[ChatTexts]):
         client, oracle = context.server.client, context.oracle
         rendered = oracle.render_chat(MESSAGES)
         ids = list(oracle.tokenizer.encode(rendered, add_special_tokens=False))
-        options = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
+        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True}
         native = client.generate(ids, sampling=greedy(TOKENS))
         whole = client.chat(MESSAGES, **options)
         streamed = client.chat_streamed(MESSAGES, **options)

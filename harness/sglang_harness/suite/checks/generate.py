@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from sglang_harness import oracle as oracles
 from sglang_harness.client import Generation
@@ -19,6 +17,7 @@ from sglang_harness.suite.lib.scored import (
     wrong_counts,
     wrong_logprobs,
 )
+from sglang_harness.traffic.at_once import at_once
 from sglang_harness.verdict import Figure
 
 PROMPTS = (
@@ -45,6 +44,7 @@ class GreedyTokens(Check[ScoredAnswers]):
     id = "generate/greedy-tokens"
     sentence = "At temperature 0 every token is the one that the oracle finds most probable."
     observation = ScoredAnswers
+    gate = True
 
     def observe(self, context: Context) -> ScoredAnswers:
         tokens, oracle = 16, context.oracle
@@ -281,15 +281,12 @@ class ConcurrentInOrder(Check[Concurrent]):
         client, oracle, tokens = context.server.client, context.oracle, 4
         numbers = context.random(self.id).sample(range(100, 1000), 32)
         prompts = [f"Item number {n} in the list, counted from {n - 1}, is" for n in numbers]
-        together = threading.Barrier(len(prompts))
 
         def ask(prompt: str) -> Generation:
-            together.wait(timeout=30)
             return client.generate(prompt, sampling=greedy(tokens), logprobs=True)
 
         started = time.monotonic()
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = list(pool.map(ask, prompts))
+        answers = at_once(ask, prompts)
         seconds = time.monotonic() - started
         # Scored afterwards: the oracle must not take the processor from the server.
         scored = [

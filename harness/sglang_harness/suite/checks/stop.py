@@ -142,19 +142,23 @@ def _aborted(
 ) -> Aborted | None:
     """``None`` where the neighbour was over too early for the abort to do anything to it."""
     asked = 400
-    first = BackgroundStream(client, PROMPTS[1], sampling=greedy(asked), request_id=aborted_id)
-    second = BackgroundStream(
-        client, PROMPTS[0], sampling=greedy(neighbour_asked), request_id=neighbour_id
-    )
-    both_run = first.wait_for(1, 30) and second.wait_for(1, 30)
-    client.abort(aborted_id)
-    over = second.is_over
-    began = time.monotonic()
-    ended = first.end(90)
-    seconds = time.monotonic() - began
-    if not both_run:
-        raise HarnessError("Two requests did not both begin to generate within 30 s.")
-    neighbour = second.end(90)
+    with (
+        BackgroundStream(
+            client, PROMPTS[1], sampling=greedy(asked), request_id=aborted_id
+        ) as first,
+        BackgroundStream(
+            client, PROMPTS[0], sampling=greedy(neighbour_asked), request_id=neighbour_id
+        ) as second,
+    ):
+        both_run = first.wait_for(1, 30) and second.wait_for(1, 30)
+        client.abort(aborted_id)
+        over = second.is_over
+        began = time.monotonic()
+        ended = first.end(90)
+        seconds = time.monotonic() - began
+        if not both_run:
+            raise HarnessError("Two requests did not both start to generate within 30 s.")
+        neighbour = second.end(90)
     if over and neighbour.finish != "abort":
         return None
     return Aborted(

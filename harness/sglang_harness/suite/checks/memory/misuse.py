@@ -59,6 +59,7 @@ class ReleaseUnderLoad(_Misuse):
         sampling = {**greedy(1500), "ignore_eos": True}
         stream = BackgroundStream(server.client, PROMPT, sampling=sampling)
         if not stream.wait_for(2, 20.0):
+            stream.cancel()
             raise HarnessError("The request that is to run meanwhile did not begin within 20 s.")
         return stream
 

@@ -8,7 +8,6 @@ import statistics
 from pydantic import Field
 
 from sglang_harness.errors import TelemetryError
-from sglang_harness.memory import Reading
 from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, PATIENCE
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, expect, register
 from sglang_harness.suite.checks.generate import PROMPTS, greedy
@@ -19,7 +18,7 @@ from sglang_harness.suite.checks.weights.disk import (
     variant,
 )
 from sglang_harness.suite.needs import GPU, STARTED_HERE
-from sglang_harness.verdict import Figure
+from sglang_harness.verdict import Figure, Reading
 
 MIB = 1 << 20
 PUSHES = 8

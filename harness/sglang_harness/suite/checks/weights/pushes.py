@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from sglang_harness import oracle as oracles
 from sglang_harness.checkpoint import footprint
 from sglang_harness.checkpoint.footprint import Size
-from sglang_harness.errors import HarnessError, MissingExtra
+from sglang_harness.errors import HarnessError, MissingExtra, TimeIsOver
 from sglang_harness.suite.check import (
     Check,
     Context,
@@ -35,6 +35,7 @@ from sglang_harness.suite.lib.segments import Segmented, wrong_segments
 from sglang_harness.suite.needs import CHECKSUMS, DISK_UPDATE, FIRST_WEIGHTS, TENSOR_UPDATE, route
 from sglang_harness.traffic import EmptySlice, Traffic, TrafficRecord
 from sglang_harness.traffic.background import BackgroundStream
+from sglang_harness.traffic.base import together
 from sglang_harness.verdict import Figure
 from sglang_harness.weights import PushReport
 
@@ -225,11 +226,15 @@ class _PushUnderLoad(Check[UnderLoad]):
         server, new = context.server, variant(context)
         old = context.oracle
         prompts = [old.encode(PROMPTS[n % len(PROMPTS)] + f" {n}") for n in range(RUNNING)]
-        with first_weights_afterwards(context):
-            streams = [
-                BackgroundStream(server.client, ids, sampling=greedy(length), logprobs=True)
-                for ids in prompts
-            ]
+        with (
+            first_weights_afterwards(context),
+            together(
+                [
+                    BackgroundStream(server.client, ids, sampling=greedy(length), logprobs=True)
+                    for ids in prompts
+                ]
+            ) as streams,
+        ):
             for stream in streams:
                 if not stream.wait_for(4, 60):
                     raise HarnessError(
@@ -250,6 +255,9 @@ class _PushUnderLoad(Check[UnderLoad]):
             for ids, stream in zip(prompts, streams, strict=True):
                 try:
                     ended = stream.end(120)
+                except TimeIsOver:
+                    # The check's own time limit is not an answer of the server's.
+                    raise
                 except HarnessError as error:
                     failed.append(error.message)
                     continue

@@ -1,0 +1,217 @@
+"""Servers as processes of this machine: everything that they started ends, and all of it is told.
+
+Real processes; a shell script stands in for the Python that would run SGLang.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_harness.runtime.process import SGLangProcess
+from sglang_harness.runtime.process_family import ProcessFamily, lives, lives_as, until_gone
+from sglang_harness.spec import ServerSpec
+
+#: Seconds for anything that takes a fraction of one.
+SOON = 20.0
+
+Start = Callable[[str], SGLangProcess]
+
+
+def wait_until(what: Callable[[], object], why: str) -> None:
+    until = time.monotonic() + SOON
+    while not what():
+        assert time.monotonic() < until, f"waited {SOON:g} s for {why}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a server whose Python is a shell script; ended with the test."""
+    made: list[SGLangProcess] = []
+
+    def start(script: str) -> SGLangProcess:
+        python = tmp_path / f"python-{len(made)}"
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        spec = ServerSpec.make(model="owner/name", limits={"stop": 1.0})
+        made.append(SGLangProcess(spec, python=python, model=None, device="cpu", run_id="r"))
+        made[-1].start()
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.end(at_once=True)
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    made: list[subprocess.Popen[bytes]] = []
+
+    def run(code: str) -> subprocess.Popen[bytes]:
+        made.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE))
+        return made[-1]
+
+    yield run
+    for each in made:
+        each.kill()
+        each.wait()
+
+
+#: Starts one child that ends, and is never asked how; then says its number.
+KEEPS_A_ZOMBIE = """
+import os, sys, time
+pid = os.fork()
+if not pid:
+    os._exit(0)
+print(pid, flush=True)
+time.sleep(600)
+"""
+
+#: Starts children that end at once, one after the other.
+COMES_AND_GOES = """
+import subprocess
+while True:
+    subprocess.run(["true"])
+"""
+
+
+# --- families of processes ------------------------------------------------------------------------
+
+
+def test_a_zombie_is_not_alive_and_not_left_behind(run: Callable[[str], subprocess.Popen[bytes]]):
+    parent = run(KEEPS_A_ZOMBIE)
+    assert parent.stdout is not None
+    zombie = int(parent.stdout.readline())
+    wait_until(lambda: psutil.Process(zombie).status() == psutil.STATUS_ZOMBIE, "a zombie")
+    family = ProcessFamily(parent.pid)
+    assert [p.pid for p in family.living()] == [parent.pid]
+    assert set(family.pids()) == {parent.pid, zombie}
+    assert not lives_as(zombie)
+    assert until_gone([psutil.Process(zombie)], within=0.0) == []
+
+
+def test_many_may_look_while_processes_come_and_go(run: Callable[[str], subprocess.Popen[bytes]]):
+    """One thread's look added to what another was reading (RuntimeError), and a process that ended
+    between two questions about it aborted the end of the server (NoSuchProcess)."""
+    family = ProcessFamily(run(COMES_AND_GOES).pid)
+    errors: list[BaseException] = []
+    over = threading.Event()
+
+    def look() -> None:
+        try:
+            while not over.is_set():
+                family.living()
+                family.pids()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    over.set()
+    for thread in threads:
+        thread.join(SOON)
+    assert errors == []
+    assert family.kill(within=SOON) == []
+
+
+def test_a_process_that_ends_while_it_is_asked_about_is_not_alive(monkeypatch: pytest.MonkeyPatch):
+    def ended(process: psutil.Process) -> str:
+        raise psutil.NoSuchProcess(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "status", ended)
+    assert not lives(psutil.Process())
+
+
+def test_waiting_for_an_end_leaves_its_exit_code_to_whoever_started_it(
+    run: Callable[[str], subprocess.Popen[bytes]],
+):
+    process = run("import time; time.sleep(600)")
+    assert ProcessFamily(process.pid).kill(within=SOON) == []
+    assert process.wait(SOON) == -signal.SIGKILL
+
+
+# --- the end of a server --------------------------------------------------------------------------
+
+
+def test_a_server_that_does_not_end_is_killed_with_its_children_and_its_exit_code_is_its_own(
+    start: Start,
+):
+    server = start("trap '' TERM; (trap '' TERM; sleep 600) & echo child $!; wait; sleep 600")
+    wait_until(lambda: "child" in server.logs(), "its child")
+    child = int(server.logs().split("child ")[1].split()[0])
+    pids = server.host_pids()
+    assert child in pids
+    assert server.end() == -signal.SIGKILL
+    assert not any(lives_as(pid) for pid in pids)
+    assert server.left_behind() == []
+    assert "child" in server.logs()
+    assert server.end() == -signal.SIGKILL
+
+
+def test_an_end_that_was_asked_for_has_its_exit_code(start: Start):
+    server = start("trap 'exit 3' TERM; echo ready; while true; do sleep 0.05; done")
+    wait_until(lambda: "ready" in server.logs(), "its start")
+    assert server.end() == 3
+    assert server.left_behind() == []
+
+
+def test_what_cannot_be_reaped_is_told_and_everything_else_is_removed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+):
+    server = start("echo ready; sleep 600")
+    wait_until(lambda: "ready" in server.logs(), "its start")
+    process = server._process
+    assert process is not None
+
+    def never(timeout: float | None = None) -> int:
+        raise subprocess.TimeoutExpired("python", timeout or 0.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "wait", never)
+        assert server.end() is None
+    assert not server._folder.exists()
+    (told,) = server.left_behind()
+    assert told.startswith("exit code: TimeoutExpired")
+
+
+def test_a_sidecar_that_fails_keeps_the_server_from_nothing(start: Start):
+    class Failing:
+        name = "peer"
+
+        def end(self) -> list[str]:
+            raise OSError("disk full")
+
+    server = start("sleep 600")
+    pids = server.host_pids()
+    server._beside.append(Failing())  # type: ignore[arg-type]
+    server.end(at_once=True)
+    assert not any(lives_as(pid) for pid in pids)
+    assert server.left_behind() == ["sidecar peer: OSError: disk full"]
+
+
+def test_shared_memory_of_a_killed_server_is_removed(start: Start):
+    server = start("echo ready; sleep 600")
+    wait_until(lambda: "ready" in server.logs(), "its start")
+    (pid, *_) = server.host_pids()
+    theirs = Path(f"/dev/shm/sglang_loads_test_{pid}_1.shm")
+    others = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}_1.shm")
+    try:
+        for each in (theirs, others):
+            each.touch()
+        server.end(at_once=True)
+        assert (theirs.exists(), others.exists()) == (False, True)
+    finally:
+        for each in (theirs, others):
+            each.unlink(missing_ok=True)
