@@ -197,6 +197,7 @@ def to_nowhere(folder: Path, name: str) -> float:
             any_peer=lambda: cast(Peer, None),
         )
         route = routes.make(name)
+        route.prepare(job)
         route.open(job)
         sent = [route.send(bucket) for bucket in job.buckets]
         route.close()

@@ -3,10 +3,45 @@ what to do; a person sees the message alone, never a stack trace."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from sglang_harness.runtime.death import Death, Unknown
+
+class Ending(Protocol):
+    """How a server ended, or why that is not known. Both kinds are in
+    :mod:`sglang_harness.runtime.death`."""
+
+    def sentence(self) -> str:
+        """What happened, in one line."""
+
+    def advice(self) -> str:
+        """What to do about it."""
+
+
+class HowItDied(Ending, Protocol):
+    """What is known of a server that ended although nobody asked it to."""
+
+    @property
+    def exit_code(self) -> int | None: ...
+
+    @property
+    def out_of_memory(self) -> bool:
+        """The kernel killed it for memory."""
+
+    @property
+    def cause(self) -> str:
+        """A known cause found in its log; may be empty."""
+
+    @property
+    def exception(self) -> str:
+        """The last exception line of its log; may be empty."""
+
+    @property
+    def last_words(self) -> tuple[str, ...]:
+        """The last lines of its log."""
+
+    @property
+    def noticed_after(self) -> float | None:
+        """Seconds from its end to its being noticed here."""
 
 
 class HarnessError(Exception):
@@ -143,7 +178,7 @@ class ServerDied(HarnessError):
         death: how it ended, as far as could be seen.
     """
 
-    def __init__(self, death: Death) -> None:
+    def __init__(self, death: HowItDied) -> None:
         super().__init__(death.sentence(), advice=death.advice())
         self.death = death
 
@@ -155,7 +190,7 @@ class ServerLost(EngineError):
         unknown: why.
     """
 
-    def __init__(self, unknown: Unknown) -> None:
+    def __init__(self, unknown: Ending) -> None:
         super().__init__(unknown.sentence(), advice=unknown.advice())
         self.unknown = unknown
 

@@ -69,7 +69,7 @@ def test_without_leave_it_is_only_read(tmp_path: Path, command: Run, theirs: The
     assert theirs.requests_since(line) & changing == set()
     assert server.client.checksums() == before
     assert server.client.model_info() == info
-    assert any("only looked at" in caveat for caveat in verdict.caveats)
+    assert any("read-only" in caveat for caveat in verdict.caveats)
 
 
 def test_with_leave_what_is_changed_is_put_back(
@@ -92,7 +92,7 @@ def test_with_leave_what_is_changed_is_put_back(
     judged = {c.id for c in verdict.checks}
     assert {"weights/disk", "weights/disk-restore", "weights/tensor"} <= judged
     reasons = {o.id: o.reason for o in verdict.outside_profile}
-    assert "nothing can be put beside it" in reasons["weights/shared-memory"]
+    assert "did not start the server" in reasons["weights/shared-memory"]
     assert "a server of its own" in reasons["hostile/out-of-vocabulary-ids"]
     assert server.client.checksums() == before
     assert server.client.model_info() == info

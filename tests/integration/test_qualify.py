@@ -17,7 +17,7 @@ from commands import COMMAND, COMMAND_LIMIT, names_on_engine
 from junitparser import JUnitXml
 
 from sglang_harness.suite import registered
-from sglang_harness.verdict import Verdict, json_schema
+from sglang_harness.verdict import Outcome, Verdict, json_schema
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -183,10 +183,12 @@ def test_a_server_that_dies_at_its_start_is_a_failed_verdict_with_the_reason(
     assert done.returncode == 1, done.stdout + done.stderr
     verdict = Verdict.read(tmp_path / "out" / "verdict.json")
     assert verdict.verdict == "fail"
-    (launch,) = verdict.checks
+    launch, *others = verdict.checks
     assert "does not know a flag" in launch.message
     assert "no-such-flag" in launch.message
-    assert {o.reason for o in verdict.outside_profile} == {"the server never came up"}
+    assert {c.message for c in others} == {"the server never came up"}
+    assert {c.outcome for c in others} == {Outcome.NOT_RUN}
+    assert f"{len(others)} checks not run: the server never came up" in done.stdout
     assert "no-such-flag" in (tmp_path / "out" / "server.log").read_text()
 
 

@@ -80,7 +80,7 @@ def test_a_peer_that_never_joins_is_bounded_and_leaves_an_unfit_server(
         assert report.old == [n for b in report.buckets for n in b.tensors]
         # The server waits for rank 0 and answers nothing else (0.5.23).
         assert report.unfit is not None
-        assert "generates nothing" in report.unfit
+        assert "no generation succeeded" in report.unfit
         assert report.steps == []
         assert server.stop().left_behind == []
 
@@ -183,7 +183,7 @@ def test_a_bucket_that_fails_in_the_middle_leaves_a_server_that_serves(
     assert "lm_head.weight" in report.new
     assert report.old
     assert report.put_back is not None
-    assert "by their checksums" in report.put_back
+    assert "verified by checksums" in report.put_back
     assert server.client.checksums() == before
     assert server.client.generate("Hello", sampling={"max_new_tokens": 2}).completion_tokens == 2
 
@@ -217,7 +217,7 @@ def test_a_trainer_that_left_its_session_open_is_told(
     try:
         with pytest.raises(PushFailed, match="already open") as raised:
             server.weights.push(folders[1])
-        assert raised.value.report.put_back == "nothing was sent: it serves what it served before"
+        assert "nothing was sent" in (raised.value.report.put_back or "")
     finally:
         server.client.end_weight_update()
     assert server.weights.unfit is None

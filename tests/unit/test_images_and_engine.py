@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +20,9 @@ import pytest
 from fake_docker import refusal
 from scripted_server import BOUND, Answer, ScriptedServer
 
-from sglang_harness._base import assets
-from sglang_harness.errors import EngineError, ImageError, SpecError
+from sglang_harness._base import assets, bounded
+from sglang_harness._base.signals import interruptions
+from sglang_harness.errors import EngineError, ImageError, Interrupted, SpecError
 from sglang_harness.runtime import engine, images
 from sglang_harness.runtime.device import choose, engine_gives_gpus, gpus
 from sglang_harness.runtime.engine import Owner, seconds_since
@@ -478,6 +481,20 @@ def test_an_interrupted_build_ends_what_has_a_process_group_of_its_own(script: P
         images.build_cpu_image(None, interrupt)
     assert not lives(children[0])
     assert time.monotonic() - began < 30, "it did not wait for what the script waits for"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_build_within_seconds(
+    script: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bounded, "ENDS_WITHIN", 0.5)
+    # It ignores SIGTERM itself, and what it waits for is in a process group of its own.
+    script.write_text("trap '' TERM\necho 'build: begun'\ntimeout 60 sleep 60\n")
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as caught, interruptions():
+        images.build_cpu_image(None, lambda _: os.kill(os.getpid(), number))
+    assert caught.value.signal_number == number
+    assert time.monotonic() - began < 30
 
 
 def test_an_interruption_after_the_script_has_ended_stays_the_interruption(script: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import pickle
 import socket
@@ -23,7 +22,6 @@ from sglang_harness.peer import Peer
 from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.weights.routes.buckets import plan
 from sglang_harness.weights.routes.peer import largest, slots
-from sglang_harness.weights.source.staging import as_it_lies, stage, write_safetensors
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -87,18 +85,6 @@ def folder(tmp_path: Path) -> Path:
 
 def described(name: str, tensor: Any) -> TensorInfo:
     return TensorInfo(name, str(tensor.dtype)[6:], tuple(tensor.shape))
-
-
-class Held:
-    """A checkpoint in memory."""
-
-    def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
-        self.path = path
-        self.tensors = {name: described(name, t) for name, t in tensors.items()}
-        self._held = tensors
-
-    def read(self, names=None):
-        return ((n, self._held[n]) for n in names or self._held)
 
 
 def test_a_bucket_arrives_by_a_handle_and_nothing_stays(peer: Peer, here: Here, folder: Path):
@@ -315,49 +301,3 @@ def test_other_peoples_segments_are_left_alone(tmp_path: Path):
         (tmp_path / name).touch()
     remove_segments([12], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sem.x", "torch_123_a_0"]
-
-
-# --- staging --------------------------------------------------------------------------------------
-
-
-def test_safetensors_are_written_as_others_read_them(tmp_path: Path):
-    file = tmp_path / "model.safetensors"
-    write_safetensors(Held(tmp_path, WEIGHTS), file)
-    got = safetensors.load_file(file)
-    assert got.keys() == WEIGHTS.keys()
-    assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in WEIGHTS.items())
-    header = file.read_bytes()[8:]
-    assert json.loads(header[: int.from_bytes(file.read_bytes()[:8], "little")])
-
-
-def test_a_folder_is_taken_as_it_lies_only_under_the_same_names(folder: Path):
-    assert as_it_lies(Held(folder, WEIGHTS)) == folder
-    assert as_it_lies(Held(folder, {"a": WEIGHTS["a"]})) is None
-    assert as_it_lies(Held(folder / "1.safetensors", WEIGHTS)) is None
-
-
-class Exchange:
-    """A server with an exchange folder of its own, as a container's."""
-
-    def __init__(self, folder: Path) -> None:
-        self.shared_folder = folder
-        self.reach = self
-
-    def share(self, path: Path) -> Path:
-        assert path.is_relative_to(self.shared_folder), "nothing is copied twice"
-        return Path("/exchange") / path.relative_to(self.shared_folder)
-
-
-def test_staged_weights_cost_no_second_copy_and_can_be_read_by_others(folder: Path, tmp_path: Path):
-    exchange = tmp_path / "exchange"
-    exchange.mkdir()
-    for file in folder.iterdir():
-        file.chmod(0o644)
-    (folder / "2.safetensors").chmod(0o600)
-    inside, made = stage(Held(folder, WEIGHTS), Exchange(exchange))  # type: ignore[arg-type]
-    assert made is not None
-    assert str(inside) == f"/exchange/{made.name}"
-    assert (made / "1.safetensors").samefile(folder / "1.safetensors")
-    assert not (made / "2.safetensors").samefile(folder / "2.safetensors")
-    assert {f.stat().st_mode & 0o777 for f in made.iterdir()} == {0o644}
-    assert (folder / "2.safetensors").stat().st_mode & 0o777 == 0o600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from scripted_server import Answer, ScriptedServer
 
 from sglang_harness import checkpoint
 from sglang_harness.errors import AttachError, EngineError, SpecError
-from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Runtime, registry
+from sglang_harness.runtime import Introduction, Kind, KindOption, Order, Running, Runtime, registry
 from sglang_harness.runtime.attach import Attachment, SharedFolder
 from sglang_harness.runtime.compose import Project
 from sglang_harness.runtime.docker import SGLangServerContainer
@@ -255,6 +256,51 @@ def test_composes_answers_and_failures_are_read(tmp_path: Path) -> None:
     silent = project(tmp_path, "exit 1", 30)
     with pytest.raises(EngineError, match="it wrote nothing"):
         silent.described()
+
+
+# --- what is ordered ------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A runtime that keeps what it is ordered, and makes nothing."""
+
+    name = "recorder"
+    starts = True
+    decides_gpus = False
+    decides_model = False
+    caveat: str | None = None
+
+    def __init__(self) -> None:
+        self.orders: list[Order] = []
+
+    def for_another_server(self) -> Recorder:
+        return self
+
+    def keeping_parents(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare(self, order: Order) -> Running:
+        self.orders.append(order)
+        raise EngineError("no more than the order")
+
+
+def test_a_model_is_located_once_whichever_runtime_it_turns_out_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    located: list[str] = []
+
+    def locate(name: str, _: Any) -> Path:
+        located.append(name)
+        return tmp_path
+
+    recorder = Recorder()
+    monkeypatch.setattr(checkpoint, "locate", locate)
+    monkeypatch.setattr(registry.AutoRuntime, "_decide", lambda *_: recorder)
+    with pytest.raises(EngineError, match="no more than the order"):
+        Server.start(ServerSpec(model="it"), runtime=registry.choose("auto"), run_id="r", held=True)
+    assert located == ["it"]
+    (order,) = recorder.orders
+    assert (order.model, order.run_id, order.held) == (tmp_path, "r", True)
 
 
 # --- preparing ------------------------------------------------------------------------------------

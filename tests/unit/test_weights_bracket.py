@@ -9,7 +9,7 @@ import pytest
 from scripted_server import Answer, Mortal, ScriptedServer
 
 from sglang_harness.client import Client, RequestsTransport, calls
-from sglang_harness.errors import NoAnswerInTime, Refused, ServerDied
+from sglang_harness.errors import NoAnswerInTime, Refused, ServerDied, TimeIsOver
 from sglang_harness.weights import bracket as sessions
 from sglang_harness.weights.bracket import Session
 
@@ -155,6 +155,29 @@ def test_a_dead_server_is_asked_nothing_more(play):
     assert isinstance(raised, ServerDied)
     assert sent[-1] == BUCKET
     assert outcomes(session)["end"] == outcomes(session)["continue"] == "left out"
+
+
+def test_a_bound_of_the_caller_never_forbids_closing_nor_hurries_it():
+    """The server may only be slow: it is given the whole of its time to end the session."""
+    late = Answer(body={"success": True, "message": ""}, delay=0.6)
+    server = ScriptedServer({**ALL, END: late})
+    client = Client(RequestsTransport(server.url))
+    session = Session(client, pause="retract", flush=True, bracket=True, timeout=10.0)
+
+    def push() -> None:
+        with client.within(600), session:
+            client._deadline = 0.0
+            session.step("bucket 0", client.resume)
+
+    try:
+        with pytest.raises(TimeIsOver):
+            push()
+        sent = [f"{seen.method} {seen.path}" for seen in server.seen]
+        assert sent == [PAUSE, FLUSH, BEGIN, END, FLUSH, GO_ON]
+        assert session.left_open == []
+    finally:
+        client.close()
+        server.close()
 
 
 def test_an_interruption_closes_too(play):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harness.checkpoint.reading import TensorInfo
+from sglang_harness.errors import ModelError
 from sglang_harness.weights.routes.buckets import ALIGNMENT, Bucket, plan
 from sglang_harness.weights.routes.packing import (
     PIECE,
@@ -190,7 +191,7 @@ def test_every_tensor_has_one_place_and_no_bucket_is_too_full(drawn, limit):
 
 
 def test_nothing_to_push_is_an_error():
-    with pytest.raises(ValueError, match="no tensor"):
+    with pytest.raises(ModelError, match="no tensor"):
         plan([], 100)
-    with pytest.raises(ValueError, match="no elements"):
+    with pytest.raises(ModelError, match="no elements"):
         plan([TensorInfo("empty", "float32", (0, 3))], 100)

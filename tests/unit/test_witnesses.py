@@ -33,7 +33,7 @@ def expected(*ranks: dict[str, str], partly: tuple[str, ...] = ()) -> Expected:
 def test_all_as_computed_agrees():
     seen = judge_checksums(sums(BEFORE), sums(AFTER), expected(NEW))
     assert (seen.says, seen.wrong) == ("agrees", [])
-    assert "2 are equal" in seen.how
+    assert "2 match" in seen.how
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_all_as_computed_agrees():
         ({**AFTER, "b": "b0"}, NEW, "b: expected b1, got b0, its old value"),
         ({**AFTER, "b": "b9"}, NEW, "neither new nor old"),
         ({"a": "a1"}, NEW, "b: the server has no such parameter"),
-        (AFTER, {"a": "a1"}, "b changed, and nothing of it was pushed"),
+        (AFTER, {"a": "a1"}, "b changed, although nothing of it was pushed"),
     ],
 )
 def test_each_lie_is_named(after, wanted, words):
@@ -77,13 +77,13 @@ def test_a_layout_that_nothing_confirms_proves_nothing():
     assert judge_checksums(*args, known_here=lambda: {"a", "b"}).says == "differs"
     seen = judge_checksums(*args, known_here=set)
     assert seen.says == "not available"
-    assert "2 cannot be told: for a this" in seen.how
+    assert "2 cannot be checked: for a, " in seen.how
     half = judge_checksums(*args, known_here=lambda: {"b"})
     assert half.says == "differs"
     assert [w.split(":")[0] for w in half.wrong] == ["b"], "only what can be computed is wrong"
     one = judge_checksums(sums(BEFORE), sums({**AFTER, "b": "y"}), expected(NEW), known_here=set)
     assert one.says == "not available"
-    assert "1 are equal, and 1 cannot be told" in one.how
+    assert "1 match, and 1 cannot be checked" in one.how
 
 
 def test_what_agrees_is_not_asked_about_twice():
@@ -145,7 +145,7 @@ def test_inside_of_the_new_and_outside_of_the_old_agrees():
 def test_a_token_that_is_off_is_named(served: float):
     seen = judge_logprobs([token(served, -1.0)], "float32", same_weights=False)
     assert seen.says == "differs"
-    assert "prompt 0, token 2 (17)" in seen.wrong[0]
+    assert "prompt 0, token 2 (id 17)" in seen.wrong[0]
     assert "tolerance 0.0005" in seen.wrong[0]
 
 

@@ -18,7 +18,7 @@ from sglang_harness.errors import CheckpointMismatch, ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Fit", "Misfit", "NotFinite", "fit", "not_finite"]
+__all__ = ["Fit", "Misfit", "NotFinite", "fit", "not_finite", "raise_if_not_finite"]
 
 #: Dtypes that are converted to each other. Others (integers, and 8-bit floats, whose values mean
 #: nothing without a scale) have to be what the model expects.
@@ -139,17 +139,7 @@ class Fit:
         Raises:
             CheckpointMismatch: with the first five names.
         """
-        if found := self.check_finite():
-            first = "; ".join(
-                f"{it.name} ({it.nans} NaN, {it.infinities} infinite of {it.values} values)"
-                for it in found[:_FIRST]
-            )
-            raise CheckpointMismatch(
-                f"{self.checkpoint.path} has {len(found)} tensors with values that are not "
-                f"finite: {first}.",
-                tuple(it.name for it in found),
-                advice="Check the training run; a server would accept them without an error.",
-            )
+        raise_if_not_finite(self.checkpoint.path, self.read())
         if untied := self.check_tied():
             name, own = next(iter(untied.items()))
             raise CheckpointMismatch(
@@ -161,7 +151,7 @@ class Fit:
 
     def check_finite(self) -> tuple[NotFinite, ...]:
         """Every tensor that has values that are not finite. One streamed pass."""
-        return tuple(found for name, it in self.read() if (found := not_finite(name, it)))
+        return _not_finite(self.read())
 
     def check_tied(self) -> dict[str, str]:
         """Copies of tied weights that differ from what they should be copies of. Two tensors
@@ -338,6 +328,31 @@ def _advice(extra: list[str]) -> str:
             "save with model.save_pretrained(folder), which writes them apart."
         )
     return "Give a checkpoint of this model, or the model folder that this one belongs to."
+
+
+def _not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[NotFinite, ...]:
+    return tuple(it for name, tensor in tensors if (it := not_finite(name, tensor)))
+
+
+def raise_if_not_finite(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuses NaN and infinite values. One pass over ``tensors``.
+
+    Args:
+        path: the checkpoint that they are of, for the message.
+
+    Raises:
+        CheckpointMismatch: with the first five names.
+    """
+    if found := _not_finite(tensors):
+        first = "; ".join(
+            f"{it.name} ({it.nans} NaN, {it.infinities} infinite of {it.values} values)"
+            for it in found[:_FIRST]
+        )
+        raise CheckpointMismatch(
+            f"{path} has {len(found)} tensors with values that are not finite: {first}.",
+            tuple(it.name for it in found),
+            advice="Check the training run: SGLang serves such weights without an error.",
+        )
 
 
 def not_finite(name: str, tensor: torch.Tensor) -> NotFinite | None:

@@ -10,12 +10,9 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from sglang_harness.client.call import Call
-
-if TYPE_CHECKING:
-    from sglang_harness.client import Client
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,10 +20,18 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def sends(make: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
+class Sender(Protocol):
+    """What such a method needs of the class that it is in."""
+
+    def send(self, call: Call[T], /) -> T: ...
+
+    def events(self, call: Call[T], /) -> Generator[T, None, None]: ...
+
+
+def sends(make: Callable[P, Call[T]]) -> Callable[Concatenate[Sender, P], T]:
     """A method that sends the call that ``make`` makes, and returns its answer."""
 
-    def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def method(client: Sender, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return client.send(make(*args, **kwargs))
 
     return _method_like(method, make, _answer(make))
@@ -34,14 +39,14 @@ def sends(make: Callable[P, Call[T]]) -> Callable[Concatenate[Client, P], T]:
 
 def streams(
     make: Callable[P, Call[T]],
-) -> Callable[Concatenate[Client, P], Generator[T, None, None]]:
+) -> Callable[Concatenate[Sender, P], Generator[T, None, None]]:
     """A method that sends the call, and yields the events of the answer.
 
     Nothing is sent before the first event is asked for. Closing the generator closes the
     connection, upon which the server ends the request.
     """
 
-    def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
+    def method(client: Sender, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
         return client.events(make(*args, **kwargs))
 
     return _method_like(method, make, Generator[_answer(make), None, None])  # type: ignore[misc]
@@ -49,10 +54,10 @@ def streams(
 
 def gathers(
     make: Callable[P, Call[T]], whole: Callable[[Generator[T, None, None]], R], returns: type[R]
-) -> Callable[Concatenate[Client, P], R]:
+) -> Callable[Concatenate[Sender, P], R]:
     """A method that sends the call, and returns what ``whole`` makes of all events together."""
 
-    def method(client: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def method(client: Sender, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return whole(client.events(make(*args, **kwargs)))
 
     return _method_like(method, make, returns)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from docker.errors import APIError, DockerException
 from testcontainers.compose import DockerCompose
 
-from sglang_harness._base import assets
+from sglang_harness._base import assets, bounded
 from sglang_harness._base.permissions import check_readable
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
@@ -34,7 +34,6 @@ from sglang_harness.runtime import (
     KindOption,
     Order,
     Started,
-    bounded,
     cpu_binding,
     engine,
     images,

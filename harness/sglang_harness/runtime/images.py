@@ -11,9 +11,8 @@ from typing import Literal
 import docker
 from docker.errors import APIError, DockerException, NotFound
 
-from sglang_harness._base import assets
+from sglang_harness._base import assets, bounded
 from sglang_harness.errors import EngineError, ImageError
-from sglang_harness.runtime import bounded
 from sglang_harness.spec import Limits, ServerSpec
 
 #: Set by cpu.Dockerfile: an image that needs the CPU flags and takes a read-only root.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from sglang_harness.runtime import device
 from sglang_harness.server.state import lacks_checksums
 from sglang_harness.suite.check import Need
-from sglang_harness.weights.routes.base import lacks_shared_folder
 
 if TYPE_CHECKING:
     from sglang_harness.server import Server
@@ -72,7 +71,7 @@ def _no_key(server: Server) -> str | None:
 API_KEY = Need("a server with a key", _no_key)
 
 
-SHARED_FOLDER = Need("a folder that both sides see", lacks_shared_folder)
+SHARED_FOLDER = Need("a folder that both sides see", lambda server: server.running.why_no_files())
 
 
 def _not_its_first_weights(server: Server) -> str | None:

@@ -1,29 +1,39 @@
 """LoRA adapters for a running server, from disk or in the body of a request, and the witnesses that
-they are applied where they are asked for and nowhere else. The oracle is PEFT."""
+they are applied where they are asked for and nowhere else. The reference is PEFT."""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from sglang_harness.checkpoint.fitting import not_finite
+from sglang_harness.checkpoint.fitting import raise_if_not_finite
 from sglang_harness.checkpoint.made import lora as adapter_files
 from sglang_harness.checkpoint.reading import TensorInfo, open_checkpoint
 from sglang_harness.client import AdapterUpdate, Call, calls
-from sglang_harness.errors import HarnessError, MissingExtra, ModelError, ReadOnly, SpecError
+from sglang_harness.errors import (
+    HarnessError,
+    MissingExtra,
+    ModelError,
+    ReadOnly,
+    SpecError,
+)
 from sglang_harness.weights.proof.witnesses import ask_tokens, judge_logprobs
-from sglang_harness.weights.report import Token, Witness
+from sglang_harness.weights.report import (
+    AdapterFailed,
+    AdapterReport,
+    AdapterRoute,
+    NotPrepared,
+    Token,
+    Witness,
+    conclude,
+)
 from sglang_harness.weights.routes.base import Needs
 
 if TYPE_CHECKING:
     from sglang_harness.weights.pusher import WeightPusher
     from sglang_harness.weights.target import Target
-
-AdapterRoute = Literal["disk", "tensor"]
 
 #: What each route needs of the server.
 ROUTES = {
@@ -32,87 +42,26 @@ ROUTES = {
 }
 
 
-class AdapterReport(BaseModel):
-    """One adapter, pushed.
-
-    Attributes:
-        outcome: ``good`` when both witnesses agree; ``failed`` when one differs, or the server
-            refused; ``unproven`` when one of them could say nothing.
-        bytes: of the adapter's tensors.
-        seconds: until the server said that it has it; ``seconds_ours`` of these for reading,
-            packing and sharing.
-        replaced: another one went by that name, and was unloaded first.
-        loaded: the adapters that the server says it holds.
-        applied: answers that ask for the adapter, beside PEFT's; those of the base as control.
-        base: answers that ask for none, beside the base's; those of the adapter as control.
-        left: what the server holds after a failure, in words.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    adapter: str
-    name: str
-    route: AdapterRoute
-    outcome: Literal["good", "failed", "unproven"]
-    reason: str
-    tensors: int
-    bytes: int
-    seconds: float
-    seconds_ours: float
-    replaced: bool
-    loaded: list[str]
-    applied: Witness
-    base: Witness
-    tokens: list[Token] = Field(default_factory=list)
-    left: str = ""
-
-    def __str__(self) -> str:
-        lines = [
-            f"adapter {self.outcome}: {self.name!r}, {self.tensors} tensors, "
-            f"{self.bytes / 1e6:.2f} MB by '{self.route}' in {self.seconds:.2f} s (ours "
-            f"{self.seconds_ours:.2f} s){', in place of another' if self.replaced else ''}",
-            *([f"  {self.reason}"] if self.reason else []),
-        ]
-        for title, witness in (("asked for", self.applied), ("not asked for", self.base)):
-            lines.append(f"  {title}: {witness.says} ({witness.how})")
-            lines += [f"    {wrong}" for wrong in witness.wrong[:5]]
-        return "\n".join([*lines, *([f"  {self.left}"] if self.left else [])])
-
-
-class AdapterFailed(HarnessError):
-    """An adapter is not there, or is not what answers.
-
-    Attributes:
-        report: everything that is known of the push.
-    """
-
-    def __init__(self, report: AdapterReport) -> None:
-        left = f" {report.left[0].upper()}{report.left[1:]}." if report.left else ""
-        super().__init__(
-            f"The adapter {report.adapter} was not brought by '{report.route}': "
-            f"{report.reason.rstrip('.')}.{left}"
-        )
-        self.report = report
-
-
 class AdapterPusher:
-    """Brings LoRA adapters to one server, which has to run with ``--enable-lora``."""
+    """Loads LoRA adapters into one server, which has to run with ``--enable-lora``."""
 
     def __init__(self, target: Target, weights: WeightPusher) -> None:
         self._target = target
         self._weights = weights
+        self._copies: dict[str, list[PurePosixPath]] = {}
+        """Of each adapter that was loaded from disk, until it is unloaded: a server may load one
+        that it evicted from there again."""
 
     def push(
         self, folder: Path | str, *, name: str, route: AdapterRoute = "tensor", pinned: bool = False
     ) -> AdapterReport:
-        """Loads an adapter under ``name``, in place of one that goes by it, and looks for two
-        witnesses.
+        """Loads an adapter under ``name``, replacing one of that name, and looks for two witnesses.
 
         Args:
             folder: PEFT's layout: ``adapter_config.json``, ``adapter_model.safetensors``.
-            route: ``disk``: the server reads a folder that both sides see; ``tensor``: in the
+            route: ``disk``: the server reads a folder that both sides can read; ``tensor``: in the
                 body of the request, once for every tensor-parallel rank.
-            pinned: the server may not put it out of memory for others.
+            pinned: the server may not evict it from memory for others.
 
         Returns:
             A report whose outcome is ``good``, or ``unproven`` with the reason.
@@ -120,44 +69,58 @@ class AdapterPusher:
         Raises:
             SpecError: the server takes no adapters, or not by this route.
             ModelError: the folder holds no adapter, or one with values that are not finite. Then
-                nothing was sent.
-            AdapterFailed: the server refused it, or answers otherwise than PEFT with it. Then it is
-                unloaded again, and nothing goes by ``name``.
+                nothing was sent, as for the next:
+            NotPrepared: the adapter could not be copied to where the server reads it.
+            AdapterFailed: the server refused it, or does not answer as PEFT does. Then it is
+                unloaded again, and no adapter named ``name`` is loaded.
         """
         client = self._target.client
         if not self._target.may_change:
-            raise ReadOnly(f"Pushing an adapter by '{route}'")
+            raise ReadOnly(f"Pushing an adapter via '{route}'")
         if reason := self.lacking(route):
-            raise SpecError(f"No adapter can be pushed to this server: {reason}.")
+            raise SpecError(f"This server cannot load adapters via '{route}': {reason}.")
         if self._weights.unfit:
-            raise SpecError(f"The server is unfit: {self._weights.unfit}.")
+            raise SpecError(
+                f"Do not use this server any more: {self._weights.unfit}.",
+                advice="Start a new server.",
+            )
         folder = Path(folder).expanduser().resolve()
         infos = finite_tensors(folder)
         about = client.server_info()
         base = self._weights.served_checkpoint()
-        replaced = name in client.models()
+        there = client.models()
+        for gone in self._copies.keys() - set(there):
+            self._remove_copies(gone)  # unloaded by another client
+        replaced = name in there
         started = time.monotonic()
+        call, copy = self._prepared(folder, name, route, pinned, int(about.get("tp_size") or 1))
+        ours = time.monotonic() - started
         tokens: list[Token] = []
-        applied = plain = Witness.silent("log-probabilities", "it did not go so far")
+        applied = plain = Witness.silent("log-probabilities", "the adapter was not loaded")
         loaded: list[str] = []
-        ours = seconds = 0.0
-        failure: HarnessError | None = None
+        seconds = 0.0
+        failure: Exception | None = None
+        outcome = None
         try:
             if replaced:
                 client.unload_lora_adapter(name)
-            preparing = time.monotonic()
-            call = self._call(folder, name, route, pinned, int(about.get("tp_size") or 1))
-            ours = time.monotonic() - preparing
+                self._remove_copies(name)
             told = client.send(call)
             seconds, loaded = time.monotonic() - started, list(told.loaded)
             if not told.success:
-                raise HarnessError(told.message or "the server says that it did not load it")
+                raise HarnessError(told.message or "the server answered that it did not load it")
             tokens, applied, plain = self._ask(folder, name, base, str(about.get("dtype")))
-        except HarnessError as error:
+            outcome, reason = conclude(AdapterReport.titled(applied, plain))
+        except Exception as error:
             failure = error
             seconds = seconds or time.monotonic() - started
-        outcome, reason = _conclusion(failure, applied, plain)
-        left = self._take_away(name) if outcome == "failed" else ""
+            outcome, reason = "failed", _what(error)
+        finally:
+            if copy is not None:
+                self._copies.setdefault(name, []).append(copy)
+            left = ""
+            if outcome not in ("good", "unproven"):
+                left = self._unload_after_failure(name)
         report = AdapterReport(
             adapter=str(folder),
             name=name,
@@ -180,27 +143,31 @@ class AdapterPusher:
         return report
 
     def unload(self, name: str) -> None:
-        """Takes an adapter away; waits for the requests that use it (0.5.23).
+        """Unloads an adapter; waits for the requests that use it (0.5.23).
 
         Raises:
             Refused: the server has none of that name.
-            HarnessError: it says that it did, and still offers it.
+            HarnessError: the server answered that it did, and still lists it.
         """
         if not self._target.may_change:
             raise ReadOnly("Unloading an adapter")
         self._target.client.unload_lora_adapter(name)
         if name in self._target.client.models():
-            raise HarnessError(f"The adapter {name!r} was unloaded, and is still on offer.")
+            raise HarnessError(
+                f"The server answered that it unloaded the adapter {name!r}, and still lists it."
+            )
+        self._remove_copies(name)
 
     def lacking(self, route: AdapterRoute) -> str | None:
-        """Why no adapter gets to this server by ``route``; ``None``: it does.
+        """Why this server loads no adapter via ``route``; ``None``: it does.
 
         Raises:
             SpecError: there is no such route.
         """
         if route not in ROUTES:
             raise SpecError(
-                f"There is no route {route!r} for adapters.", advice=f"One of {', '.join(ROUTES)}."
+                f"Unknown route {route!r} for adapters.",
+                advice=f"Choose one of {', '.join(ROUTES)}.",
             )
         if reason := ROUTES[route].lacking(self._target):
             return reason
@@ -208,25 +175,37 @@ class AdapterPusher:
             return "it was started without --enable-lora"
         return None
 
-    def _call(
+    def _prepared(
         self, folder: Path, name: str, route: AdapterRoute, pinned: bool, ranks: int
-    ) -> Call[AdapterUpdate]:
-        """What loads it, ready to be sent."""
+    ) -> tuple[Call[AdapterUpdate], PurePosixPath | None]:
+        """The call that loads it, ready to be sent, and where the server sees a copy of it."""
         if route == "disk":
-            inside = str(self._target.reach.share(folder))
-            return calls.load_lora_adapter(name, inside, pinned=pinned)
+            try:
+                inside = self._target.running.reach.share(folder)
+            except OSError as error:
+                raise NotPrepared(
+                    f"{folder} could not be copied to where the server reads it: {error}"
+                ) from error
+            return calls.load_lora_adapter(name, str(inside), pinned=pinned), inside
         config, tensors = adapter_files.in_request(folder, ranks=ranks)
-        return calls.load_lora_adapter_from_tensors(name, config, tensors, pinned=pinned)
+        return calls.load_lora_adapter_from_tensors(name, config, tensors, pinned=pinned), None
+
+    def _remove_copies(self, name: str) -> None:
+        for copy in self._copies.pop(name, []):
+            # Where it cannot be removed, it goes with the server.
+            with suppress(HarnessError):
+                self._target.running.reach.unshare(copy)
 
     def _ask(
         self, folder: Path, name: str, base: Path | None, dtype: str
     ) -> tuple[list[Token], Witness, Witness]:
-        """Nothing is flushed: the same prompts with and without it, and each its own cache."""
+        """Answers with and without the adapter. Nothing is flushed: a prefix that was cached for
+        one may not be served for the other."""
         from sglang_harness import oracle as oracles
 
         why = ""
         if base is None:
-            why = "which base weights are served is not known here"
+            why = "it is not known which base weights the server has"
         else:
             try:
                 with_it, without = oracles.Oracle(base, adapter=folder), oracles.for_folder(base)
@@ -239,29 +218,35 @@ class AdapterPusher:
         asked = ask_tokens(client, with_it, without, lora_path=name)
         others = ask_tokens(client, without, with_it)
         applied = judge_logprobs(
-            asked, dtype, same_weights=False, new="the adapter", old="the base"
+            asked, dtype, same_weights=False, new="the adapter", old="the base model"
         )
-        plain = judge_logprobs(others, dtype, same_weights=False, new="the base", old="the adapter")
+        plain = judge_logprobs(
+            others, dtype, same_weights=False, new="the base model", old="the adapter"
+        )
         return [*asked, *others], applied, plain
 
-    def _take_away(self, name: str) -> str:
-        """What goes by the name after a failure, in words."""
+    def _unload_after_failure(self, name: str) -> str:
+        """Unloads it if it is there; returns what the server holds."""
         client = self._target.client
-        with suppress(HarnessError):
-            client.unload_lora_adapter(name)
-        try:
-            there = name in client.models()
-        except HarnessError as error:
-            return f"what the server holds is not known: {error.message.rstrip('.')}"
-        return f"{name!r} is still on offer" if there else f"nothing goes by {name!r} now"
+        with client.cleanup():
+            with suppress(HarnessError):
+                client.unload_lora_adapter(name)
+            try:
+                there = name in client.models()
+            except HarnessError as error:
+                return f"It is not known whether {name!r} is loaded: {error.message.rstrip('.')}"
+        if there:
+            return f"An adapter named {name!r} is still loaded"
+        self._remove_copies(name)
+        return f"No adapter named {name!r} is loaded"
 
 
 def finite_tensors(folder: Path) -> list[TensorInfo]:
-    """What an adapter's folder holds, after a look at every value.
+    """What an adapter's folder holds, after a check of every value.
 
     Raises:
-        ModelError: it holds no adapter in safetensors, or one with values that are not finite,
-            which a server takes without a word.
+        ModelError: it holds no adapter in safetensors, or one with values that are not finite:
+            SGLang serves such an adapter without an error.
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -269,20 +254,11 @@ def finite_tensors(folder: Path) -> list[TensorInfo]:
             advice="Save it with PEFT: model.save_pretrained(folder).",
         )
     opened = open_checkpoint(folder / "adapter_model.safetensors")
-    for name, tensor in opened.read():
-        if not_finite(name, tensor):
-            raise ModelError(f"{folder}: {name} has values that are not finite.")
+    raise_if_not_finite(opened.path, opened.read())
     return list(opened.tensors.values())
 
 
-def _conclusion(
-    failure: HarnessError | None, applied: Witness, base: Witness
-) -> tuple[Literal["good", "failed", "unproven"], str]:
-    if failure is not None:
-        return "failed", failure.message
-    told = (("asked for", applied), ("not asked for", base))
-    if wrong := [(title, w) for title, w in told if w.says == "differs"]:
-        return "failed", "; ".join(f"{title}: {w.wrong[0]}" for title, w in wrong)
-    if silent := [(title, w) for title, w in told if w.says != "agrees"]:
-        return "unproven", "; ".join(f"{title}: {w.how}" for title, w in silent)
-    return "good", ""
+def _what(error: Exception) -> str:
+    if isinstance(error, HarnessError):
+        return error.message
+    return f"{type(error).__name__}: {error}"

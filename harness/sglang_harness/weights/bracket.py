@@ -1,8 +1,8 @@
 """The bracket around the buckets of a push: pause, flush, begin ... end, flush, continue.
 
-Whatever was opened is closed, in the reverse order, whatever happened in between. Trainers
-leave a server paused with the session open when one bucket is refused, and then every request
-hangs (SGLang 0.5.23).
+What was opened is closed, in the reverse order, whatever happened in between and whatever bound the
+caller set (``client.within``). Trainers leave a server paused with the session open when one
+bucket is refused, and then every request hangs (SGLang 0.5.23).
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import Any, Literal
 
 from sglang_harness.client import Client, calls
 from sglang_harness.client.call import Call
-from sglang_harness.errors import HarnessError, NoAnswerInTime, Refused, ServerDied
+from sglang_harness.errors import (
+    HarnessError,
+    NoAnswerInTime,
+    Refused,
+    ServerDied,
+    TimeIsOver,
+)
 from sglang_harness.weights.report import Step
 
 Pause = Literal["abort", "retract", "in_place"]
@@ -23,7 +29,7 @@ Pause = Literal["abort", "retract", "in_place"]
 #: Seconds that each closing call may take where the server has already left one unanswered.
 CLOSES_WITHIN = 10.0
 
-#: Seconds from a pause until nothing runs any more.
+#: Seconds from a pause until no request runs any more.
 DRAINS_WITHIN = 5.0
 
 
@@ -34,14 +40,14 @@ class Session:
     Args:
         pause: how generation is stopped; ``None``: it is not, and requests may be answered by
             weights that are half old and half new.
-        flush: empty the prefix cache before and after: nothing that was computed with old
-            weights may be served with new ones.
-        bracket: the server has SGLang's session, and the route needs it.
+        flush: empty the prefix cache before and after: what was computed with old weights may
+            not be served with new ones.
+        bracket: the server has SGLang's weight-update session, and the route needs it.
         timeout: seconds for each call.
 
     Attributes:
         steps: every call with its time and outcome.
-        left_open: what could not be closed, in words; empty when the server is as it was.
+        left_open: what could not be closed; empty when the server is as it was.
         closing_errors: what the closing calls raised.
     """
 
@@ -108,7 +114,8 @@ class Session:
         try:
             do()
         except BaseException as error:
-            if isinstance(error, NoAnswerInTime):
+            # The caller's own bound says nothing of the server: it may be slow, and need its time.
+            if isinstance(error, NoAnswerInTime) and not isinstance(error, TimeIsOver):
                 self._silent = True
             if isinstance(error, ServerDied):
                 self._dead = True
@@ -138,8 +145,8 @@ class Session:
         self._client.send(replace(call, timeout=timeout))
 
     def _begin(self) -> None:
-        # A lost answer may have opened it: then it is ended. A refusal has not, and what is
-        # open then is somebody else's.
+        # A lost answer may have opened it: then it is ended. A refusal has not, and a session
+        # that is open then belongs to another client.
         self._begun = True
         try:
             self._send(calls.begin_weight_update())
@@ -148,23 +155,24 @@ class Session:
             raise
 
     def _close(self) -> None:
-        if self._begun:
-            self._begun = False
-            end = calls.end_weight_update()
-            self._try("end", lambda: self._send(end), "a weight-update session is open")
-        if self._flush and not self._dead and not self._silent:
-            # Not paused, a request may have filled the cache in between.
-            self._try("flush again", self._empty_cache, "")
-        if self._paused:
-            self._paused = False
-            self._try("continue", lambda: self._send(calls.resume()), "generation is paused")
+        with self._client.cleanup():
+            if self._begun:
+                self._begun = False
+                end = calls.end_weight_update()
+                self._try("end", lambda: self._send(end), "a weight-update session is open")
+            if self._flush and not self._dead and not self._silent:
+                # Not paused, a request may have filled the cache in between.
+                self._try("flush again", self._empty_cache, "")
+            if self._paused:
+                self._paused = False
+                self._try("continue", lambda: self._send(calls.resume()), "generation is paused")
 
     def _empty_cache(self) -> None:
         if not self._paused or self._pause != "retract":
             self._send(calls.flush_cache())
             return
-        # Requests that were taken back never end while it is paused, so the server is not
-        # asked to wait for that; what still ends is the batch that ran when the pause came.
+        # Retracted requests never end while it is paused, so the server is not asked to wait
+        # for them; what still ends is the batch that ran when the pause came.
         until = time.monotonic() + DRAINS_WITHIN
         while True:
             try:

@@ -6,13 +6,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_harness.checkpoint.reading import open_checkpoint
-from sglang_harness.client import Checksums, calls
 from sglang_harness.errors import (
     BadAnswer,
     HarnessError,
@@ -24,19 +21,25 @@ from sglang_harness.errors import (
     Refused,
     ServerDied,
     SpecError,
+    TimeIsOver,
 )
 from sglang_harness.peer import Peer
 from sglang_harness.weights import routes
 from sglang_harness.weights.bracket import Pause, Session
 from sglang_harness.weights.proof import conclusion
-from sglang_harness.weights.proof.checksums import Computed, Served
+from sglang_harness.weights.proof.checksums import Served
 from sglang_harness.weights.proof.conclusion import Gathered
-from sglang_harness.weights.proof.fused_layout import COMPUTED
 from sglang_harness.weights.proof.witnesses import ask_tokens
-from sglang_harness.weights.report import BucketSent, PushFailed, PushReport
+from sglang_harness.weights.report import BucketSent, NotPrepared, PushFailed, PushReport
 from sglang_harness.weights.routes.base import Job, Route
 from sglang_harness.weights.routes.buckets import Bucket, plan
-from sglang_harness.weights.source.fitted import open_for
+from sglang_harness.weights.served_weights import (
+    ANSWERS_WITHIN,
+    CannotRestore,
+    ServedWeights,
+    computed_name,
+)
+from sglang_harness.weights.source.fitted import ValueCheck, open_for
 from sglang_harness.weights.source.model_folder import model_folder
 
 if TYPE_CHECKING:
@@ -46,9 +49,6 @@ if TYPE_CHECKING:
 BUCKET = 256 << 20
 
 _EVERYTHING = 1 << 62
-
-#: Seconds for a server to show that it still generates.
-ANSWERS_WITHIN = 30.0
 
 
 class WeightPusher:
@@ -61,20 +61,13 @@ class WeightPusher:
 
     def __init__(self, target: Target) -> None:
         self._target = target
+        self._served = ServedWeights(target)
+        self._values = ValueCheck()
         self._peer: Peer | None = None
         self._scratch: Path | None = None
-        self._first: tuple[str, str] | None = None
-        self._first_checksums: Checksums | None = None
-        self._last_checksums: Checksums | None = None
-        self._computed = Computed()
-        self._served_folder: Path | None = target.model
-        self._pushed_last: tuple[Path, Any] | None = None
-        """The folder of the last push, and its oracle."""
-        self._own = 0
+        self._labels = 0
         self.unfit: str | None = None
         self.last: PushReport | None = None
-
-    # --- the door ---------------------------------------------------------------------------
 
     def push(
         self,
@@ -89,25 +82,33 @@ class WeightPusher:
         strict: bool = False,
         logprobs: bool = True,
         allow: tuple[str, ...] = (),
+        check_values: bool = True,
         timeout: float | None = None,
     ) -> PushReport:
         """Pushes a checkpoint and looks for two witnesses that it arrived.
 
+        Everything that can fail on this machine is done before anything is sent. After a push that
+        failed the server's initial weights are restored, also where the caller's own bound
+        (``client.within``) is over.
+
         Args:
             checkpoint: a file or folder of any layout that the harness reads.
-            route: a name of :func:`.route.names`, or a route of the caller's own.
-            version: the label; one of its own where not given, as without any the server goes
-                on to state the label of the old weights.
-            pause: ``retract`` takes running requests back and computes them anew with the new
+            route: a name of :func:`.routes.names`, or a route of the caller's own.
+            version: the label; one is made up where not given, because without any the server
+                keeps stating the label of the old weights.
+            pause: ``retract`` takes running requests back and computes them again with the new
                 weights; ``in_place`` lets them go on with a cache of the old ones; ``abort``
                 ends them; ``None`` does not pause.
             flush: empty the prefix cache before and after.
             abort_all_requests: have the server end every request before each bucket.
-            bucket_bytes: at most so many bytes travel together.
+            bucket_bytes: the most that travels together; a larger tensor gets a bucket of its own.
             strict: fill every parameter with noise before the push, so that an old tensor whose
                 successor never arrived cannot hide.
             logprobs: ask for the second witness, which loads the checkpoint into transformers.
-            allow: patterns of names that the checkpoint may lack, or have beside the model's.
+            allow: patterns of names that the checkpoint may lack, or have beyond the model's.
+            check_values: refuse NaN and infinite values, and copies of tied weights that differ.
+                Reads the checkpoint once more, unless it passed before. ``False`` pushes them on
+                purpose.
             timeout: seconds for the server's answer to one bucket.
 
         Returns:
@@ -115,96 +116,137 @@ class WeightPusher:
             on this server, with the reason.
 
         Raises:
-            SpecError: no such route, or not to this server.
-            ModelError, CheckpointMismatch: the checkpoint cannot be read, or does not fit; then
-                nothing was sent, because a wrong shape kills a server (SGLang 0.5.23).
+            SpecError: there is no such route, it does not lead to this server, or an argument is
+                invalid.
+            ReadOnly: the server may not be changed.
+            ModelError, CheckpointMismatch: the checkpoint cannot be read, does not fit, or has
+                values that are not finite. A wrong shape kills a server, and NaN is served without
+                an error (SGLang 0.5.23).
+            NotPrepared, MissingExtra, EngineError: memory, disk or a package is lacking for it.
+                After these and those above nothing was sent, and the server is as it was.
+            RequestFailed, ServerDied: the server did not answer what is asked before a push.
             PushFailed: it did not arrive. Its report says what is new, what is old, what is
                 unknown, and what the server serves now.
         """
         target = self._target
         chosen = routes.make(route) if isinstance(route, str) else route
         if not target.may_change:
-            raise ReadOnly(f"A push by '{chosen.name}'")
+            raise ReadOnly(f"A push via '{chosen.name}'")
         if self.unfit:
-            raise SpecError(f"The server is unfit: {self.unfit}.", advice="Start it anew.")
+            raise SpecError(
+                f"Do not use this server any more: {self.unfit}.", advice="Start a new server."
+            )
+        if bucket_bytes < 1:
+            raise SpecError(f"bucket_bytes is {bucket_bytes}; it has to be 1 or more.")
         if reason := chosen.lacking(target):
-            raise SpecError(f"The route '{chosen.name}' does not lead to this server: {reason}.")
+            raise SpecError(f"Route '{chosen.name}' is not available on this server: {reason}.")
         source = open_for(target.model, Path(checkpoint), allow)
+        limit = _EVERYTHING if chosen.in_one_piece else bucket_bytes
+        buckets = plan(source.tensors.values(), limit)
+        if check_values:
+            self._values.check(source)
         about = target.client.server_info()
         served = Served.of(target.model, about, target.device)
-        infos = list(source.tensors.values())
         job = Job(
             target=target,
             source=source,
-            buckets=plan(infos, _EVERYTHING if chosen.in_one_piece else bucket_bytes),
+            buckets=buckets,
             ranks=served.ranks,
             version=version or self._label(),
             timeout=timeout or target.spec.limits.check,
             abort_all_requests=abort_all_requests,
             any_peer=self._any_peer,
-        )  # fmt: skip
-        before, why_none = self._know_what_is_served(about, served)
+        )
+        before, why_none = self._served.identify(about, served)
         bracket = chosen.needs_session and target.client.has_route("POST", "/begin_weight_update")
         session = Session(
             target.client, pause=pause, flush=flush, bracket=bracket, timeout=job.timeout
         )
         push = Gathered(chosen, job, served, strict, session, time.monotonic())
-        if not served.unknown:
-            push.expected = self._computed.expected(source, served)
         push.before, push.why_no_checksums = before, why_none
-        if strict and push.before is not None and push.expected is not None:
-            brought = push.expected.ranks[0].keys()
-            kept = [n for n in push.before.ranks[0] if n not in brought and not _computed(n)]
-            if kept:
-                raise SpecError(
-                    f"'strict' wipes every parameter, and this checkpoint does not bring {kept[0]}"
-                    f" ({len(kept)} are missing).",
-                    advice="Push without 'strict'.",
-                )
+        self._compute(push)
         try:
+            self._prepare(push)
             self._send(push)
             if push.error is None:
                 self._look(push, logprobs)
+            self._remove_copies(job)
             return self._conclude(push, pause, flush)
+        except PushFailed:
+            raise
         except BaseException as error:
-            if not isinstance(error, PushFailed):
-                self.unfit = f"a push was broken off ({type(error).__name__})"
+            if push.opened:
+                self.unfit = f"a push was interrupted ({type(error).__name__})"
             raise
         finally:
-            for folder in job.staged:
-                shutil.rmtree(folder, ignore_errors=True)
+            self._remove_copies(job)
 
     def served_checkpoint(self) -> Path | None:
-        """A folder with the weights that are served now; ``None``: which these are is not known,
-        as after a push by somebody else."""
+        """A folder with the weights that are served now; ``None``: it is not known which these
+        are, as after a push by another client."""
         about = self._target.client.server_info()
-        self._know_what_is_served(about, Served.of(self._target.model, about, self._target.device))
-        folder = self._served_folder
+        self._served.identify(about, Served.of(self._target.model, about, self._target.device))
+        folder = self._served.folder
         return folder if folder is not None and folder.exists() else None
 
-    def _know_what_is_served(
-        self, about: Mapping[str, Any], served: Served
-    ) -> tuple[Checksums | None, str]:
-        """The checksums now; or why there are none."""
-        now, why_none = self._checksums()
-        self._remember_first(about, now, served)
-        self._recognise(now)
-        return now, why_none
+    def close(self) -> list[str]:
+        """Ends the peer and removes what was made; returns what could not be removed."""
+        left = self._peer.end() if self._peer is not None else []
+        self._peer = None
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+        return left
+
+    # --- before anything is sent ------------------------------------------------------------
 
     def _label(self) -> str:
-        self._own += 1
-        return f"harness-{uuid.uuid4().hex[:6]}-{self._own}"
+        self._labels += 1
+        return f"harness-{uuid.uuid4().hex[:6]}-{self._labels}"
 
     def _any_peer(self) -> Peer:
         if self._peer is None or self._peer.ended:
             self._peer = Peer(self._target.running)
         return self._peer
 
+    def _compute(self, push: Gathered) -> None:
+        """The checksums that the push should lead to.
+
+        Raises:
+            SpecError: 'strict' would leave a parameter wiped.
+        """
+        if push.served.unknown:
+            return
+        try:
+            push.expected = self._served.computed.expected(push.job.source, push.served)
+        except MissingExtra as error:
+            push.why_no_checksums = push.why_no_checksums or error.message
+        if push.strict and push.before is not None and push.expected is not None:
+            pushed = push.expected.ranks[0].keys()
+            kept = [n for n in push.before.ranks[0] if n not in pushed and not computed_name(n)]
+            if kept:
+                raise SpecError(
+                    f"'strict' wipes every parameter, and this checkpoint lacks {kept[0]} "
+                    f"({len(kept)} are missing).",
+                    advice="Push without 'strict'.",
+                )
+
+    def _prepare(self, push: Gathered) -> None:
+        try:
+            push.route.prepare(push.job)
+        except HarnessError:
+            raise
+        except Exception as error:
+            raise NotPrepared(
+                f"Route '{push.route.name}' could not be prepared: {type(error).__name__}: {error}"
+            ) from error
+
     # --- sending ----------------------------------------------------------------------------
 
     def _send(self, push: Gathered) -> None:
         """Everything up to the closed bracket; what went wrong is in ``push.error``."""
         route, job = push.route, push.job
+        push.opened = True
         try:
             route.open(job)
             push.started = time.monotonic()
@@ -215,21 +257,29 @@ class WeightPusher:
                     push.session.step("wipe", lambda: self._wipe(push))
                 for bucket in job.buckets:
                     self._send_bucket(push, bucket)
-        except HarnessError as error:
-            push.error = error
+        except Exception as error:
+            push.error = _typed(error)
         finally:
             push.seconds = time.monotonic() - push.started
-            if isinstance(push.error, PeerFailed | NoAnswerInTime | ServerDied):
-                self._drop_peer(job)
-            else:
-                job.notes += route.close()
-                if self._peer is not None and self._peer.busy:
-                    self._drop_peer(job)
-                elif job.beside is not None:
-                    with suppress(HarnessError):
-                        push.peer_peak_bytes = job.beside.peak_bytes()
+            with self._target.client.cleanup():
+                self._close_route(push)
         if push.error is None and push.session.closing_errors:
             push.error = push.session.closing_errors[0]
+
+    def _close_route(self, push: Gathered) -> None:
+        job = push.job
+        if isinstance(push.error, PeerFailed | NoAnswerInTime | ServerDied):
+            self._drop_peer(job)
+            return
+        try:
+            job.notes += push.route.close()
+        except HarnessError as error:
+            job.notes.append(f"the route could not be closed: {error.message}")
+        if self._peer is not None and self._peer.busy:
+            self._drop_peer(job)
+        elif job.beside is not None:
+            with suppress(HarnessError):
+                push.peer_peak_bytes = job.beside.peak_bytes()
 
     def _send_bucket(self, push: Gathered, bucket: Bucket) -> None:
         common: dict[str, Any] = {
@@ -243,13 +293,13 @@ class WeightPusher:
         def send() -> None:
             try:
                 sent = push.route.send(bucket)
-            except HarnessError as error:
+            except Exception as error:
                 push.buckets.append(
                     BucketSent(
                         **common,
-                        outcome="refused" if isinstance(error, Refused) else "unknown",
+                        outcome=_outcome(error),
                         server=time.monotonic() - started,
-                        detail=error.message,
+                        detail=_typed(error).message,
                     )
                 )
                 raise
@@ -275,12 +325,21 @@ class WeightPusher:
             job.notes += self._peer.end()
             self._peer = None
 
-    # --- looking ----------------------------------------------------------------------------
+    def _remove_copies(self, job: Job) -> None:
+        """Copies of the checkpoint that were made for this push. Again: nothing."""
+        while job.staged:
+            try:
+                job.staged[-1].remove()
+            except HarnessError as error:
+                job.notes.append(error.message)
+            job.staged.pop()
+
+    # --- verifying --------------------------------------------------------------------------
 
     def _look(self, push: Gathered, logprobs: bool) -> None:
         client = self._target.client
         try:
-            push.after, why = self._checksums()
+            push.after, why = self._served.checksums()
             push.why_no_checksums = push.why_no_checksums or why
             push.stated["/model_info"] = _text(client.model_info().get("weight_version"))
             answer = client.generate("Hello", sampling={"max_new_tokens": 1})
@@ -289,9 +348,9 @@ class WeightPusher:
                 self._ask(push)
             else:
                 push.why_no_logprobs = "not asked for"
-            self._last_checksums = push.after
-        except HarnessError as error:
-            push.error = error
+            self._served.arrived(push.after)
+        except Exception as error:
+            push.error = _typed(error)
 
     def _ask(self, push: Gathered) -> None:
         from sglang_harness import oracle as oracles
@@ -300,88 +359,28 @@ class WeightPusher:
         if model is None:
             push.why_no_logprobs = "the model's config and tokenizer are not on this machine"
             return
-        folder = self._room() / uuid.uuid4().hex[:8]
+        room = self._room()
+        folder = room / uuid.uuid4().hex[:8]
         try:
             model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
-            old = self._oracle_of_the_served(oracles)
-            # A reference model that was released, or is streamed, reads its files again.
-            push.tokens = ask_tokens(self._target.client, new, old)
+            push.tokens = ask_tokens(self._target.client, new, self._served.oracle())
         except (MissingExtra, ModelError) as error:
             push.why_no_logprobs = error.message
-            return
-        # From here on these are the weights that a next push replaces.
-        before, self._served_folder = self._served_folder, folder
-        self._pushed_last = folder, new
-        if before is not None and before.parent == self._scratch:
-            shutil.rmtree(before, ignore_errors=True)
-
-    def _oracle_of_the_served(self, oracles: Any) -> Any:
-        """The oracle of what is served now; ``None`` where nobody knows what that is."""
-        if self._pushed_last is not None and self._pushed_last[0] == self._served_folder:
-            return self._pushed_last[1]  # its folder may be gone: :meth:`close`
-        return oracles.for_folder(self._served_folder) if self._served_folder else None
-
-    def _checksums(self) -> tuple[Checksums | None, str]:
-        client = self._target.client
-        if not client.has_route("POST", "/weights_checker"):
-            return None, "this SGLang has no POST /weights_checker"
-        try:
-            return client.checksums(), ""
-        except Refused as error:
-            return None, f"this SGLang cannot compute checksums here ({error.reason})"
-
-    def _remember_first(
-        self, about: Mapping[str, Any], now: Checksums | None, served: Served
-    ) -> None:
-        """What is put back after a push that failed: the checkpoint that is on disk."""
-        if self._first is not None:
-            return
-        told = self._target.client.model_info()
-        self._first = (str(told["model_path"]), str(told.get("weight_version")))
-        # Told when it started, and not told otherwise since: nobody has pushed.
-        label = str(about.get("weight_version") or "default")
-        untouched = self._first == (self._target.running.model_path(), label)
-        if untouched or self._are_first(now, served):
-            self._first_checksums = now
+        except HarnessError:
+            raise  # of the server
+        except Exception as error:
+            # Such as a full disk, or no memory: it says nothing about the server.
+            push.why_no_logprobs = f"the reference model failed: {type(error).__name__}: {error}"
         else:
-            self._served_folder = None
+            self._served.scored(folder, new, scratch=room)
+            return
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def _are_first(self, now: Checksums | None, served: Served) -> bool:
-        """Whether these are the checksums of the model on disk, computed here."""
-        known = self._reproduced(now, served)
-        if now is None or not known:
-            return False
-        return known == {name for rank in now.ranks for name in rank if not _computed(name)}
-
-    def _reproduced(self, stated: Checksums | None, served: Served) -> set[str] | None:
-        """The parameters whose checksums are those of the model on disk, computed here;
-        ``None`` where they cannot be computed."""
-        model = self._target.model
-        if stated is None or model is None or served.unknown:
-            return None
-        computed = self._computed.expected(open_checkpoint(model), served)
-        if len(computed.ranks) != len(stated.ranks):
-            return set()
-        return {
-            name
-            for name in computed.ranks[0]
-            if all(
-                now.get(name) == rank[name]
-                for now, rank in zip(stated.ranks, computed.ranks, strict=True)
-            )
-        }
-
-    def _recognise(self, now: Checksums | None) -> None:
-        """Which checkpoint is served now: somebody may have pushed beside this pusher."""
-        if now is None:
-            label = self._target.client.model_info().get("weight_version")
-            if self._first is not None and label == self._first[1] == "default":
-                self._served_folder = self._target.model
-        elif self._first_checksums is not None and now == self._first_checksums:
-            self._served_folder = self._target.model
-        elif self._last_checksums is None or now != self._last_checksums:
-            self._served_folder = None
+    def _room(self) -> Path:
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-weights-"))
+        return self._scratch
 
     # --- the end of a push -------------------------------------------------------------------
 
@@ -389,14 +388,14 @@ class WeightPusher:
         findings = conclusion.find(push, lambda: self._known_here(push))
         new: set[str] = set()
         old: set[str] = set()
-        put_back = None
+        restored = None
         if findings.outcome == "failed":
-            silent = isinstance(push.error, ServerDied | NoAnswerInTime)
-            if push.after is None and not push.sent_nothing and not silent:
-                with suppress(HarnessError):
-                    push.after, _ = self._checksums()
+            with self._target.client.cleanup():
+                if push.after is None and not push.sent_nothing and not _silent(push.error):
+                    with suppress(HarnessError):
+                        push.after, _ = self._served.checksums()
+                restored = self._restore(push)
             new, old = conclusion.states(push)
-            put_back = self._put_back(push)
         self.last = report = conclusion.report(
             push,
             findings,
@@ -404,7 +403,7 @@ class WeightPusher:
             old=old,
             pause=pause,
             flush=flush,
-            put_back=put_back,
+            put_back=restored,
             unfit=self.unfit,
         )
         if report.outcome == "failed":
@@ -413,73 +412,48 @@ class WeightPusher:
 
     def _known_here(self, push: Gathered) -> set[str] | None:
         """See :func:`judge_checksums`."""
-        return self._reproduced(self._first_checksums, push.served)
+        return self._served.reproduced(self._served.first_checksums, push.served)
 
-    # --- after a failure ---------------------------------------------------------------------
-
-    def _put_back(self, push: Gathered) -> str | None:
-        """Known weights on a server that answers; or the server is marked unfit."""
+    def _restore(self, push: Gathered) -> str | None:
+        """Known weights on a server that answers, and which; or the server is marked unfit."""
         if self._target.running.watch.death is not None or isinstance(push.error, ServerDied):
-            self.unfit = "it died"
-            return None
-        if push.session.left_open:
+            self.unfit = "the server died"
+        elif push.session.left_open:
             self.unfit = f"{' and '.join(push.session.left_open)}, and could not be closed"
-            return None
-        if not self._generates():
-            self.unfit = f"it generates nothing within {ANSWERS_WITHIN:g} s"
-            return None
-        if push.sent_nothing:
-            return "nothing was sent: it serves what it served before"
-        assert self._first is not None
-        path, version = self._first
-        client = self._target.client
-        again = Session(
-            client, pause="retract", flush=True, bracket=False, timeout=push.job.timeout
-        )
-        try:
-            with again:
-                client.update_weights_from_disk(
-                    path, weight_version=version, flush_cache=False, timeout=push.job.timeout
-                )
-            if again.closing_errors:
-                raise again.closing_errors[0]
-            now, _ = self._checksums()
-        except HarnessError as error:
-            self.unfit = f"its first weights could not be put back ({error.message})"
-            return None
-        if self._first_checksums is not None and now != self._first_checksums:
-            self.unfit = "its first weights were put back, and their checksums differ"
-            return None
-        self._served_folder = self._target.model
-        proof = "by their checksums" if self._first_checksums else "by the server's word alone"
-        return f"it serves its first weights again ({path}), {proof}"
-
-    def _generates(self) -> bool:
-        call = calls.generate("Hello", sampling={"max_new_tokens": 1}, timeout=ANSWERS_WITHIN)
-        try:
-            return self._target.client.send(call).completion_tokens == 1
-        except HarnessError:
-            return False
-
-    # --- what it keeps -----------------------------------------------------------------------
-
-    def _room(self) -> Path:
-        if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="sglang-harness-weights-"))
-        return self._scratch
-
-    def close(self) -> list[str]:
-        """Ends the peer and removes what was made; returns what could not be removed."""
-        left = self._peer.end() if self._peer is not None else []
-        self._peer = None
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch = None
-        return left
+        elif not self._served.generates():
+            self.unfit = f"no generation succeeded within {ANSWERS_WITHIN:g} s"
+        elif push.sent_nothing:
+            return "nothing was sent: the server has the weights that it had before"
+        else:
+            try:
+                return self._served.restore_first(timeout=push.job.timeout)
+            except CannotRestore as error:
+                self.unfit = error.message
+        return None
 
 
-def _computed(name: str) -> bool:
-    return name.endswith(COMPUTED)
+def _silent(error: HarnessError | None) -> bool:
+    """Whether the server answers nothing, as far as this error tells."""
+    if isinstance(error, TimeIsOver):
+        return False
+    return isinstance(error, ServerDied | NoAnswerInTime)
+
+
+def _typed(error: Exception) -> HarnessError:
+    """The error as one of this package's; those of a route of the caller's own can be any."""
+    if isinstance(error, HarnessError):
+        return error
+    typed = HarnessError(f"{type(error).__name__}: {error}")
+    typed.__cause__ = error
+    return typed
+
+
+def _outcome(error: Exception) -> str:
+    """What became of a bucket whose sending raised this."""
+    if isinstance(error, Refused):
+        return "refused"
+    # The checkpoint could not be read: there was nothing to send.
+    return "not sent" if isinstance(error, ModelError) else "unknown"
 
 
 def _text(value: object) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from sglang_harness.client import Client
-    from sglang_harness.runtime import Reach, Running
+    from sglang_harness.runtime import Running
     from sglang_harness.spec import ServerSpec
 
 
@@ -24,11 +24,7 @@ class Target(Protocol):
 
     @property
     def running(self) -> Running:
-        """The process or container behind it."""
-
-    @property
-    def reach(self) -> Reach:
-        """How files of this machine get to where the server runs."""
+        """The process or container behind it, which also says how files get there."""
 
     @property
     def model(self) -> Path | None:

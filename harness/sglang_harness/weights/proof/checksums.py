@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_harness.errors import MissingExtra, ModelError
 from sglang_harness.weights.proof.fused_layout import MISSING, Layout, layout, unknown
 from sglang_harness.weights.proof.tensor_hash import checksum
-from sglang_harness.weights.source.staging import Source
+from sglang_harness.weights.source.fitted import Source
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,24 @@ class Served:
     def of(
         cls, model: Path | None, about: Mapping[str, Any], device: Literal["cpu", "gpu"]
     ) -> Served:
+        """Raises :class:`ModelError` where the model's ``config.json`` cannot be read."""
         config: Mapping[str, Any] = {}
         if model is not None:
-            config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+            try:
+                config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{model / 'config.json'} cannot be read: {error}.") from None
         return cls(config, about, device)
 
     @property
     def unknown(self) -> str | None:
         if not self.config:
             return "the model's config.json is not on this machine"
-        return unknown(self.config, self.about)
+        if reason := unknown(self.config, self.about):
+            return reason
+        if "num_attention_heads" not in self.config:
+            return "the model's config.json names no num_attention_heads"
+        return None
 
     @property
     def ranks(self) -> int:
@@ -88,8 +97,16 @@ class Served:
 
 def expected_checksums(source: Source, served: Served) -> Expected:
     """Reads the checkpoint once, one parameter at a time, and computes what the server must
-    state. Only where ``served.unknown`` is ``None``."""
-    import torch
+    state. Only where ``served.unknown`` is ``None``.
+
+    Raises:
+        MissingExtra: torch is not installed.
+        BrokenCheckpoint: it cannot be read.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("Computing checksums of weights", "torch") from None
 
     how = served.layout(source)
     dtype = getattr(torch, served.dtype)

@@ -1,10 +1,9 @@
-"""What a push comes to: from everything that was gathered to the report. Asks nobody."""
+"""What a push comes to: from everything that was gathered to the report. Sends nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from sglang_harness.client import Checksums
 from sglang_harness.errors import HarnessError
@@ -16,7 +15,14 @@ from sglang_harness.weights.proof.witnesses import (
     judge_logprobs,
     known_states,
 )
-from sglang_harness.weights.report import BucketSent, PushReport, Token, Witness
+from sglang_harness.weights.report import (
+    BucketSent,
+    Outcome,
+    PushReport,
+    Token,
+    Witness,
+    conclude,
+)
 from sglang_harness.weights.routes.base import Job, Route
 
 
@@ -25,7 +31,8 @@ class Gathered:
     """What is gathered while a push goes on.
 
     Attributes:
-        entered: the bracket was entered: what failed before has changed nothing.
+        opened: the route was opened: before that, nothing can have happened to the server.
+        entered: the bracket was entered: what failed before has changed no weights.
         seconds: from the first call of the bracket to the last.
     """
 
@@ -44,13 +51,15 @@ class Gathered:
     tokens: list[Token] = field(default_factory=list)
     stated: dict[str, str | None] = field(default_factory=dict)
     error: HarnessError | None = None
+    opened: bool = False
     entered: bool = False
     seconds: float = 0.0
     peer_peak_bytes: int | None = None
 
     @property
     def sent_nothing(self) -> bool:
-        return not self.buckets and not (self.strict and self.entered)
+        sent = any(bucket.outcome != "not sent" for bucket in self.buckets)
+        return not sent and not (self.strict and self.entered)
 
 
 @dataclass(frozen=True)
@@ -60,14 +69,14 @@ class Findings:
     checksums: Witness
     logprobs: Witness
     label: Witness
-    outcome: Literal["good", "failed", "unproven"]
+    outcome: Outcome
     reason: str
 
 
 def find(push: Gathered, known_here: Callable[[], set[str] | None]) -> Findings:
     """Judges what was gathered; see :func:`judge_checksums` for ``known_here``."""
     if push.error is not None:
-        how = "the push did not go through"
+        how = "the push did not complete"
         return Findings(
             Witness.silent("checksums", how),
             Witness.silent("log-probabilities", how),
@@ -88,29 +97,19 @@ def find(push: Gathered, known_here: Callable[[], set[str] | None]) -> Findings:
     else:
         logprobs = judge_logprobs(push.tokens, push.served.dtype, same_weights=_same(push))
     label = judge_label(push.job.version, push.stated)
-    both = (checksums, logprobs)
-    if wrong := [w for w in both if w.says == "differs"]:
-        reason = "; ".join(f"witness {w.name}: {_first(w.wrong)}" for w in wrong)
-        return Findings(checksums, logprobs, label, "failed", reason)
-    if silent := [w for w in both if w.says != "agrees"]:
-        reason = "; ".join(f"{w.name}: {w.how}" for w in silent)
-        return Findings(checksums, logprobs, label, "unproven", reason)
-    return Findings(checksums, logprobs, label, "good", "")
-
-
-def _first(wrong: list[str]) -> str:
-    return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+    outcome, reason = conclude((w.name, w) for w in (checksums, logprobs))
+    return Findings(checksums, logprobs, label, outcome, reason)
 
 
 def _where(push: Gathered, error: HarnessError) -> str:
     failed = [step.name for step in push.session.steps if step.outcome == "failed"]
     if failed:
         return f"{failed[0]}: {error.message}"
-    return f"{'looking' if push.entered else 'opening the route'}: {error.message}"
+    return f"{'verifying' if push.entered else 'opening the route'}: {error.message}"
 
 
 def _same(push: Gathered) -> bool:
-    """What was pushed is what was there before, by the checksums of every parameter."""
+    """Whether what was pushed is what was there before, by the checksums of every parameter."""
     if push.before is None or push.expected is None:
         return False
     return all(
@@ -132,7 +131,7 @@ def states(push: Gathered) -> tuple[set[str], set[str]]:
         new, old = known_states(push.before, push.after, push.expected, parts)
         return new & names, old & names
     taken = {n for b in push.buckets if b.outcome == "done" for n in b.tensors}
-    tried = {n for b in push.buckets for n in b.tensors}
+    tried = {n for b in push.buckets if b.outcome != "not sent" for n in b.tensors}
     return taken, set() if push.strict else names - tried
 
 

@@ -53,20 +53,9 @@ class Layout:
     recipes: Mapping[str, Recipe]
     ignored: tuple[str, ...]
 
-    def touched(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
-        """The parameters that all, and that some, of their tensors are among ``names``."""
-        given = set(names)
-        whole, partly = set(), set()
-        for parameter, recipe in self.recipes.items():
-            if given.issuperset(recipe.parts):
-                whole.add(parameter)
-            elif given & set(recipe.parts):
-                partly.add(parameter)
-        return whole, partly
-
 
 def unknown(config: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
-    """Why a server's layout is not written down here; ``None``: it is.
+    """Why a server's layout is not known here; ``None``: it is.
 
     Args:
         config: the model's ``config.json``.
@@ -74,7 +63,7 @@ def unknown(config: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
     """
     kind = config.get("model_type")
     if kind not in DENSE | MIXED:
-        return f"how SGLang lays out a {kind!r} model is not written down here"
+        return f"how SGLang lays out a {kind!r} model is not known here"
     if config.get("quantization_config") or about.get("quantization"):
         return "the weights are quantised"
     for name in ("ep_size", "pp_size"):

@@ -1,4 +1,4 @@
-"""Independent signs that a push arrived. An answer of the server is none of them.
+"""Independent evidence that a push arrived. That the server answered "success" is not part of it.
 
 The judges are pure functions of what was seen. ``agrees`` and ``differs`` are findings; where
 a witness can tell neither, it says why.
@@ -18,7 +18,7 @@ from sglang_harness.weights.report import Token, Witness
 if TYPE_CHECKING:
     from sglang_harness.oracle import Oracle
 
-#: What is asked after a push: long enough to tell weights apart, short enough to be quick.
+#: Prompts after a push: long enough to tell weights apart, short enough to be quick.
 PROMPTS = (
     "The quick brown fox jumps over",
     "In the beginning there was a checkpoint, and",
@@ -36,28 +36,28 @@ def judge_checksums(
     pushed: Iterable[str] = (),
     known_here: Callable[[], set[str] | None] | None = None,
 ) -> Witness:
-    """Holds the server's checksums against what this push should have made of them.
+    """Compares the server's checksums with what this push should have made of them.
 
     Args:
         expected: computed from the checkpoint; ``None`` where the layout is not known: then
-            only parameters that bear a pushed tensor's own name can be looked at, and change
-            alone is seen, which proves no content.
+            only parameters with a pushed tensor's own name can be compared, and only whether they
+            changed, which does not prove their content.
         why_none: why there are no checksums, or nothing to expect.
         pushed: names of the pushed tensors.
         known_here: the parameters whose checksums can be computed right for the weights that
-            the server was started with; ``None``: those are not known. Asked where something
-            does not agree: what is wrong may be this project's idea of the layout.
+            the server was started with; ``None``: those are not known. Called where something
+            differs: this project's idea of the layout may be what is wrong.
     """
     if before is None or after is None:
         return _witness("not available", why_none or "the server states no checksums")
     if len(before.ranks) != len(after.ranks):
         words = f"{len(before.ranks)} ranks before, {len(after.ranks)} after"
-        return _witness("differs", "the server's own, before and after", [words])
+        return _witness("differs", "those of the server before and after", [words])
     if expected is None:
         return _by_name(before, after, set(pushed), why_none)
-    how = "each parameter's, computed from the checkpoint in the server's layout"
+    how = "expected ones are computed from the checkpoint in the server's layout"
     if len(expected.ranks) != len(after.ranks):
-        words = f"expected {len(expected.ranks)} ranks, the server states {len(after.ranks)}"
+        words = f"expected {len(expected.ranks)} ranks, got {len(after.ranks)}"
         return _witness("differs", how, [words])
     wrong: list[str] = []
     unequal: dict[str, list[str]] = {}
@@ -73,9 +73,9 @@ def judge_checksums(
             if name not in wanted:
                 touched = name in expected.partly
                 if not touched and got != then.get(name):
-                    wrong.append(f"{name}{where} changed, and nothing of it was pushed")
+                    wrong.append(f"{name}{where} changed, although nothing of it was pushed")
                 elif touched and got == then.get(name):
-                    wrong.append(f"{name}{where} is unchanged, and a part of it was pushed")
+                    wrong.append(f"{name}{where} is unchanged, although a part of it was pushed")
             elif got is None:
                 wrong.append(f"{name}{where}: the server has no such parameter")
             elif got == wanted[name]:
@@ -91,13 +91,13 @@ def judge_checksums(
     if strange and not wrong:
         return _witness(
             "not available",
-            f"{right} are equal, and {len(strange)} cannot be told: for {strange[0]} this server's "
-            "first weights do not give what is computed here either, so how it lays them out is "
+            f"{right} match, and {len(strange)} cannot be checked: for {strange[0]}, what is "
+            "computed here does not match this server's initial weights either, so its layout is "
             "not known",
         )
     if not wrong and not right:
-        return _witness("not available", "no parameter is known to be pushed")
-    return _witness("differs" if wrong else "agrees", f"{how}: {right} are equal", wrong)
+        return _witness("not available", "no parameter is known to have been pushed")
+    return _witness("differs" if wrong else "agrees", f"{right} match; {how}", wrong)
 
 
 def _by_name(before: Checksums, after: Checksums, pushed: set[str], why: str) -> Witness:
@@ -110,12 +110,14 @@ def _by_name(before: Checksums, after: Checksums, pushed: set[str], why: str) ->
                 wrong.append(f"{name} is unchanged")
     if wrong and changed:
         return _witness(
-            "differs", f"by name alone, as {why}; {changed} changed, others did not", wrong
+            "differs",
+            f"compared by name only, because {why}; {changed} changed, others did not",
+            wrong,
         )
     return _witness(
         "not available",
-        f"{why}; of parameters with a pushed tensor's name {changed} changed and {len(wrong)} "
-        "did not, which proves no content",
+        f"{why}; of the parameters with a pushed tensor's name {changed} changed and {len(wrong)} "
+        "did not, which does not prove their content",
     )
 
 
@@ -149,7 +151,7 @@ def ask_tokens(
     client: Client, new: Oracle, old: Oracle | None, *, lora_path: str | None = None
 ) -> list[Token]:
     """Greedy answers as they are served now, by the adapter ``lora_path`` where one is named,
-    scored by both oracles."""
+    scored by both reference models."""
     tokens = []
     for number, prompt in enumerate(PROMPTS):
         ids = new.encode(prompt)
@@ -179,9 +181,9 @@ def judge_logprobs(
     *,
     same_weights: bool,
     new: str = "the new weights",
-    old: str = "the old ones",
+    old: str = "the old weights",
 ) -> Witness:
-    """Inside the tolerance of the new weights, and outside it for the old ones.
+    """Within the tolerance of the new weights, and outside it for the old ones.
 
     Args:
         dtype: what the server computes in.
@@ -197,39 +199,44 @@ def judge_logprobs(
         off = abs(token.served - token.new)
         if not off <= tolerance:  # catches NaN too
             wrong.append(
-                f"prompt {token.prompt}, token {token.place} ({token.id}): expected "
-                f"{token.new:.6f} by {new}, got {token.served:.6f}, off by {off:.6f}, "
-                f"tolerance {tolerance:g}"
+                f"prompt {token.prompt}, token {token.place} (id {token.id}): expected "
+                f"{token.new:.6f} ({new}), got {token.served:.6f}, off by {off:.6f}, tolerance "
+                f"{tolerance:g}"
             )
-    how = f"{len(tokens)} greedy tokens beside the oracle of {new}"
+    compared = f"{len(tokens)} greedy tokens"
     if wrong:
-        return _logprobs("differs", how, wrong)
+        return _logprobs(
+            "differs",
+            f"{len(wrong)} of {compared} not within tolerance of the reference model with {new}",
+            wrong,
+        )
+    how = f"{compared} within tolerance of the reference model with {new}"
     if same_weights:
-        return _logprobs("agrees", f"{how}; the weights are those served before, so no control")
+        return _logprobs("agrees", f"{how}; no control, as the same weights were served before")
     by_old = [abs(token.served - token.old) for token in tokens if token.old is not None]
     if not by_old:
         return _logprobs(
-            "not available", f"{how} agree, but there is no oracle of {old} as control"
+            "not available", f"{how}, but there is no reference model with {old} as a control"
         )
     apart = max(by_old)
     if not apart > tolerance:
         return _logprobs(
             "not available",
-            f"{how} agree, and so does that of {old} (at most {apart:.6f} apart, "
-            f"tolerance {tolerance:g}): the two cannot be told apart",
+            f"{how}, but also of that with {old} (at most {apart:.6f} nats apart, tolerance "
+            f"{tolerance:g}): the two cannot be told apart",
         )
-    return _logprobs("agrees", f"{how}; that of {old} is off by up to {apart:.4f}")
+    return _logprobs("agrees", f"{how}; control: that with {old} is off by up to {apart:.4f} nats")
 
 
 def judge_label(asked: str, stated: dict[str, str | None]) -> Witness:
-    """The label wherever the server states it. It labels, and never proves.
+    """The label wherever the server states it. It proves nothing.
 
     Args:
         stated: by where, what is stated; ``None`` where this server states none.
     """
     told = {where: label for where, label in stated.items() if label is not None}
     if not told:
-        return Witness.silent("weight version", "the server states none")
+        return Witness.silent("weight version", "this server states no label")
     wrong = [
         f"{where}: expected {asked!r}, got {label!r}"
         for where, label in told.items()

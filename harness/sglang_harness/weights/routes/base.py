@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from sglang_harness.errors import SpecError
 from sglang_harness.weights.routes.buckets import Bucket
-from sglang_harness.weights.source.staging import Source
+from sglang_harness.weights.source.fitted import Source
+from sglang_harness.weights.source.staging import Staged, stage
 
 if TYPE_CHECKING:
     from sglang_harness.peer import Peer
@@ -29,7 +31,7 @@ class Job:
         any_peer: the peer next to the server, started for the first push that asks for it.
         beside: the peer that this push uses, if it uses one.
         seconds_staged: what a route spent on copying the checkpoint to where it is read.
-        staged: folders to be removed when the push is over.
+        staged: copies of the checkpoint, to be removed when the push is over.
     """
 
     target: Target
@@ -42,8 +44,19 @@ class Job:
     any_peer: Callable[[], Peer]
     beside: Peer | None = None
     seconds_staged: float = 0.0
-    staged: list[Path] = field(default_factory=list)
+    staged: list[Staged] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def stage(self, *, reader: Literal["server", "peer"]) -> PurePosixPath:
+        """The checkpoint's folder as ``reader`` sees it; removed when the push is over.
+
+        Raises what :func:`.staging.stage` raises.
+        """
+        started = time.monotonic()
+        staged = stage(self.source, self.target.running, reader=reader)
+        self.staged.append(staged)
+        self.seconds_staged += time.monotonic() - started
+        return staged.inside
 
     def peer(self) -> Peer:
         """The peer next to the server.
@@ -91,9 +104,9 @@ class Needs:
         for path in self.posts:
             if not target.client.has_route("POST", path):
                 return f"this SGLang has no POST {path}"
-        if self.shared_folder and (reason := lacks_shared_folder(target)):
+        if self.shared_folder and (reason := target.running.why_no_files()):
             return reason
-        if self.peer and (reason := lacks_peer(target)):
+        if self.peer and (reason := target.running.why_no_sidecar()):
             return reason
         if self.one_replica:
             size = int(target.client.server_info().get("dp_size") or 1)
@@ -113,16 +126,6 @@ class Needs:
             *(f"`POST {path}`" for path in self.posts),
             *(what for what, needed in told.items() if needed),
         ]
-
-
-def lacks_shared_folder(target: Target) -> str | None:
-    """Why this server reads nothing that is put on disk here; ``None``: it does."""
-    return target.running.why_no_files()
-
-
-def lacks_peer(target: Target) -> str | None:
-    """Why no process can be started next to this server; ``None``: one can."""
-    return target.running.why_no_sidecar()
 
 
 class Route(ABC):
@@ -151,9 +154,17 @@ class Route(ABC):
         """Why this route does not lead to ``target``; ``None``: it does."""
         return self.needs.lacking(target)
 
-    @abstractmethod
-    def open(self, job: Job) -> None:
-        """Everything that can be done while the server still generates."""
+    def prepare(self, job: Job) -> None:  # noqa: B027 -- not every route has something to do
+        """Everything that can fail without the server: memory, files, copies. Nothing was sent
+        when this raises, and the server is as fit as before.
+
+        Raises:
+            ModelError, NotPrepared, EngineError, MissingExtra: it cannot be prepared.
+        """
+
+    def open(self, job: Job) -> None:  # noqa: B027 -- not every route has something to ask
+        """What the server or the peer has to be asked for before the first bucket, while the
+        server still generates. Raises what :meth:`send` raises."""
 
     @abstractmethod
     def send(self, bucket: Bucket) -> Sent:
@@ -201,7 +212,7 @@ def kind(name: str) -> type[Route]:
     """
     if name not in _routes:
         raise SpecError(
-            f"There is no route {name!r} for weights.",
+            f"Unknown route {name!r} for weights.",
             advice=f"Choose one of {', '.join(names())}.",
         )
     return _routes[name]

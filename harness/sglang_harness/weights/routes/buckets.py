@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from sglang_harness.checkpoint.reading import TensorInfo
+from sglang_harness.errors import ModelError
 
 #: Every tensor in a bucket begins at a multiple of this: a view of bytes as another dtype
 #: must begin at a multiple of its element size, and 16 is the largest (complex128).
@@ -63,14 +64,17 @@ def plan(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucket]:
     gets a bucket of its own.
 
     Raises:
-        ValueError: there is no tensor, or one without elements: SGLang's buckets cannot hold
-            it, and it would prove nothing.
+        ModelError: there is no tensor, or one without elements: SGLang's buckets cannot hold
+            it, and no checksum would show that it arrived.
     """
     buckets: list[Bucket] = []
     slots: list[Slot] = []
     for each in tensors:
         if not each.nbytes:
-            raise ValueError(f"{each.name} has no elements (shape {tuple(each.shape)})")
+            raise ModelError(
+                f"{each.name} has no elements (shape {tuple(each.shape)}): it cannot be pushed.",
+                advice="Leave it out of the checkpoint.",
+            )
         start = -(-slots[-1].end // ALIGNMENT) * ALIGNMENT if slots else 0
         if slots and start + each.nbytes > bucket_bytes:
             buckets.append(Bucket(len(buckets), tuple(slots)))
@@ -79,5 +83,5 @@ def plan(tensors: Iterable[TensorInfo], bucket_bytes: int) -> list[Bucket]:
     if slots:
         buckets.append(Bucket(len(buckets), tuple(slots)))
     if not buckets:
-        raise ValueError("there is no tensor to push")
+        raise ModelError("There is no tensor to push.")
     return buckets

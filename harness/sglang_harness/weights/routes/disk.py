@@ -7,7 +7,6 @@ import time
 from sglang_harness.client import calls
 from sglang_harness.weights.routes.base import Job, Needs, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
-from sglang_harness.weights.source.staging import stage
 
 
 @register
@@ -21,14 +20,9 @@ class Disk(Route):
     needs_session = False
     in_one_piece = True
 
-    def open(self, job: Job) -> None:
+    def prepare(self, job: Job) -> None:
         self._job = job
-        started = time.monotonic()
-        inside, made = stage(job.source, job.target.running, bin_too=True)
-        job.seconds_staged = time.monotonic() - started
-        if made is not None:
-            job.staged.append(made)
-        self.inside = str(inside)
+        self.inside = str(job.stage(reader="server"))
 
     def send(self, bucket: Bucket) -> Sent:
         del bucket

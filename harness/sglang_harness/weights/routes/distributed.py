@@ -1,4 +1,4 @@
-"""By a process group: a trainer of ours beside the server is rank 0, the server's ranks follow.
+"""By a process group: a peer next to the server is rank 0, the server's ranks follow.
 
 NCCL (GPU) was not run by this project yet; gloo (CPU) was.
 """
@@ -29,7 +29,7 @@ class Distributed(Route):
 
     Args:
         joins_within: seconds for the rendezvous. A server that waits for a peer answers nothing
-            else (SGLang 0.5.23); this bounds how long the harness waits beside it.
+            else (SGLang 0.5.23); this bounds how long the harness waits for it.
     """
 
     name = "distributed"
@@ -49,9 +49,12 @@ class Distributed(Route):
         self._joined = False
         self._peer: Peer | None = None
 
-    def open(self, job: Job) -> None:
+    def prepare(self, job: Job) -> None:
         self._job = job
-        self._peer = peer = open_in_peer(job, shared=False)
+        self._inside = job.stage(reader="peer")
+
+    def open(self, job: Job) -> None:
+        self._peer = peer = open_in_peer(job, self._inside, shared=False)
         peer.ask("prepare", timeout=IMPORTS_WITHIN)
         port = int(peer.ask("port", timeout=10.0)["port"])
         backend = "nccl" if job.target.device == "gpu" else "gloo"
@@ -123,7 +126,7 @@ class Distributed(Route):
         return Sent(update.message, read, 0.0, hand_over, max(0.0, whole - read - hand_over))
 
     def close(self) -> list[str]:
-        """Both sides leave the group; a peer that cannot is ended by whoever started it."""
+        """Both sides leave the group; a peer that cannot is ended by the pusher."""
         left: list[str] = []
         if not self._joined or self._peer is None:
             return left

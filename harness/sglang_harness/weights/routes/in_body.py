@@ -23,7 +23,7 @@ class InBody(Route):
     needs = TENSOR_UPDATE
     flattened: ClassVar[bool] = False
 
-    def open(self, job: Job) -> None:
+    def prepare(self, job: Job) -> None:
         self._job = job
         self._room: torch.Tensor = packing.buffer(max(b.extent for b in job.buckets))
 

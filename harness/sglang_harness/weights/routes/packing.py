@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness.errors import MissingExtra
+from sglang_harness.weights.report import NotPrepared
 from sglang_harness.weights.routes.buckets import Bucket, Slot
 
 if TYPE_CHECKING:
@@ -37,13 +38,20 @@ def buffer(nbytes: int) -> torch.Tensor:
 
     Raises:
         MissingExtra: torch, or what comes with it, is not installed.
+        NotPrepared: there is not enough memory.
     """
     try:
-        import pybase64  # noqa: F401 -- told now, and not in the middle of a push
+        import pybase64  # noqa: F401 -- checked now, not in the middle of a push
         import torch
     except ImportError:
         raise MissingExtra("Pushing weights", "torch") from None
-    return torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise NotPrepared(
+            f"No memory for a bucket of {nbytes} bytes: {' '.join(str(error).split())}",
+            advice="Push with smaller buckets (bucket_bytes); a tensor is never split.",
+        ) from error
 
 
 def place(room: torch.Tensor, slot: Slot) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From a peer beside the server: handles to shared memory or to a GPU's, not bytes."""
+"""From a peer next to the server: handles to shared memory or to a GPU's, not bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 from sglang_harness.client import calls
@@ -13,7 +14,6 @@ from sglang_harness.peer import Peer
 from sglang_harness.weights.routes.base import Job, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
 from sglang_harness.weights.routes.in_body import TENSOR_UPDATE, fields
-from sglang_harness.weights.source.staging import stage
 
 
 class Text:
@@ -29,18 +29,14 @@ class Text:
         yield self._text
 
 
-def open_in_peer(job: Job, *, shared: bool) -> Peer:
+def open_in_peer(job: Job, inside: PurePosixPath, *, shared: bool) -> Peer:
     """The peer, with the checkpoint open in it and room for the largest bucket.
 
     Args:
+        inside: the checkpoint's folder, as the peer sees it.
         shared: the room is to be in ``/dev/shm``.
     """
     peer = job.peer()
-    started = time.monotonic()
-    inside, made = stage(job.source, job.target.running)
-    if made is not None:
-        job.staged.append(made)
-    job.seconds_staged = time.monotonic() - started
     peer.ask("open", folder=str(inside), timeout=job.timeout)
     peer.ask("ready", room=largest(job.buckets), shared=shared, timeout=job.timeout)
     return peer
@@ -66,9 +62,12 @@ class SharedMemory(Route):
     needs = replace(TENSOR_UPDATE, peer=True)
     cuda: ClassVar[bool] = False
 
-    def open(self, job: Job) -> None:
+    def prepare(self, job: Job) -> None:
         self._job = job
-        self._peer = open_in_peer(job, shared=not self.cuda)
+        self._inside = job.stage(reader="peer")
+
+    def open(self, job: Job) -> None:
+        self._peer = open_in_peer(job, self._inside, shared=not self.cuda)
 
     def send(self, bucket: Bucket) -> Sent:
         job = self._job

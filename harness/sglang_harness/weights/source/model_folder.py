@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from sglang_harness.weights.source.staging import Source, as_it_lies, write_safetensors
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+from sglang_harness.checkpoint.writing import copy_all_but_weights, write_safetensors
+from sglang_harness.weights.source.fitted import Source
+from sglang_harness.weights.source.staging import as_it_lies
 
 
 def model_folder(source: Source, model: Path, target: Path) -> Path:
     """Makes ``target``: configuration and tokenizer of ``model``, weights of ``source``.
 
-    Weights that lie as safetensors already are linked, not copied; others are written,
-    streamed.
+    Weights that are safetensors already, under the same names and in the same dtypes, are
+    linked, not copied; others are written, streamed.
+
+    Raises:
+        ModelError: safetensors has no such dtype.
+        OSError: it cannot be written, as on a full disk.
     """
     target.mkdir(parents=True)
-    for file in model.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHTS):
-            shutil.copyfile(file, target / file.name)
-    folder = as_it_lies(source)
-    if folder is None:
-        write_safetensors(source, target / "model.safetensors")
+    copy_all_but_weights(model, target)
+    lies = as_it_lies(source)
+    if lies is None:
+        write_safetensors(target / "model.safetensors", source.tensors.values(), source.read)
         return target
-    for file in folder.iterdir():
-        if file.name.endswith((".safetensors", ".safetensors.index.json")):
-            (target / file.name).symlink_to(file.resolve())
+    for file in (*lies.weights, *lies.indices):
+        (target / file.name).symlink_to(file.resolve())
     return target

@@ -1,167 +1,157 @@
-"""Brings a checkpoint to where a server or a peer can read it, as safetensors."""
+"""Copies a checkpoint to where a server or a peer can read it, as safetensors, and removes the
+copy again."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from sglang_harness._base.permissions import make_readable
-from sglang_harness.checkpoint.reading import TensorInfo
+from sglang_harness.checkpoint.reading import open_checkpoint
+from sglang_harness.checkpoint.writing import write_safetensors
+from sglang_harness.weights.report import NotPrepared
+from sglang_harness.weights.source.fitted import Source
 
 if TYPE_CHECKING:
-    import torch
-
-    from sglang_harness.runtime import Running
-
-#: Names of dtypes in a safetensors header.
-_NAMES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "uint32": "U32",
-    "int32": "I32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
+    from sglang_harness.runtime import Reach, Running
 
 
-class Source(Protocol):
-    """A checkpoint that can be read tensor by tensor."""
+@dataclass(frozen=True)
+class Lies:
+    """A folder whose files can be read as they are.
 
-    @property
-    def path(self) -> Path: ...
+    Attributes:
+        weights: its files with the tensors.
+        indices: which tensor is in which of them, for readers that go by it.
+    """
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    @property
-    def content(self) -> Hashable:
-        """Equal for the same tensors out of the same files; other once one was written to."""
-
-    def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]: ...
-
-    def read_into(self, rooms: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Tensors by name into memory that is there already."""
+    folder: Path
+    weights: tuple[Path, ...]
+    indices: tuple[Path, ...]
 
 
-def as_it_lies(source: Source) -> Path | None:
-    """The folder of the checkpoint, if its safetensors hold the tensors under these very names;
-    ``None`` where they have to be written anew."""
+def as_it_lies(source: Source, *, any_dtype: bool = False) -> Lies | None:
+    """The checkpoint's folder, if its safetensors hold just these tensors under these names;
+    ``None`` where they have to be written anew.
+
+    Args:
+        any_dtype: for a reader that converts what it reads. Otherwise the files have to hold the
+            very bytes: float16 read as bfloat16 has the right size and the wrong values.
+    """
+    return _lies(source, "safetensors", ".safetensors", any_dtype=any_dtype)
+
+
+def torch_files(source: Source) -> Lies | None:
+    """The checkpoint's folder, if its ``*.bin`` files hold just these tensors under these names;
+    SGLang reads such files too, and converts what it reads."""
+    return _lies(source, "torch", ".bin", any_dtype=True)
+
+
+def _lies(source: Source, layout: str, suffix: str, *, any_dtype: bool) -> Lies | None:
     folder = source.path
     if not folder.is_dir():
         return None
-    found: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            found |= json.loads(opened.read(length)).keys() - {"__metadata__"}
-    return folder if found and found == set(source.tensors) else None
-
-
-def torch_files(source: Source) -> Path | None:
-    """The folder of the checkpoint, if its ``*.bin`` files hold the tensors under these very
-    names, as SGLang reads them too."""
-    saved = getattr(source, "saved_as", None)
-    layout = str(getattr(source, "layout", ""))
-    if saved is None or not source.path.is_dir() or not layout.startswith("torch"):
+    found = open_checkpoint(folder)
+    same = found.tensors.keys() == source.tensors.keys() and (
+        any_dtype or all(found.tensors[name] == info for name, info in source.tensors.items())
+    )
+    renamed = any(name != own for name, own in found.saved_as.items())
+    # Readers other than this project's do not look below a key of their own.
+    nested = any("weights under" in note for note in found.notes)
+    files = sorted({folder / name for name in found.files.values()})
+    if not found.layout.startswith(layout) or not same or renamed or nested:
         return None
-    same = all(name == own for name, own in saved.items())
-    # Weights below a key of their own are nothing that a server looks for.
-    notes = getattr(source, "notes", ())
-    whole = not any("weights under" in note for note in notes)
-    return source.path if same and whole and any(source.path.glob("*.bin")) else None
+    if any(file.suffix != suffix for file in files):
+        return None
+    return Lies(folder, tuple(files), tuple(sorted(folder.glob(f"*{suffix}.index.json"))))
 
 
-def write_safetensors(source: Source, file: Path) -> None:
-    """One file with every tensor, streamed: memory stays at one tensor.
+@dataclass(frozen=True)
+class Staged:
+    """A checkpoint where its reader sees it.
 
-    Raises:
-        ValueError: a dtype that the format has no name for.
+    Attributes:
+        inside: its folder, as the reader names it.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for info in source.tensors.values():
-        if info.dtype not in _NAMES:
-            raise ValueError(f"{info.name} is {info.dtype}, which safetensors cannot hold")
-        header[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [at, at + info.nbytes],
-        }
-        at += info.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in source.read(list(source.tensors)):
-            import torch
 
-            opened.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    inside: PurePosixPath
+    _reach: Reach
+    _written: Path | None = None
+    """What was written on this machine for it."""
+
+    def remove(self) -> None:
+        """Removes what was copied; the checkpoint itself stays. Again: nothing.
+
+        Raises:
+            EngineError: it could not be removed. It goes with the server.
+        """
+        if self._written is not None:
+            shutil.rmtree(self._written, ignore_errors=True)
+        self._reach.unshare(self.inside)
 
 
-def stage(
-    source: Source, running: Running, *, bin_too: bool = False
-) -> tuple[PurePosixPath, Path | None]:
-    """The checkpoint's folder as the server sees it, and what has to be removed afterwards.
+def stage(source: Source, running: Running, *, reader: Literal["server", "peer"]) -> Staged:
+    """Makes the checkpoint readable for ``reader``; the caller removes the copy.
 
-    Safetensors are shared as they lie; anything else is written anew, streamed, under the
-    names that the harness reads.
+    Files that the reader takes as they are are shared, or linked; anything else is written anew,
+    streamed, under the names and in the dtypes of ``source``.
 
     Args:
-        bin_too: share ``*.bin`` files as they lie, for a reader that takes them.
+        reader: a server converts dtypes and reads ``*.bin`` as well; a peer sends the bytes of
+            safetensors.
+
+    Raises:
+        ModelError: safetensors has no such dtype.
+        NotPrepared: it cannot be written, as on a full disk. Nothing of it is left.
+        EngineError: the server's engine did not take it.
     """
-    folder = as_it_lies(source)
-    pattern = "*.safetensors"
-    if folder is None and bin_too and (folder := torch_files(source)) is not None:
-        pattern = "*.bin"
+    lies = as_it_lies(source, any_dtype=reader == "server")
+    if lies is None and reader == "server":
+        lies = torch_files(source)
     shared, reach = running.shared_folder, running.reach
-    # What lies in the shared folder already is read from there.
-    if folder is not None and (shared is None or folder.resolve().is_relative_to(shared)):
-        return reach.share(folder), None
-    room = Path(tempfile.mkdtemp(prefix="sglang-harness-staged-"))
-    if shared is not None:
-        shutil.rmtree(room)
+    try:
+        # What lies in the shared folder already is read from there.
+        if lies and (shared is None or lies.folder.is_relative_to(shared)):
+            return Staged(reach.share(lies.folder), reach)
+        return _write(source, reach, lies, shared)
+    except OSError as error:
+        raise NotPrepared(
+            f"{source.path} could not be copied to where the {reader} reads it: {error}"
+        ) from error
+
+
+def _write(source: Source, reach: Reach, lies: Lies | None, shared: Path | None) -> Staged:
+    if shared is None:
+        room = Path(tempfile.mkdtemp(prefix="sglang-harness-staged-"))
+    else:
+        # Here already where the server sees it: nothing is copied twice.
         room = shared / f"staged-{uuid.uuid4().hex[:8]}"
         room.mkdir()
     try:
-        if folder is not None:
+        if lies is not None:
             # Weights alone: of the rest the server has its own.
-            for file in folder.glob(pattern):
+            for file in (*lies.weights, *lies.indices):
                 _link_or_copy(file, room / file.name)
         else:
-            write_safetensors(source, room / "model.safetensors")
+            write_safetensors(room / "model.safetensors", source.tensors.values(), source.read)
+        # Of the room alone: a link has the mode of the file that it is another name of.
         room.chmod(0o755)
-        if shared is not None:
-            return reach.share(room), room
-        make_readable(room)
         inside = reach.share(room)
     except BaseException:
         shutil.rmtree(room, ignore_errors=True)
         raise
-    # On this very machine the server reads the folder itself; elsewhere it got a copy.
-    if inside == PurePosixPath(room.resolve()):
-        return inside, room
+    if shared is not None or inside == PurePosixPath(room.resolve()):
+        return Staged(inside, reach, room)
+    # The server got a copy of its own.
     shutil.rmtree(room, ignore_errors=True)
-    return inside, None
+    return Staged(inside, reach)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes where that is possible and everybody may read them."""
+    """A second name for the same bytes where that is possible and every user may read them."""
     source = source.resolve()
     if source.stat().st_mode & 0o044 == 0o044:
         try:
