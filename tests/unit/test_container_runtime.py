@@ -11,9 +11,11 @@ import pytest
 import requests
 from fake_docker import FakeDocker, FakeThing, refusal
 
-from sglang_harness.errors import Interrupted
+from sglang_harness.errors import EngineError, Interrupted
 from sglang_harness.runtime import container as container_module
+from sglang_harness.runtime import engine as engine_module
 from sglang_harness.runtime.attached import AttachedContainer
+from sglang_harness.runtime.compose import ComposeServer
 from sglang_harness.runtime.container import RunningContainer
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.spec import ServerSpec
@@ -201,6 +203,31 @@ def test_an_end_is_expected_unless_the_server_was_dead_already(server: InContain
     server.end()
     assert server._watch.expected
     never.set()
+
+
+@pytest.mark.parametrize("fails", ["down", "list"])
+def test_a_compose_project_that_cannot_be_taken_down_keeps_no_folder(
+    engine: FakeDocker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+):
+    def refused() -> None:
+        raise EngineError("Compose failed: no such service")
+
+    monkeypatch.setattr(engine_module, "connect", lambda **_: engine)
+    server = ComposeServer(
+        ServerSpec(), file=tmp_path / "compose.yaml", service="sglang", command=["true"],
+        device="cpu", image="image", model=None, additions={}, made={"services": ["sglang"]},
+        environment={"SGLANG_API_KEY": "key"}, arguments={}, run_id="run", held=False,
+    )  # fmt: skip
+    monkeypatch.setattr(server._project, "down", refused if fails == "down" else lambda: None)
+    volume = engine.volumes.create(name=f"{server.name}-tmp", labels={"org.sglang-harness": "1"})
+    volume.attrs["Labels"] = volume.labels
+    if fails == "list":
+        engine.refuses["volumes.list"] = UNREACHABLE
+    server.end()
+    assert not server.reach.folder.exists()
+    assert ("volume" in "".join(engine.names())) == (fails == "list")
+    (told,) = server._failures
+    assert "failed" in told or "refused" in told
 
 
 # --- sidecars -------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_the_port_of_a_rendezvous_is_kept_free_until_it_is_there(peer: Peer):
 
 def test_an_order_too_many_is_no_answer_to_another(peer: Peer):
     peer.tell("port")
-    with pytest.raises(PeerFailed, match="still owes an answer to 'port'"):
+    with pytest.raises(PeerFailed, match="'port' has no answer yet"):
         peer.tell("port")
     peer.answer(10)
 
@@ -199,6 +199,21 @@ def test_a_peer_that_dies_is_noticed_with_its_words(peer: Peer):
     with pytest.raises((PeerFailed, EngineError), match=r"ended|takes no input"):
         peer.ask("port", timeout=10)
     assert not any("container" in left for left in peer.end())
+
+
+def test_the_last_errors_of_one_that_ended_are_there_when_its_end_is(here: Here):
+    """Its output ended first, and what it had printed of its error was not read yet."""
+    for _ in range(5):
+        made = AttachedProcess(
+            "It",
+            ["/bin/sh", "-c", "exec 1>&-; sleep 0.1; echo the reason >&2"],
+            name="it",
+            environment={},
+            folder=here.folder,
+        )
+        here.made.append(made)
+        assert made.read(20.0) is None
+        assert made.words() == "the reason"
 
 
 def test_a_peer_that_takes_too_long_is_bounded(peer: Peer):

@@ -12,7 +12,7 @@ from typing import Any
 import imitated_sglang
 import pytest
 
-from sglang_harness.errors import EngineError, SpecError
+from sglang_harness.errors import EngineError, Interrupted, ServerLost, SpecError
 from sglang_harness.runtime import Started
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.path_map import FolderReach
@@ -186,6 +186,44 @@ def test_one_that_cannot_be_ended_is_told_and_the_others_are_ended(
     assert "ConnectionError: the engine is gone" in caplog.text
 
 
+def test_a_parent_whose_connection_fails_is_ended_with_its_folder(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = Nowhere(Recipe("a", ()), made.folder)
+
+    def fails() -> list[str]:
+        raise OSError("broken pipe")
+
+    monkeypatch.setattr(parent.preloaded, "close", fails)
+    monkeypatch.setattr(parent, "end_place", fails)
+    left = parent.end()
+    assert left == [
+        f"connection to {parent.name}: OSError: broken pipe",
+        f"{parent.name}: OSError: broken pipe",
+    ]
+    assert not parent.folders.root.exists()
+
+
+def test_an_interruption_ends_the_other_parents_first(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made.parents.keeping():
+        for runs in ("a", "b"):
+            parent = made.take(runs)
+            assert parent is not None
+            made.parents.give(parent)
+        first, second = made.made
+
+        def interrupted() -> list[str]:
+            raise Interrupted(2)
+
+        monkeypatch.setattr(first, "end_place", interrupted)
+        with pytest.raises(Interrupted):
+            made.parents.close()
+    assert not first.folders.root.exists()
+    assert not second.folders.root.exists()
+
+
 def test_a_kept_parent_is_used_and_left(made: Made, tmp_path: Path) -> None:
     recipe = Recipe("a", ())
     kept = made.kept[recipe] = Nowhere(recipe, tmp_path, kept=True)
@@ -254,7 +292,7 @@ def test_cold_for_a_reason_is_told_and_warm_by_name_is_refused(made: Made) -> No
         assert _for(made, "auto", "its image is not ours") == Started(
             "cold", "its image is not ours"
         )
-        with pytest.raises(SpecError, match="cannot be: its image is not ours") as refused:
+        with pytest.raises(SpecError, match="is not possible: its image is not ours") as refused:
             _for(made, "warm", "its image is not ours")
         assert "--start cold" in str(refused.value)
         parent = _for(made, "auto")
@@ -403,6 +441,62 @@ def test_its_end_is_asked_for_once_tells_what_is_left_and_gives_the_parent_back(
     assert list((at.folders.root / "exchange").iterdir()) == []
 
 
+def test_an_end_whose_steps_all_fail_still_gives_the_parent_back_and_tells_of_each(
+    warm: tuple[WarmServer, Place, list[Parent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, at, given = warm
+    server.start()
+
+    class Sidecar:
+        name = "peer"
+
+        def end(self) -> list[str]:
+            raise OSError("engine gone")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise EngineError("no answer")
+
+    server._beside.append(Sidecar())  # type: ignore[arg-type]
+    monkeypatch.setattr(at.preloaded, "end", fails)
+    monkeypatch.setattr(server, "logs", fails)
+    assert server.end() is None
+    assert given == [at]
+    monkeypatch.undo()
+    assert [line.split(":")[0] for line in server._left] == [
+        "sidecar peer",
+        f"server {server.name}",
+        "log",
+    ]
+
+
+def test_an_interrupted_end_gives_the_parent_back_before_it_is_over(
+    warm: tuple[WarmServer, Place, list[Parent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, at, given = warm
+    server.start()
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise Interrupted(15)
+
+    monkeypatch.setattr(at.preloaded, "end", interrupted)
+    with pytest.raises(Interrupted):
+        server.end()
+    assert given == [at]
+    assert list((at.folders.root / "exchange").iterdir()) == []
+
+
+def test_a_server_whose_parent_has_ended_is_lost_and_not_dead(
+    warm: tuple[WarmServer, Place, list[Parent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a death of the server, and so a failure of SGLang."""
+    server, at, _ = warm
+    ended = Ended(None, False, 0.0, parent_gone=True)
+    monkeypatch.setattr(at.preloaded, "wait_for_end", lambda name: ended)
+    server.start()
+    with pytest.raises(ServerLost, match="its preloaded parent ended"):
+        server.watch.wait(20.0)
+
+
 def test_one_that_was_never_forked_gives_its_parent_back(
     warm: tuple[WarmServer, Place, list[Parent]],
 ) -> None:
@@ -522,7 +616,7 @@ def test_a_kept_parent_is_found_by_its_recipe_kept_once_and_ended(
     said: list[str] = []
     replaced = kept_parents.keep("process", other, "", said.append)
     assert replaced.name != kept.name
-    assert any(f"{kept.name} was made of something else" in line for line in said)
+    assert any(f"{kept.name} has ended, or its image" in line for line in said)
     assert not Path(kept.folder).exists()
     assert [k.name for k in kept_parents.on_record()] == [replaced.name]
     assert kept_parents.end(replaced) == []

@@ -1,5 +1,5 @@
-"""File modes. A server runs as another user than the harness, and a file that it may not
-read looks to SGLang like one that is not there (``FileNotFoundError``)."""
+"""File modes. A server runs as another user than the harness, and SGLang reports a file that it
+may not read as missing (``FileNotFoundError``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_harness.errors import ModelError
 
 
 def make_readable(path: Path) -> None:
-    """Lets every user read what was written here: files 0644, folders 0755."""
+    """Makes ``path`` readable for every user: files 0644, folders 0755."""
     for each in _with_contents(path):
         each.chmod(0o755 if each.is_dir() else 0o644)
 
@@ -34,16 +34,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def check_readable(model: Path) -> None:
-    """Refuses a model that an ordinary user inside a container could not read.
+    """Refuses a model that the server's user in a container could not read.
 
     Raises:
-        ModelError: names the first file and the command that mends it.
+        ModelError: with the first such file and the command that fixes it.
     """
     for each in _with_contents(model):
         needed = 0o005 if each.is_dir() else 0o004
         if each.exists() and each.stat().st_mode & needed != needed:
             raise ModelError(
-                f"{each} cannot be read by the server's user "
+                f"{each} is not readable for the server's user "
                 f"(mode {each.stat().st_mode & 0o777:o}).",
                 advice=f"Give read access: chmod -R a+rX '{model}'",
             )

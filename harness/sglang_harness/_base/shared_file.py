@@ -1,7 +1,7 @@
 """A small file that several users of a machine write, in a folder that all of them may write to.
 
-Such a folder has the sticky bit, so that nobody can remove or replace another user's file. A file
-is therefore written in place by whoever comes next, and emptied where it cannot be removed.
+Such a folder has the sticky bit, so that a user cannot remove or replace another user's file. The
+next user therefore writes a file in place, and empties it where it cannot be removed.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Teardown:
         return down.failures
 
     Ctrl-C or SIGTERM inside a step does not skip the remaining ones: the first is raised again
-    when the block is left. Errors are never raised; whoever tears down reports ``failures``.
+    when the block is left. Errors are never raised; the caller reports ``failures``.
 
     Args:
         failures: the list to add to; by default a new one.

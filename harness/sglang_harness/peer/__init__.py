@@ -1,4 +1,4 @@
-"""The trainer's side of routes that need to stand beside the server: what the harness sees."""
+"""The trainer's side of the routes that need a sidecar: what the harness sees of it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sglang_harness.runtime import Beside, Running
 
 __all__ = ["Peer"]
 
-#: Seconds for a Python to start where everybody starts at once.
+#: Seconds for a Python to start on a busy machine.
 STARTS_WITHIN = 120.0
 
 
 def script() -> str:
-    """The sender as one text, for any Python that has torch."""
+    """The sender's program as text, for any Python with torch."""
     return (Path(__file__).parent / "sender.py").read_text(encoding="utf-8")
 
 
 class Peer:
-    """One sender beside a server. One order at a time.
+    """One sender in a sidecar of a server. One order at a time.
 
     Raises:
-        EngineError: nothing can be put beside this server.
-        PeerFailed: it did not come up.
+        EngineError: this server cannot have a sidecar.
+        PeerFailed: it did not start.
     """
 
     def __init__(self, running: Running) -> None:
@@ -44,13 +44,13 @@ class Peer:
 
     @property
     def busy(self) -> bool:
-        """An order was given, and nobody has its answer: no other can be given any more."""
+        """Whether an order has no answer yet. Then no other can be given."""
         return self._owed is not None
 
     def tell(self, do: str, **order: Any) -> None:
-        """Gives an order; :meth:`answer` waits for what comes of it."""
+        """Gives an order; :meth:`answer` waits for its result."""
         if self._owed is not None:
-            raise PeerFailed(f"{do}: it still owes an answer to '{self._owed}'")
+            raise PeerFailed(f"'{do}' was not sent, because '{self._owed}' has no answer yet")
         self._owed = do
         self._beside.write(json.dumps({"do": do, **order}).encode())
 

@@ -1,7 +1,7 @@
-"""The trainer's side of a push, beside the server: one file, run by the server's own Python.
+"""The trainer's side of a push, in a sidecar: one file, run by the server's own Python.
 
-It cannot import the harness, and needs nothing but torch and, for some routes, the SGLang that
-is there. Orders come as lines of JSON on standard input, one answer a line goes back:
+It cannot import the harness, and needs only torch and, for some routes, the SGLang that is
+installed there. Orders come as lines of JSON on standard input, one answer a line goes back:
 
     open        a folder of safetensors            -> {"tensors": n, "bytes": n}
     ready       room for the largest bucket        -> {"seconds": s}
@@ -11,7 +11,7 @@ is there. Orders come as lines of JSON on standard input, one answer a line goes
     broadcast   a bucket, one tensor after another -> {"seconds_read": s, ...}
     leave       the process group                  -> {}
     memory      held above what the imports hold   -> {"peak_bytes": n}
-    close       gives everything back              -> {"left": [names in /dev/shm]}
+    close       frees everything                   -> {"left": [names in /dev/shm]}
 
 A failed order answers {"error": "..."}. When standard input ends, so does this.
 """
@@ -51,7 +51,7 @@ class Sender:
 
     @contextmanager
     def importing(self) -> Iterator[None]:
-        """What it adds is Python's and its libraries', and no part of a peak, which counts anew."""
+        """What it adds belongs to Python and its libraries, and not to the peak, which is reset."""
         before = resident()["VmRSS"]
         yield
         self.imports += resident()["VmRSS"] - before
@@ -111,7 +111,7 @@ class Sender:
         return time.monotonic() - started
 
     def ready(self, room: int, shared: bool) -> dict[str, Any]:
-        """Whatever takes its time, before the server waits for the first bucket."""
+        """Everything slow, before the server waits for the first bucket."""
         started = time.monotonic()
         self._make_room(room, shared)
         if shared:
@@ -136,7 +136,7 @@ class Sender:
                 f"{SHARED_MEMORY} has {free.f_bavail * free.f_frsize} bytes free, a bucket takes "
                 f"{room}: give the server more (shm_size) or make buckets smaller"
             )
-        # torch's own default hands over a file descriptor, which only a child can take: an
+        # torch's own default sends a file descriptor, which only a child can receive: an
         # unrelated server dies of it (AuthenticationError, SGLang 0.5.23).
         torch.multiprocessing.set_sharing_strategy("file_system")
         storage = torch.UntypedStorage._new_shared(room)
@@ -160,7 +160,7 @@ class Sender:
         flattened: bool = True,
         cuda: bool = False,
     ) -> dict[str, Any]:
-        """One payload a rank. It holds a handle; the bytes stay here until the next order."""
+        """One payload for each rank: a handle, whose bytes stay here until the next order."""
         from multiprocessing.reduction import ForkingPickler
 
         import torch.multiprocessing  # noqa: F401 -- teaches that pickler tensors
@@ -189,11 +189,11 @@ class Sender:
         }
 
     def _to_device(self, rank: int, extent: int, room: int) -> Any:
-        """The bucket on the GPU of one rank. Not run yet on any GPU by this project."""
+        """The bucket on the GPU of one rank. Not yet tested on a GPU by this project."""
         import torch
 
         if not torch.cuda.is_available():
-            raise RuntimeError("the peer sees no GPU, and CUDA's handles need one")
+            raise RuntimeError("no GPU is visible to the peer, and CUDA IPC needs one")
         if not self.on_device:
             # Handles that name a GPU by its UUID: its number may be another over there.
             from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -226,8 +226,8 @@ class Sender:
     # --- process groups -------------------------------------------------------------------
 
     def port(self) -> dict[str, Any]:
-        """Bound here until the group is left, and not listened at: the kernel gives it to nobody
-        else, and the rendezvous, which sets SO_REUSEADDR, may still listen at it."""
+        """Bound but not listened on until the group is left: the kernel assigns it to no other
+        process, and the rendezvous, which sets SO_REUSEADDR, can still listen on it."""
         self._release_port()
         self.reserved = socket.socket()
         self.reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -279,7 +279,7 @@ class Sender:
         read = self._fill(slots, room, shared=False)
         started = time.monotonic()
         for _name, tensor in self._tensors(slots, self.room):
-            # NCCL sends from a GPU only. Not run yet on any GPU by this project.
+            # NCCL sends from a GPU only. Not yet tested on a GPU by this project.
             sent = tensor.cuda(0) if self.backend == "nccl" else tensor
             torch.distributed.broadcast(sent, src=0, group=self.group)
         if self.backend == "nccl":
@@ -309,8 +309,8 @@ class Sender:
         return {"left": self._unlink()}
 
     def _unlink(self) -> list[str]:
-        """Takes the names of shared memory away; whoever has it open keeps it. Returns those
-        that are still there."""
+        """Unlinks shared memory; a process that has it open keeps it. Returns the names that are
+        still there."""
         for name in self.segments:
             try:
                 os.unlink(os.path.join(SHARED_MEMORY, name))
@@ -363,7 +363,7 @@ def parents_of(name: str) -> Iterator[None]:
 
 
 def main() -> None:
-    # What others print, and a daemon that torch starts, must not end up among the answers.
+    # The output of libraries, and of a daemon that torch starts, must not mix with the answers.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     sender = Sender()
@@ -386,7 +386,7 @@ def main() -> None:
         except Exception as error:
             answer({"error": f"{type(error).__name__}: {error}"})
     sender.close()
-    # Threads of a group that nobody joined would hold the interpreter up.
+    # Threads of a group that was never left would keep the interpreter alive.
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
-"""A program that is spoken to in lines over its standard input and output.
+"""A program that is controlled by lines on its standard input and output.
 
-Nothing is listened on, so it works with an engine anywhere; and when its input ends it ends, so it
-does not outlive the harness.
+It needs no port, so it works with an engine anywhere; and it ends when its input does, so it does
+not outlive the harness.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from sglang_harness.runtime.process_family import ProcessFamily
 #: Lines of its error output that are kept.
 KEPT = 200
 
+#: Seconds from the end of a program's output to the end of its error output.
+ERRORS_WITHIN = 1.0
+
 #: Seconds from a container's removal to the engine's not knowing it any more.
 GONE_WITHIN = 10.0
 
 
 class Lines:
-    """What a program says, put together to lines by a thread that reads."""
+    """A program's output, joined to lines by a thread that reads it."""
 
     def __init__(self) -> None:
         self._lines: queue.Queue[bytes | None] = queue.Queue()
@@ -113,7 +116,7 @@ class AttachedContainer:
                 for stream, data in frames_iter(self._socket, tty=False):
                     (self._said.errors if stream == 2 else self._said.output)(data)
         finally:
-            # Whatever ended this: whoever waits for a line must not wait for ever.
+            # Whatever ended this, a reader must not wait for ever.
             self._said.over()
 
     def write(self, line: bytes) -> None:
@@ -158,7 +161,7 @@ class AttachedContainer:
 
 
 class AttachedProcess:
-    """The same as a process of this machine, with whatever it starts.
+    """The same as a process of this machine, with everything that it starts.
 
     Args:
         before: called in the child before it becomes the program.
@@ -198,22 +201,21 @@ class AttachedProcess:
             raise EngineError(f"{what} could not be started: {error}.") from None
         self.pid = self._process.pid
         self._family = ProcessFamily(self.pid)
-        for stream, put in (
-            (self._process.stdout, self._said.output),
-            (self._process.stderr, self._said.errors),
-        ):
-            threading.Thread(
-                target=self._listen, args=(stream, put), daemon=True, name=f"{name}-output"
-            ).start()
+        self._errors = threading.Thread(
+            target=_read, args=(self._process.stderr, self._said.errors), daemon=True,
+            name=f"{name}-errors",
+        )  # fmt: skip
+        self._errors.start()
+        threading.Thread(target=self._listen, daemon=True, name=f"{name}-output").start()
 
-    def _listen(self, stream: Any, put: Callable[[bytes], None]) -> None:
+    def _listen(self) -> None:
         try:
-            with suppress(OSError, ValueError):
-                while data := stream.read1(1 << 16):
-                    put(data)
+            _read(self._process.stdout, self._said.output)
+            # Its last errors are asked for as soon as its end is known. Not for ever: a child of it
+            # may keep the stream open.
+            self._errors.join(ERRORS_WITHIN)
         finally:
-            if put == self._said.output:
-                self._said.over()
+            self._said.over()
 
     def write(self, line: bytes) -> None:
         assert self._process.stdin is not None
@@ -235,7 +237,7 @@ class AttachedProcess:
         return [f"process {each.pid}" for each in self._family.living()]
 
     def kill(self) -> None:
-        """Does not wait for the end of its input to be noticed."""
+        """SIGKILL, without waiting until it notices the end of its input."""
         self._process.kill()
 
     def end(self) -> list[str]:
@@ -259,6 +261,12 @@ class AttachedProcess:
     def _reap(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
+
+
+def _read(stream: Any, put: Callable[[bytes], None]) -> None:
+    with suppress(OSError, ValueError):
+        while data := stream.read1(1 << 16):
+            put(data)
 
 
 def remove_segments(pids: Iterable[int], folder: Path = Path("/dev/shm")) -> None:  # noqa: S108

@@ -1,4 +1,4 @@
-"""What is the same for every server that runs in a container, however it was made."""
+"""What every server in a container has in common, however the container was created."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class RunningContainer:
         return None
 
     def beside(self, script: str) -> ContainerBeside:
-        """A second container of this image beside the server: see
+        """A sidecar of this image: see
         :class:`sglang_harness.runtime.Running`."""
         if reason := self.why_no_sidecar():
             raise EngineError(
@@ -274,7 +274,7 @@ class RunningContainer:
         self._exit_code = container.attrs["State"]["ExitCode"]
 
     def _clear_away(self) -> list[str]:
-        """Removes what belongs to the server beside its container; returns what could not be
+        """Removes what belongs to the server apart from its container; returns what could not be
         removed."""
         return []
 

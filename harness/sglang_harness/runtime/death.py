@@ -12,7 +12,7 @@ from sglang_harness.errors import ServerDied, ServerLost
 
 log = logging.getLogger(__name__)
 
-#: Signs in SGLang's log and what they mean, most specific first.
+#: Patterns in SGLang's log and what they mean, most specific first.
 KNOWN_CAUSES: tuple[tuple[str, str], ...] = (
     (
         r"CUDA out of memory|torch\.OutOfMemoryError",
@@ -61,11 +61,11 @@ KNOWN_CAUSES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Death:
-    """How a server ended although nobody asked it to.
+    """How a server ended that was not asked to end.
 
     Exit codes alone mislead with SGLang: a crash of the scheduler ends the container with 0
-    where the server is process 1, and with 137 under an init process, which looks like a
-    kernel kill for memory (seen with 0.5.23). So the log and the out-of-memory flag decide.
+    where the server is process 1, and with 137 under an init process, which looks like an
+    out-of-memory kill (seen with 0.5.23). So the log and the out-of-memory flag decide.
     """
 
     exit_code: int | None
@@ -81,7 +81,7 @@ class Death:
     """Seconds from the end (by the engine's clock) to its being noticed here."""
 
     def sentence(self) -> str:
-        """One line: it ended, how, and why as far as that can be told."""
+        """One line: that it ended, how, and why as far as the log shows."""
         if self.out_of_memory:
             return "The server was killed by the kernel because it ran out of memory."
         code = "an unknown exit code" if self.exit_code is None else f"exit code {self.exit_code}"
@@ -116,7 +116,7 @@ class Unknown:
         return "This is not a failure of SGLang: check the machine and its engine, and run again."
 
 
-#: A request that was answered: whatever stands before it in the log was survived. (The
+#: A request that was answered: the server survived everything before it in the log. (The
 #: request under which a server dies is logged too, as a 500.)
 _ANSWERED = re.compile(r'HTTP/1\.\d" [1-4]\d\d')
 
@@ -125,7 +125,7 @@ _NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\. skipped)|resource_tracker")
 
 
 def read_death(exit_code: int | None, out_of_memory: bool, log: str) -> Death:
-    """Makes sense of a dead server's log. Pure: tested on recorded logs."""
+    """Finds the cause of death in a server's log. Pure: tested on recorded logs."""
     lines = [line.rstrip() for line in log.splitlines() if line.strip()]
     lines = [line for line in lines if not _NOISE.search(line)]
     answered = max((n for n, line in enumerate(lines) if _ANSWERED.search(line)), default=-1)
@@ -150,7 +150,7 @@ def _exception(lines: list[str]) -> str:
 
 
 class DeathWatch:
-    """Waits in a thread for a server to end, so that everyone else need only ask.
+    """Waits in a thread for a server to end, so that others need only ask.
 
     Args:
         wait: blocks until the server has ended and returns how, or :class:`Unknown` where that
@@ -158,7 +158,7 @@ class DeathWatch:
             counts as ``Unknown``.
 
     Attributes:
-        expected: set by whoever stops the server on purpose. From then on nothing is reported.
+        expected: set before the server is stopped on purpose. From then on nothing is reported.
     """
 
     def __init__(self, wait: Callable[[], Death | Unknown]) -> None:

@@ -57,8 +57,8 @@ class FolderReach:
         self._model = model
         if folder is None:
             folder = Path(tempfile.mkdtemp(prefix="sglang-harness-exchange-"))
-            # The server's user opens what lies in it by name; other users of this machine are
-            # told no names, and cannot list them.
+            # The server's user opens its contents by name; other users of this machine do not
+            # know the names and cannot list them.
             folder.chmod(0o711)
         self.folder = folder
         self._inside = inside
@@ -218,7 +218,7 @@ class VolumeReach:
                 tar.add(path, arcname=str(name), filter=readable)
             packed.seek(0)
             if not self._helper.put_archive(str(EXCHANGE), io.BufferedReader(packed)):
-                raise EngineError(f"The engine did not take {path} into the volume.")
+                raise EngineError(f"The engine could not copy {path} into the volume {self.name}.")
         return EXCHANGE / name
 
     def close(self) -> list[str]:

@@ -1,7 +1,7 @@
 """A server without a container: a Python that has SGLang in it, as a process of this machine.
 
-For machines where no Docker engine can be had. The same suite runs; what a container would
-have kept apart (files, memory limits, users) is not kept apart here, and the verdict says so.
+For machines without a Docker engine. The same suite runs; what a container isolates (files,
+memory limits, users) is not isolated here, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class SGLangProcess:
         self._watch = DeathWatch(self._wait_for_death)
 
     def _environment(self) -> dict[str, str]:
-        """For the server and what stands beside it; without the key."""
+        """For the server and its sidecars; without the key."""
         own = environment_of(self.spec, device=self.device, has_model=self.model is not None)
         on_cpu = self.device == "cpu"
         bound = cpu_binding.binding(self.arguments, cpu_binding.cores_here()) if on_cpu else {}
@@ -156,7 +156,7 @@ class SGLangProcess:
         return None
 
     def beside(self, script: str) -> AttachedProcess:
-        """A second process of the same Python: see :class:`sglang_harness.runtime.Running`."""
+        """A sidecar process of the same Python: see :class:`sglang_harness.runtime.Running`."""
         made = AttachedProcess(
             "The peer",
             [str(self._python), "-c", script],
@@ -172,7 +172,7 @@ class SGLangProcess:
         assert self._process is not None
         code = self._process.wait()
         seen = time.time()
-        # A shell's way of writing a death by signal, as containers do.
+        # 128 plus the signal's number, as shells and containers report it.
         log = Redactor(self.api_key).text(self.logs())
         death = read_death(code if code >= 0 else 128 - code, False, log)
         return replace(death, noticed_after=max(0.0, time.time() - seen))
@@ -351,7 +351,8 @@ def recipe_of(spec: ServerSpec, python: Path) -> Recipe:
 def environment_of(
     spec: ServerSpec, *, device: Literal["cpu", "gpu"], has_model: bool
 ) -> dict[str, str]:
-    """What a server's process has, beside its key, its folder and what depends on its flags.
+    """The variables of a server's process, apart from its key, its folder and what depends on its
+    flags.
 
     Args:
         has_model: the model is on disk, so that no hub is to be looked for.
@@ -379,7 +380,7 @@ def environment_of(
 
 
 def _ends_with_parent() -> Callable[[], None]:
-    """What a child does before it becomes another program: it is to end when this one does."""
+    """Called in a child before it becomes another program: it ends when this process does."""
     libc = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
 
     def end_with_parent() -> None:

@@ -14,8 +14,8 @@ import psutil
 class ProcessFamily:
     """A process and its descendants, as far as they were seen. May be used from many threads.
 
-    A descendant whose parent has ended belongs to nobody any more, so it is remembered from the
-    looks before.
+    A descendant whose parent has ended is no longer below the main process, so it is remembered
+    from earlier looks.
 
     Args:
         pid: of the main process.
@@ -70,7 +70,7 @@ def lives_as(pid: int) -> bool:
 def until_gone(processes: Iterable[psutil.Process], within: float) -> list[psutil.Process]:
     """Waits until all have ended; returns those that run after ``within`` seconds.
 
-    Reaps nothing, unlike ``psutil.wait_procs``: an exit code belongs to whoever started the
+    Reaps nothing, unlike ``psutil.wait_procs``: the exit code belongs to the one that started the
     process.
     """
     until = time.monotonic() + within

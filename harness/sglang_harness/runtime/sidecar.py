@@ -1,4 +1,4 @@
-"""A program put beside a server: same user, same ``/dev/shm``, same loopback, same ``TMPDIR``."""
+"""A sidecar: a program next to a server, with its user, ``/dev/shm``, loopback and ``TMPDIR``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from docker.types import Mount
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime.attached import AttachedContainer
 
-#: Where the server and what stands beside it keep their temporary files and sockets.
+#: Where the server and its sidecars keep their temporary files and sockets.
 TEMPORARY = PurePosixPath("/sglang-harness-tmp")
 
 #: Variables of the server that decide which devices there are, and in which order.
@@ -20,14 +20,14 @@ _DEVICES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER
 
 
 class ContainerBeside(AttachedContainer):
-    """A second container of the server's image and user, joined to its namespaces.
+    """A second container of the server's image and user that joins its namespaces.
 
     Args:
         server: the server's container as the engine describes it (``inspect``).
-        script: Python, handed over as text: any image's Python runs it.
+        script: Python, passed as text, so that any image's Python runs it.
         temporary: the volume that both see as ``TEMPORARY``; ``None``: there is none.
         folder: its ``TMPDIR``: ``TEMPORARY`` or a folder in it.
-        shares_processes: join the server's process namespace too (CUDA's handles ask for it).
+        shares_processes: join the server's process namespace too (CUDA IPC needs it).
 
     Raises:
         EngineError: the engine refused.
@@ -59,17 +59,17 @@ def _like(server: dict[str, Any], shares_processes: bool, folder: PurePosixPath)
     config, host = server["Config"], server["HostConfig"]
     me = f"container:{server['Id']}"
     set_there = dict(entry.split("=", 1) for entry in config["Env"] or () if "=" in entry)
-    told = {name: set_there[name] for name in _DEVICES if name in set_there}
+    devices = {name: set_there[name] for name in _DEVICES if name in set_there}
     return {
         "image": server["Image"],
         "user": config["User"] or None,
         "command": [],
-        # Not the server's key, nor any other of its secrets.
-        "environment": {**told, "TMPDIR": str(folder), "GLOO_SOCKET_IFNAME": "lo"},
+        # Without the server's key and its other secrets.
+        "environment": {**devices, "TMPDIR": str(folder), "GLOO_SOCKET_IFNAME": "lo"},
         "network_mode": me,
         "ipc_mode": me,
         "pid_mode": me if shares_processes else None,
-        # A container in somebody else's process namespace has its init already.
+        # The server's process namespace has an init process already.
         "init": not shares_processes,
         "read_only": host["ReadonlyRootfs"],
         "cap_drop": host["CapDrop"] or [],
@@ -117,5 +117,7 @@ def make_temporary_volume(
             driver_opts={"type": "tmpfs", "device": "tmpfs", "o": "mode=1777,size=4g"},
         )
     except DockerException as error:
-        raise EngineError(f"The engine made no volume for temporary files: {error}.") from None
+        raise EngineError(
+            f"The engine could not create a volume for temporary files: {error}."
+        ) from None
     return volume, Mount(str(TEMPORARY), name, type="volume")

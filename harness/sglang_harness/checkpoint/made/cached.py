@@ -1,4 +1,4 @@
-"""Checkpoints that are made once and kept in the cache, by as many runs at a time as there are."""
+"""Checkpoints that are made once and kept in the cache, safe for concurrent runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 def once(path: Path, make: Callable[[Path], None]) -> Path:
     """``path``, with the checkpoint that ``make`` writes into the folder that it is given.
 
-    Made beside ``path`` and renamed, so that no run ever sees half a checkpoint. Of runs that make
-    it at the same time the first one's stays, because a server may have it open already.
+    Made in a temporary folder and renamed, so that no run ever sees half a checkpoint. Of
+    concurrent runs the first one's stays, because a server may have it open already.
     """
     if _is_whole(path):
         return path

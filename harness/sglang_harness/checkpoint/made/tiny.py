@@ -1,4 +1,4 @@
-"""Tiny seeded random models: written in a second, different answers for every seed."""
+"""Tiny random models by seed: written in a second, with different answers for each seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_harness._base import paths
 from sglang_harness.checkpoint.made.cached import once
 from sglang_harness.errors import MissingExtra
 
-#: Raised when the recipe changes, so that no old folder is taken for a new one.
+#: Incremented when the recipe changes, so that an old folder is not used for a new one.
 RECIPE = 2
 
 CHAT_TEMPLATE = (

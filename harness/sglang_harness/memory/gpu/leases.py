@@ -23,7 +23,7 @@ from sglang_harness.memory.gpu.driver import Gpu
 FOLDER = Path("/tmp/sglang-harness.gpu-leases")  # noqa: S108
 
 #: Every user of the machine makes locks in it, and with the sticky bit none can remove another's:
-#: a lock whose file was removed excludes nobody.
+#: a lock whose file was removed protects nothing.
 SHARED = 0o1777
 
 
@@ -97,7 +97,7 @@ def acquire(gpus: Sequence[Gpu], *, run_id: str, purpose: str, timeout: float) -
         timeout: seconds to wait in all.
 
     Raises:
-        LeaseTaken: somebody else holds one; says who, for what, and since when.
+        LeaseTaken: another run holds one; says which, for what, and since when.
         HarnessError: the folder of the locks cannot be used.
     """
     until = time.monotonic() + timeout

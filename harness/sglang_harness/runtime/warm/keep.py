@@ -1,4 +1,4 @@
-"""Keeps a preloaded parent for a person: what ``sglang-harness warm`` does."""
+"""Keeps a preloaded parent between runs: what ``sglang-harness warm`` does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from sglang_harness.spec import ServerSpec
 def keep_warm(
     spec: ServerSpec, runtime: str, python: Path | None, say: Callable[[str], None]
 ) -> tuple[KeptParent, float | None]:
-    """A kept parent for servers of ``spec``, and the seconds that it took; ``None``: it was there.
+    """A kept parent for servers of ``spec``, and the seconds to make it; ``None``: it was there
+    already.
 
     Args:
         runtime: ``auto``, ``docker`` or ``process``.
-        python: for ``process``: one that has SGLang; ``None``: the one that the harness makes.
+        python: for ``process``: one with SGLang installed; ``None``: the harness's own.
 
     Raises:
         SpecError: there is no such runtime, or it has no parents.
-        EngineError, ImageError: it could not be made.
+        EngineError, ImageError: it could not be started.
     """
     if runtime not in ("auto", "docker", "process"):
         raise SpecError(f"--runtime {runtime!r} has no parents: it is auto, docker or process.")

@@ -1,4 +1,4 @@
-"""Preloaded parents that are kept for a person: on record, found again, and ended."""
+"""Preloaded parents that are kept between runs: recorded, found again, and ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDLE = 3600.0
 
 
 class KeptParent(BaseModel):
-    """What is needed to find a kept parent and to end it."""
+    """The record of a kept parent: what is needed to find it and to end it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +37,7 @@ class KeptParent(BaseModel):
     runs: str
     """The image's id, or the path of the Python."""
     recipe: str
-    """:meth:`Recipe.digest` of what it was made from."""
+    """:meth:`Recipe.digest` of its recipe."""
     folder: str
 
     @property
@@ -69,8 +69,7 @@ def on_record() -> list[KeptParent]:
 
 
 def find(runtime: str, recipe: Recipe) -> Parent | None:
-    """A kept parent of this recipe that answers, and has room for a server; ``None``: there is
-    none."""
+    """A kept parent of this recipe that answers and has a free port; ``None`` if there is none."""
     wanted = recipe.digest()
     for kept in on_record():
         if kept.runtime != runtime or kept.recipe != wanted:
@@ -90,21 +89,21 @@ def find(runtime: str, recipe: Recipe) -> Parent | None:
 
 
 def keep(runtime: Literal["docker", "process"], recipe: Recipe, image: str, say: Say) -> KeptParent:
-    """Makes a parent and puts it on record; the one of this recipe where it is there already.
+    """Starts a parent and records it, or returns the one of this recipe that is kept already.
 
-    A kept one of the same version that was made of something else by now is ended.
+    A kept one of the same version with another recipe is ended.
 
     Raises:
-        EngineError: it could not be made.
+        EngineError: it could not be started.
     """
     for kept in on_record():
         if kept.runtime != runtime or kept.version != recipe.version:
             continue
         if kept.recipe == recipe.digest() and kept.answers():
             return kept
-        say(f"{kept.name} was made of something else, or has ended: removing it")
+        say(f"{kept.name} has ended, or its image or environment has changed: removing it")
         end(kept)
-    say(f"a parent imports SGLang {recipe.version}".rstrip())
+    say(f"starting a parent; it imports SGLang {recipe.version}".rstrip())
     run_id = uuid.uuid4().hex[:12]
     if runtime == "docker":
         made = parent_container.make_kept(recipe, image, run_id=run_id, idle=IDLE)
@@ -156,7 +155,7 @@ def _quit(kept: KeptParent) -> list[str]:
             preloaded.wait_until_ready(10.0)
             preloaded.ask("quit")
         except EngineError:
-            pass  # it has ended, or does so faster than it answers
+            pass  # it has ended, or ends before it answers
         down.collect(f"connection to {kept.name}", preloaded.close)
         if kept.runtime == "process" and "pid" in preloaded.about:
             down.collect(kept.name, lambda: _until_gone(int(preloaded.about["pid"])))

@@ -1,4 +1,4 @@
-"""A preloaded parent in a container; its servers run there too, each on a port of its own."""
+"""A preloaded parent in a container; its servers run in that container, each on its own port."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from sglang_harness.runtime.warm.parents import (
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
 
-#: Ports inside the container. Below the range that the kernel gives out to clients (32768), and
+#: Ports inside the container. Below the range that the kernel assigns to clients (32768), and
 #: far enough apart for the ports that SGLang derives from its own (+233 and on, 0.5.23).
 PORTS = tuple(range(20000, 28000, 500))
 
-#: What all servers of a container share: only bounds, nothing is set aside.
+#: Shared by all servers of a container: an upper bound, not a reservation.
 SHM_SIZE = "8g"
 
 
 class ContainerParent(Parent):
-    """One that was started here, or a kept one that was found."""
+    """A parent that was started by this process, or a kept one that was found."""
 
     @cached_property
     def _engine(self) -> docker.DockerClient:
@@ -137,7 +137,7 @@ class ContainerParent(Parent):
 
 
 def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParent:
-    """A parent of this run's, ready to be forked from; it ends with this process.
+    """A parent for this run, ready to fork; it ends with this process.
 
     Raises:
         EngineError: the engine refused, or SGLang could not be imported.
@@ -145,7 +145,7 @@ def make(recipe: Recipe, image: str, *, run_id: str, say: Say) -> ContainerParen
     name = new_name()
     folders = _folders(new_root())
     began = time.monotonic()
-    say("a parent of warm servers imports SGLang once")
+    say("starting a parent for warm servers; it imports SGLang once")
     container: AttachedContainer | None = None
     preloaded: Preloaded | None = None
     try:
@@ -201,7 +201,7 @@ def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[
 
 
 def find(name: str, root: Path, recipe: Recipe) -> ContainerParent:
-    """A kept one. Raises :class:`EngineError`: it has gone."""
+    """A kept parent. Raises :class:`EngineError`: it has ended."""
     return ContainerParent.found(name, _folders(root), recipe)
 
 
@@ -249,7 +249,7 @@ def _how(recipe: Recipe, image: str, folders: Folders, *, labels: dict[str, str]
             Mount(str(folders.models), str(root / "models"), type="bind", read_only=True),
             Mount(str(folders.logs), str(root / "logs"), type="bind"),
             Mount(str(folders.control), str(root / "control"), type="bind"),
-            # Without a name of its own it goes with the container, whoever removes that.
+            # An anonymous volume is removed with the container, by whatever removes that.
             Mount(
                 str(TEMPORARY),
                 None,

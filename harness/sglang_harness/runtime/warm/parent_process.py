@@ -30,7 +30,7 @@ from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
 
 
 class ProcessParent(Parent):
-    """One that was started here, or a kept one that was found."""
+    """A parent that was started by this process, or a kept one that was found."""
 
     def __init__(self, *about: Any, **more: Any) -> None:
         super().__init__(*about, **more)
@@ -91,7 +91,7 @@ class ProcessParent(Parent):
 
 
 def _clear_after(lost: list[int], *, since: float) -> list[str]:
-    """Ends what is left of servers whose parent was killed, as it would have done itself; returns
+    """Ends what is left of servers whose parent was killed, as the parent would have done; returns
     what still runs."""
     spec = importlib.util.spec_from_file_location("preload", assets.root() / "docker/preload.py")
     assert spec is not None
@@ -117,14 +117,14 @@ def _clear_after(lost: list[int], *, since: float) -> list[str]:
 
 
 def make(recipe: Recipe, *, say: Say) -> ProcessParent:
-    """A parent of this run's, ready to be forked from; it ends with this process.
+    """A parent for this run, ready to fork; it ends with this process.
 
     Raises:
         EngineError: the Python cannot be run, or SGLang could not be imported.
     """
     name, folders = new_name(), Folders.same(new_root())
     began = time.monotonic()
-    say("a parent of warm servers imports SGLang once")
+    say("starting a parent for warm servers; it imports SGLang once")
     process: AttachedProcess | None = None
     try:
         folders.make()
@@ -187,5 +187,5 @@ def make_kept(recipe: Recipe, *, idle: float) -> tuple[str, Folders]:
 
 
 def find(name: str, root: Path, recipe: Recipe) -> ProcessParent:
-    """A kept one. Raises :class:`EngineError`: it has gone."""
+    """A kept parent. Raises :class:`EngineError`: it has ended."""
     return ProcessParent.found(name, Folders.same(root), recipe)

@@ -1,7 +1,7 @@
-"""Preloaded parents and where they run: what a server that is forked from one needs of its place.
+"""Preloaded parents and where they run: what a server that is forked from one needs.
 
-A parent and its servers share a folder of this machine with the harness: models and what is
-exchanged (read-only for them), their logs, and for a kept parent the socket that it listens at.
+A parent and its servers share a folder of this machine with the harness: models and exchanged
+files (read-only for them), their logs, and for a kept parent the socket that it listens on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Folders:
 
     @classmethod
     def same(cls, root: Path) -> Folders:
-        """For servers that see this machine's disk as it is."""
+        """For servers that see this machine's disk under the same paths."""
         parts = (PurePosixPath(root / part) for part in ("exchange", "models", "logs", "control"))
         return cls(root, *parts)
 
@@ -76,7 +76,7 @@ class Folders:
 
     @property
     def log(self) -> Path:
-        """The parent's own."""
+        """The parent's own log."""
         return self.root / "logs" / "parent.log"
 
     def words(self) -> str:
@@ -86,12 +86,12 @@ class Folders:
         except OSError:
             lines = []
         said = [line.strip() for line in lines if line.strip()]
-        return said[-1][:300].rstrip(".") if said else "it said nothing"
+        return said[-1][:300].rstrip(".") if said else "it printed nothing"
 
 
 def new_root() -> Path:
-    """A folder that only this user may enter; what lies in it is for the server's user too. Says
-    whose it is, for ``sweep``."""
+    """A folder that only this user may enter, with contents that the server's user may read. Names
+    its owner, for ``sweep``."""
     root = Path(tempfile.mkdtemp(prefix="sglang-harness-parent-"))
     (root / OWNER).write_text(str(Owner.this_process()), encoding="utf-8")
     return root
@@ -116,7 +116,7 @@ def until_it_listens(
                 SocketLink(folders.socket).end()
                 return
             except EngineError:
-                pass  # bound, and not listening yet
+                pass  # bound but not listening yet
         ended = not runs()
         if ended or time.monotonic() > until:
             how = "ended" if ended else f"was not done within {within:g} s"
@@ -130,11 +130,11 @@ P = TypeVar("P", bound="Parent")
 
 
 class Parent(ABC):
-    """A parent at its place. The last one who uses it ends it, unless it is kept.
+    """A parent where it runs. Its last user ends it, unless it is kept.
 
     Args:
-        kept: it outlives this process, and is only left.
-        program: what runs it, where that was started here.
+        kept: it outlives this process: ending it only disconnects.
+        program: what runs it, if this process has started it.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class Parent(ABC):
 
     @classmethod
     def found(cls: type[P], name: str, folders: Folders, recipe: Recipe) -> P:
-        """A kept one, by the socket that it listens at.
+        """A kept one, by the socket that it listens on.
 
         Raises:
-            EngineError: it has gone.
+            EngineError: it has ended.
         """
         preloaded = Preloaded(SocketLink(folders.socket))
         try:
@@ -201,19 +201,19 @@ class Parent(ABC):
 
     @abstractmethod
     def reach(self, name: str, model: Path, inside: PurePosixPath) -> FolderReach | SameMachine:
-        """How local paths look from the server ``name``."""
+        """How local paths map to paths of the server ``name``."""
 
     @abstractmethod
     def host_pids(self, pids: Sequence[int]) -> list[int]:
-        """This machine's numbers of processes that the parent numbers so."""
+        """Process ids on this machine, for process ids of the parent's namespace."""
 
     @abstractmethod
     def beside(self, name: str, script: str, *, run_id: str) -> Beside:
-        """A peer of the server ``name``."""
+        """A sidecar of the server ``name``."""
 
     @abstractmethod
     def peers_left(self, name: str) -> list[str]:
-        """What is left of its peers."""
+        """What is left of its sidecars."""
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
@@ -228,7 +228,7 @@ class Parent(ABC):
         return not self.preloaded.gone
 
     def end(self) -> list[str]:
-        """Ends it, or leaves it where it is kept; returns what could not be removed."""
+        """Ends it, or only disconnects if it is kept; returns what could not be removed."""
         with Teardown() as down:
             down.collect(f"connection to {self.name}", self.preloaded.close)
             if not self.kept:
@@ -245,9 +245,9 @@ class Parents:
     """The parents of one runtime: found, made, shared by servers, and ended.
 
     Args:
-        find: a kept one of this recipe, or ``None``.
-        make: a new one.
-        any_kept: whether it is worth looking for a kept one.
+        find: returns a kept parent of a recipe, or ``None``.
+        make: starts a new one.
+        any_kept: whether any parent is kept, and so worth looking for.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Parents:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Inside, more than one server is to be expected: parents are made, and stay."""
+        """Inside, more than one server is expected: parents are started and stay."""
         with self._lock:
             self._keeping += 1
         try:
@@ -276,14 +276,14 @@ class Parents:
                     log.warning("a preloaded parent left behind: %s", left)
 
     def take(self, recipe: Recipe, *, make: bool, run_id: str, say: Say) -> Parent | None:
-        """A parent of this recipe; ``None`` where there is none and none was to be made.
-        Whoever takes one gives it back.
+        """A parent of this recipe; ``None`` if there is none and none was to be started. The caller
+        returns it with :meth:`give`.
 
         Args:
-            make: whether one is made for a server that stays alone.
+            make: whether to start one for a single server.
 
         Raises:
-            EngineError: it could not be had; the same again, at once, for who asks later.
+            EngineError: it could not be started; raised again at once for later callers.
         """
         with self._lock:
             self._bury()
@@ -310,14 +310,14 @@ class Parents:
         """A parent for a server of this spec, or why it starts cold.
 
         Args:
-            why_cold: what stands in the way; asked only where a warm start is to be thought of.
-            recipe: of the parent it would need; asked only where nothing stands in the way.
+            why_cold: why it cannot start warm; called only if a warm start is possible.
+            recipe: of the parent that it needs; called only if it can start warm.
 
         Raises:
-            SpecError: a warm start was asked for, and cannot be.
+            SpecError: a warm start was requested and is not possible.
         """
         if spec.start == "cold" or not (spec.start == "warm" or self._keeping or self._any_kept()):
-            # Asked for, or one server alone, which nobody expects to be warm.
+            # Requested, or a single server: not worth a parent.
             return Started("cold")
         why = why_cold()
         if why is None:
@@ -330,8 +330,8 @@ class Parents:
                 why = error.message.rstrip(".")
         if spec.start == "warm":
             raise SpecError(
-                f"A warm start was asked for, and cannot be: {why}.",
-                advice="Leave it out, or use --start cold.",
+                f"A warm start was requested and is not possible: {why}.",
+                advice="Leave out --start warm, or use --start cold.",
             )
         return Started("cold", why or "")
 
@@ -354,7 +354,7 @@ class Parents:
             raise
 
     def give(self, parent: Parent) -> list[str]:
-        """Back from a server that has ended; returns what could not be removed."""
+        """Returns the parent of a server that has ended; returns what could not be removed."""
         with self._lock:
             parent.users -= 1
             if parent not in self._have or parent.users or (self._keeping and parent.alive):
@@ -368,7 +368,7 @@ class Parents:
             _ended(parent)
 
     def close(self) -> list[str]:
-        """Ends all that no server uses any more."""
+        """Ends all parents without servers; returns what could not be removed."""
         with self._lock, Teardown() as down:
             for parent in [p for p in self._have if not p.users]:
                 self._have.remove(parent)
@@ -400,7 +400,7 @@ def place(model: Path, models: Path) -> str:
                     each.chmod(0o755)
                 made.rename(target)
             except FileExistsError:
-                pass  # somebody was faster: look at theirs
+                pass  # another process was first: compare with its copy
             except OSError:
                 if not target.exists():
                     raise

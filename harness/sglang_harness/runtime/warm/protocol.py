@@ -1,6 +1,7 @@
-"""A preloaded parent, spoken to: it has imported SGLang, and forks servers (``docker/preload.py``).
+"""The protocol of a preloaded parent, which has imported SGLang and forks servers
+(``docker/preload.py``).
 
-Knows the protocol and nothing of containers: what it is spoken to through is handed over.
+Independent of containers: the connection is passed in.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from sglang_harness._base import assets
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime.attached import Lines
 
-#: Seconds for an answer. A parent does nothing that takes long, but its machine may be busy.
+#: Seconds for an answer. A parent answers quickly, but its machine may be busy.
 ANSWERS_WITHIN = 30.0
 
-#: Seconds for its imports: nine on an idle core, several times that where everybody starts.
+#: Seconds for its imports: nine on an idle core, several times that on a busy machine.
 IMPORTS_WITHIN = 300.0
 
 
 def script() -> str:
-    """The parent as one text, for the Python of any image."""
+    """The parent's program as text, for the Python of any image."""
     return (assets.root() / "docker" / "preload.py").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a parent is made from; servers of another recipe cannot be forked from it.
+    """What a parent is made from; it forks only servers of the same recipe.
 
     Attributes:
         runs: the image's id, or the path of the Python.
         environment: what SGLang finds while it is imported.
-        version: of SGLang, as asked for; for people.
+        version: of SGLang, as requested; for messages.
     """
 
     runs: str
@@ -47,13 +48,13 @@ class Recipe:
     version: str = field(default="", compare=False)
 
     def digest(self) -> str:
-        """Tells recipes apart without holding the environment, which may hold secrets."""
+        """Identifies the recipe without containing its environment, which may hold secrets."""
         made = json.dumps([self.runs, sorted(self.environment), script()])
         return hashlib.sha256(made.encode()).hexdigest()
 
 
 class Link(Protocol):
-    """A way to and from a parent, in lines."""
+    """A connection to a parent, in lines."""
 
     def write(self, line: bytes) -> None: ...
 
@@ -65,7 +66,7 @@ class Link(Protocol):
 
 
 class SocketLink:
-    """A connection to a parent that others may be connected to as well.
+    """A connection to a parent that may have other connections.
 
     Raises:
         EngineError: nothing listens there.
@@ -93,7 +94,7 @@ class SocketLink:
         try:
             self._socket.sendall(line + b"\n")
         except OSError as error:
-            raise EngineError(f"The preloaded parent does not listen: {error}.") from None
+            raise EngineError(f"The preloaded parent takes no requests: {error}.") from None
 
     def read(self, timeout: float) -> bytes | None:
         return self._said.read(timeout)
@@ -110,11 +111,11 @@ class SocketLink:
 
 @dataclass(frozen=True)
 class Forked:
-    """A server's main process, as its parent numbers it."""
+    """A server's main process, as a process id in its parent's namespace."""
 
     pid: int
     port: int | None
-    """One of the parent's, where the arguments asked for one."""
+    """Chosen by the parent, where the arguments asked for one."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class Ended:
     """How a forked server ended.
 
     Attributes:
-        exit_code: as a shell writes it: 128 and the signal where one killed it; ``None`` where
-            its parent went too, and nobody knows.
+        exit_code: as a shell reports it: 128 plus the signal that killed it; ``None`` where its
+            parent has ended too, and it is not known.
         at: seconds since the epoch.
-        parent_gone: the parent ended, and took it along.
+        parent_gone: the parent ended, and its servers with it.
     """
 
     exit_code: int | None
@@ -145,7 +146,7 @@ class Preloaded:
     """One parent. Safe to use from several threads.
 
     Attributes:
-        about: what it said of itself when it was ready.
+        about: its own description, sent when it was ready.
     """
 
     def __init__(self, link: Link) -> None:
@@ -179,17 +180,17 @@ class Preloaded:
 
     @property
     def gone(self) -> bool:
-        """It has ended."""
+        """Whether it has ended."""
         return self._gone
 
     def lost(self) -> list[int]:
-        """Main processes of servers that nobody has cleared away, because it ended first."""
+        """Main processes of servers that were not cleaned up, because the parent ended first."""
         with self._changed:
             return [s.pid for s in self._servers.values() if s.ended and s.ended.parent_gone]
 
     def last_words(self) -> str:
         lines = [line.strip() for line in self._link.words().splitlines() if line.strip()]
-        return lines[-1][:300].rstrip(".") if lines else "it said nothing"
+        return lines[-1][:300].rstrip(".") if lines else "it printed nothing"
 
     def start(
         self, name: str, *, argv: list[str], environment: dict[str, str], log: str, folder: str
@@ -198,7 +199,7 @@ class Preloaded:
 
         Args:
             argv: SGLang's arguments; ``{port}`` becomes a free port of the parent's.
-            environment: beside what the parent has.
+            environment: in addition to the parent's.
             log: where it writes, as the parent sees it.
             folder: its ``TMPDIR``, which is made for it and goes with it.
 
@@ -228,13 +229,13 @@ class Preloaded:
             return server.ended
 
     def end(self, name: str, *, within: float) -> tuple[Ended | None, list[str]]:
-        """Ends a server, by SIGTERM where it has time, and waits until it is cleared away.
+        """Ends a server, with SIGTERM first if ``within`` allows, and waits until it is cleaned up.
 
         Args:
             within: seconds to SIGKILL; 0: at once.
 
         Returns:
-            how it ended, and what could not be cleared away.
+            how it ended, and what could not be removed.
         """
         with self._changed:
             server = self._servers[name]
@@ -244,7 +245,8 @@ class Preloaded:
             self._changed.wait_for(lambda: server.left is not None, within + ANSWERS_WITHIN)
             left = server.left
         if left is None:
-            left = [f"a warm server ({name}), {within + ANSWERS_WITHIN:g} s after its end"]
+            waited = within + ANSWERS_WITHIN
+            left = [f"warm server {name}: not cleaned up {waited:g} s after it was ended"]
         return server.ended, left
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
@@ -271,8 +273,8 @@ class Preloaded:
         return answer
 
     def close(self) -> list[str]:
-        """Leaves it: what was started from here ends, and the parent too unless it is kept.
-        Returns what could not be removed."""
+        """Disconnects: what was started over this connection ends, and so does the parent unless it
+        is kept. Returns what could not be removed."""
         left = self._link.end()
         with self._changed:
             self._changed.wait_for(lambda: self._gone, 5.0)

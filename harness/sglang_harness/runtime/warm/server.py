@@ -1,4 +1,4 @@
-"""A warm start: a server that is forked from a preloaded parent, instead of imported anew."""
+"""A warm start: a server that is forked from a preloaded parent, so that it imports nothing."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from sglang_harness.runtime.warm.parents import Parent, Parents
 from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.spec import ServerSpec, command_line
 
-#: Bytes of a model that a warm start copies, where it cannot be linked.
+#: Largest model, in bytes, that a warm start copies where it cannot be linked.
 COPIED_AT_MOST = 2 << 30
 
-#: Fields of a spec that a server alone in its container has, with what they are for.
+#: Fields of a spec that only a server in its own container can have, and what they set.
 ITS_OWN_CONTAINERS = {
-    "port": "a port of the host of its own",
-    "publish_on": "an address of its own",
-    "shm_size": "a /dev/shm of its own",
-    "memory": "a memory limit of its own",
-    "hub_cache": "a hub cache of its own",
-    "model_mount": "a mount of its own",
+    "port": "its own host port",
+    "publish_on": "its own publish address",
+    "shm_size": "its own /dev/shm size",
+    "memory": "its own memory limit",
+    "hub_cache": "its own hub cache",
+    "model_mount": "its own model mount",
 }
 
 
 class WarmServer:
-    """One server of several that one parent has forked. The same protocol as any other.
+    """One of several servers that one parent has forked, with the same protocol as any other.
 
     Args:
-        give_back: ends the parent where nobody else uses it; returns what could not be removed.
+        give_back: ends the parent if no other server uses it; returns what could not be removed.
     """
 
     started = Started("warm")
@@ -92,7 +92,7 @@ class WarmServer:
         give_back: Callable[[Parent], list[str]],
         **how: Any,
     ) -> WarmServer:
-        """The constructor, which gives the parent back where it fails."""
+        """The constructor; returns the parent if it fails."""
         try:
             return cls(spec, parent, give_back=give_back, **how)
         except BaseException:
@@ -100,7 +100,7 @@ class WarmServer:
             raise
 
     def start(self) -> None:
-        """Has it forked.
+        """Forks it.
 
         Raises:
             EngineError: its parent has ended, or refused.
@@ -188,7 +188,7 @@ class WarmServer:
         return None
 
     def beside(self, script: str) -> Beside:
-        """A peer of this server: see :class:`sglang_harness.runtime.Running`."""
+        """A sidecar of this server: see :class:`sglang_harness.runtime.Running`."""
         made = self._parent.beside(self.name, script, run_id=self.run_id)
         self._beside.append(made)
         return made
@@ -236,7 +236,7 @@ class WarmServer:
 
 
 class Cold(Protocol):
-    """A server that its own image or Python starts."""
+    """A server that starts without a parent."""
 
     started: Started
 
@@ -254,14 +254,14 @@ def warm_or(
     runtime: str,
     device: Literal["cpu", "gpu"],
 ) -> C | WarmServer:
-    """A warm server where it can be, else the one that ``cold`` makes, which then says why.
+    """A warm server if possible, else the one that ``cold`` creates, which then says why.
 
     Args:
         recipe: see :meth:`Parents.for_server`.
-        what: the line that announces the start, without how.
+        what: the line that announces the start, without cold or warm.
 
     Raises:
-        SpecError: a warm start was asked for, and cannot be.
+        SpecError: a warm start was requested and is not possible.
     """
     found = parents.for_server(
         order.spec,
@@ -289,22 +289,22 @@ def why_cold(
     """Why a server of this spec cannot be forked from a parent; ``None``: it can, as far as the
     spec tells."""
     if held:
-        return "it is to outlive this process"
+        return "it must outlive this process"
     if device == "gpu":
-        return "a server on a GPU is not forked: CUDA does not survive a fork"
+        return "GPU servers cannot be forked: CUDA does not survive a fork"
     if model is None:
-        return "its model comes from a hub, which its imports have to know"
+        return "its model comes from a hub, which its imports depend on"
     plain = ServerSpec()
     for field, what in ITS_OWN_CONTAINERS.items():
         if getattr(spec, field) not in (getattr(plain, field), None):
-            return f"it asks for {what} ({field})"
+            return f"it has {what} ({field})"
     if (size := _copied(model)) > COPIED_AT_MOST:
-        return f"its model ({size >> 30} GiB) lies on another disk than temporary files"
+        return f"its model ({size >> 30} GiB) is on another disk than the temporary files"
     return None
 
 
 def _copied(model: Path) -> int:
-    """Bytes that a warm start would have to copy; 0 where files can be linked."""
+    """Bytes that a warm start would have to copy; 0 if files can be linked."""
     import tempfile
 
     about = model.stat()
