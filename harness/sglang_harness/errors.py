@@ -134,6 +134,11 @@ class CheckpointMismatch(ModelError):
         self.names = names
 
 
+class NotEnoughRoom(ModelError):
+    """The memory or the disk of this machine does not suffice for the model. Nothing was loaded,
+    copied or written."""
+
+
 class TelemetryError(HarnessError):
     """A GPU or its driver does not say what was asked. Never answered with a zero in its place.
 

@@ -1,27 +1,39 @@
-"""What the server should have said: log-probabilities from torch, on the CPU, by Hugging
-Face transformers, which shares no code with SGLang's model classes."""
+"""The reference model: what a server should have answered, as log-probabilities from torch on the
+CPU, by Hugging Face transformers, which shares no code with SGLang's model classes.
+
+Everything is computed in float32, whatever the checkpoint is saved in. The weights are held in
+float32 where half of the available memory suffices; otherwise they are read from the checkpoint
+layer by layer for every answer (``checkpoint/streaming.py``), with the same results. Where there
+is no memory for that either, other reference models are released, and then the model is refused
+by a sentence."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
+from sglang_harness._base import headroom
+from sglang_harness.checkpoint import streaming
+from sglang_harness.checkpoint.footprint import Needs, Size, reference_model, require
 from sglang_harness.checkpoint.formats.spans import stamp
-from sglang_harness.errors import MissingExtra, ModelError
+from sglang_harness.checkpoint.streaming import NotStreamable
+from sglang_harness.errors import BrokenCheckpoint, MissingExtra, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-#: How far a served log-probability may be from the oracle's, by the server's dtype, in nats.
-#: float32: 3e-5 at most was measured over 32 tokens on a CPU (SGLang 0.5.23); the bound leaves
-#: room for other kernels and is far below 0.01. The half-precision bounds are the rounding of
-#: logits of size 20 and were not measured on a GPU yet.
+#: How far a served log-probability may be from the reference model's, in nats, by the server's
+#: dtype. float32: 3e-5 at most was measured over 32 tokens on a CPU (SGLang 0.5.23); the bound
+#: leaves room for other kernels and is far below 0.01. The half-precision bounds are the rounding
+#: of logits of size 20 and were not measured on a GPU yet.
 TOLERANCE = {"float32": 5e-4, "bfloat16": 0.12, "float16": 0.02}
 
 
@@ -30,16 +42,17 @@ def tolerance(dtype: str) -> float:
     return TOLERANCE.get(dtype.removeprefix("torch."), TOLERANCE["bfloat16"])
 
 
-#: Bytes of weights, in float32, that make another thread worth its waiting.
+#: Bytes of weights, in float32, for which a further thread pays.
 _A_THREAD = 512 << 20
 
-#: The number of threads is torch's, not a model's.
-_computing = threading.Lock()
+#: Held while a model is loaded, released or computes. The number of threads is torch's, not a
+#: model's; and no model is released while it computes.
+_computing = threading.RLock()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The oracle's view of the tokens that followed a prompt.
+    """The reference model's view of the tokens that followed a prompt.
 
     Attributes:
         logprobs: natural-log probability of each token, given all before it.
@@ -53,11 +66,12 @@ class Scores:
 
 
 class Oracle:
-    """One checkpoint, loaded in float32.
+    """The reference model of one checkpoint, computed in float32.
 
     Args:
         folder: the checkpoint, in Hugging Face's layout.
-        adapter: a LoRA adapter for it, in PEFT's layout, that PEFT applies.
+        adapter: a LoRA adapter for it, in PEFT's layout, applied by PEFT. Then the weights are
+            held: PEFT cannot change a model that is read layer by layer.
 
     Attributes:
         architecture: the class of the model, as ``config.json`` names it.
@@ -65,32 +79,57 @@ class Oracle:
 
     Raises:
         MissingExtra: torch, transformers or, with an adapter, PEFT is not installed.
+        NotEnoughRoom: the available memory does not suffice.
         ModelError: transformers cannot load the folder, or PEFT the adapter.
     """
 
     def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
         try:
-            import torch
-            from safetensors import SafetensorError
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            import torch  # noqa: F401
+            from transformers import AutoConfig, AutoTokenizer
             from transformers.utils import logging
         except ImportError:
-            raise MissingExtra("The oracle", "torch") from None
+            raise MissingExtra("The reference model", "torch") from None
         logging.disable_progress_bar()
         self.folder = folder
+        self._adapter = adapter
+        self._loaded: Any = None
+        self._stamps: dict[str, tuple[int, ...]] | None = None
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
-            ).eval()
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"transformers cannot load {folder}: {reason}.") from None
-        config = self._model.config
-        self.architecture = str((config.architectures or [""])[0])
-        self.layers = int(config.num_hidden_layers)
-        if adapter is not None:
-            self._model = _adapted(self._model, adapter)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            self.architecture = str((config.architectures or [""])[0])
+            self.layers = int(config.get_text_config().num_hidden_layers)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise _cannot_load(folder, error) from None
+        _ = self._model  # what is wrong with the weights is said now
+
+    @property
+    def _model(self) -> Any:
+        """The model, loaded where it is not."""
+        with _computing:
+            if self._loaded is None:
+                self._loaded = self._same_as_before()
+            _use(self)
+            return self._loaded
+
+    def _same_as_before(self) -> Any:
+        """Raises BrokenCheckpoint: the files are others than when it was loaded for the first
+        time, as of a trainer that writes its next step over the last one."""
+        weights = (file for file in self.folder.glob("*") if _holds_weights(file))
+        stamps = {file.name: stamp(file) for file in weights if file.is_file()}
+        if self._stamps is not None and stamps != self._stamps:
+            raise BrokenCheckpoint(
+                f"{self.folder} was written to after its reference model was loaded.",
+                advice="Write each checkpoint to a folder of its own.",
+            )
+        self._stamps = stamps
+        return _load(self.folder, self._adapter)
+
+    def release(self) -> None:
+        """Gives the memory of the weights back; they are loaded again when they are needed."""
+        with _computing:
+            self._loaded = None
 
     @property
     def parameters_bytes(self) -> int:
@@ -98,7 +137,7 @@ class Oracle:
         return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with whatever special tokens the tokenizer puts around a text."""
+        """Token ids, including the special tokens that the tokenizer adds to a text."""
         return list(self.tokenizer.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,22 +161,22 @@ class Oracle:
     def score(self, prompt: Sequence[int], output: Sequence[int]) -> Scores:
         """Scores ``output`` as the continuation of ``prompt``, in one forward pass."""
         if not prompt or not output:
-            raise ValueError("the oracle needs a prompt and an output")
+            raise ValueError("the reference model needs a prompt and an output")
         return _scores(self._logprobs([*prompt, *output])[len(prompt) - 1 : -1], output)
 
     def score_over(
         self, old: Oracle, prompt: Sequence[int], output: Sequence[int], switched: int
     ) -> Scores:
-        """Scores an answer in whose midst the weights were exchanged, its cache left as it was.
+        """Scores an answer during which the weights were replaced, its cache left as it was.
 
-        The first ``switched`` tokens are ``old``'s; the others are this oracle's, which sees
-        everything before them through the keys and values that ``old`` computed. So generates a
-        server that was paused with mode ``in_place`` and told not to flush.
+        The first ``switched`` tokens are ``old``'s; the others are this model's, which sees
+        everything before them through the keys and values that ``old`` computed. This is how a
+        server generates that was paused with mode ``in_place`` and told not to flush.
         """
         import torch
 
         if not prompt or not 0 < switched < len(output):
-            raise ValueError("the weights are exchanged after the first token and before the last")
+            raise ValueError("the weights are replaced after the first token and before the last")
         ids = [*prompt, *output]
         seen = len(prompt) + switched - 1
         with torch.inference_mode(), self._threads():
@@ -159,11 +198,11 @@ class Oracle:
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
-        """As many threads as the model is worth, at most as many as torch has.
+        """As many threads as pay for a model of this size, at most as many as torch has.
 
-        They wait for each other some thousand times in one pass. Where a core is taken by
-        something else, and be it by the server, that turns 0.12 s for 135 M parameters on two
-        threads into 1 to 3 s; one thread takes 0.15 s to 0.3 s either way.
+        They wait for each other some thousand times in one pass. Where something else, such as
+        the server, takes a core, that turns 0.12 s for 135 M parameters on two threads into 1 to
+        3 s; one thread takes 0.15 s to 0.3 s either way.
         """
         import torch
 
@@ -179,7 +218,7 @@ class Oracle:
         import torch
 
         if not ids:
-            raise ValueError("the oracle needs a prompt of at least one token")
+            raise ValueError("the reference model needs a prompt of at least one token")
         with torch.inference_mode(), self._threads():
             logits = self._model(torch.tensor([ids])).logits[0].float()
             return torch.log_softmax(logits, dim=-1)
@@ -192,12 +231,79 @@ def _scores(logprobs: torch.Tensor, output: Sequence[int]) -> Scores:
     return Scores(tuple(chosen.tolist()), tuple(best.indices.tolist()), tuple(best.values.tolist()))
 
 
+def _cannot_load(folder: Path, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return ModelError(f"transformers cannot load {folder}: {reason}.")
+
+
+def _load(folder: Path, adapter: Path | None) -> Any:
+    """The model, held or streamed.
+
+    Raises:
+        NotEnoughRoom: neither fits, not even alone.
+    """
+    try:
+        size = Size.of_folder(folder)
+    except ModelError:
+        return _held(folder, adapter)  # transformers reads it, or says why not
+    held, streamed = (reference_model(size, streamed=each).memory for each in (False, True))
+    # The other half is for the next model, files in a tmpfs, and a server on the same machine.
+    if held <= headroom.memory().available // 2:
+        return _held(folder, adapter)
+    while True:
+        available = headroom.memory().available
+        if adapter is None and streamed <= available:
+            with suppress(NotStreamable):
+                return streaming.streamed(folder)
+        if held <= available:
+            return _held(folder, adapter)
+        if not _release_one():
+            break
+    what = f"The reference model of {folder}"
+    less = "take a smaller model, or select checks without it by -k"
+    if adapter is not None:
+        what += " with an adapter"
+    else:
+        require(what, Needs(streamed), less=less)
+        what += ", which cannot be read layer by layer,"
+    require(what, Needs(held), less=less)
+    return _held(folder, adapter)  # there is more memory than a moment ago
+
+
+def _held(folder: Path, adapter: Path | None) -> Any:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _cannot_load(folder, error) from None
+    _detach(model)
+    return model if adapter is None else _adapted(model, adapter)
+
+
+def _detach(model: Any) -> None:
+    """Gives weights that are mapped from their files memory of their own.
+
+    transformers maps weights that are in float32 already. A trainer that writes its next step over
+    the last one would change them under the reference model, and end this process by SIGBUS while
+    the file is shorter.
+    """
+    from sglang_harness.checkpoint.formats.spans import empty
+
+    for parameter in model.parameters():
+        parameter.data = empty(tuple(parameter.shape), "float32").copy_(parameter.data)
+
+
 def _adapted(model: Any, adapter: Path) -> Any:
     try:
         from peft import PeftModel
         from safetensors import SafetensorError
     except ImportError:
-        raise MissingExtra("The oracle of a LoRA adapter", "torch") from None
+        raise MissingExtra("The reference model of a LoRA adapter", "torch") from None
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -205,55 +311,91 @@ def _adapted(model: Any, adapter: Path) -> Any:
         raise ModelError(f"PEFT cannot load {adapter}: {reason}.") from None
 
 
-#: Oracles that are kept: the served model's, that of other weights, and one more.
-KEPT = 3
+#: Reference models that are kept for their next use: that of the served weights, and one more.
+KEPT = 2
 
 #: Files that are told apart by their stamp: too large to be read for that.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
-_kept: OrderedDict[frozenset[tuple[object, ...]], Oracle] = OrderedDict()
+
+def _holds_weights(file: Path) -> bool:
+    return file.name.endswith(_WEIGHTS)
+
+
+_Content = frozenset[tuple[object, ...]]
+
+_kept: OrderedDict[_Content, Oracle] = OrderedDict()
+_known: WeakValueDictionary[_Content, Oracle] = WeakValueDictionary()
+"""Also those that only their users keep."""
+_used: list[weakref.ref[Oracle]] = []
+"""Those that may have a model in memory, the one used last at the end."""
 _lock = threading.Lock()
 
 
+def _use(oracle: Oracle) -> None:
+    _used[:] = [each for each in _used if each() not in (None, oracle)]
+    _used.append(weakref.ref(oracle))
+
+
+def _release_one() -> bool:
+    """Releases the reference model that was used the longest ago; false where there is none."""
+    while _used:
+        oracle = _used.pop(0)()
+        if oracle is not None and oracle._loaded is not None:
+            oracle.release()
+            return True
+    return False
+
+
 def for_folder(folder: Path) -> Oracle:
-    """An oracle that is loaded once for the same files and shared by the checks of a run.
+    """The reference model of a folder, loaded once for the same files.
 
     A push makes a folder of its own of the served model's configuration and of links to the
-    weights that it pushes. What counts is what lies in a folder, not where it is: loading it
-    anew would give the same oracle, seconds later. A folder whose files have changed since is
-    loaded again.
+    weights that it pushes. What counts is what is in a folder, not where it is: loading it again
+    would give the same model, seconds later. A folder whose files have changed since is loaded
+    again.
+
+    Raises:
+        MissingExtra, NotEnoughRoom, ModelError: see :class:`Oracle`.
     """
     with _lock:
         try:
             content = _content(folder)
         except OSError:
             return Oracle(folder)  # which says what is wrong with it
-        if content in _kept:
-            _kept.move_to_end(content)
-            return _kept[content]
-        while len(_kept) >= KEPT:
+        oracle = _known.get(content)
+        if oracle is None:
+            while len(_kept) >= KEPT:
+                _kept.popitem(last=False)
+            oracle = Oracle(folder)
+            # Files that were written to meanwhile may be half in it.
+            if _content(folder) != content:
+                return oracle
+            _known[content] = oracle
+        _kept[content] = oracle
+        _kept.move_to_end(content)
+        while len(_kept) > KEPT:
             _kept.popitem(last=False)
-        oracle = Oracle(folder)
-        # Files that were written to meanwhile may be half in it.
-        if _content(folder) == content:
-            _kept[content] = oracle
         return oracle
 
 
 def forget() -> None:
-    """Lets go of all oracles that are kept."""
-    with _lock:
+    """Releases all reference models: a run is over."""
+    with _lock, _computing:
         _kept.clear()
+        for oracle in list(_known.values()):
+            oracle.release()
+        _known.clear()
 
 
-def _content(folder: Path) -> frozenset[tuple[object, ...]]:
+def _content(folder: Path) -> _Content:
     """What tells a model folder from every other: the bytes of its small files, and of the
     weights which file they are, wherever links lead, and when it was written to."""
     found: set[tuple[object, ...]] = set()
     for file in folder.iterdir():
         if not file.is_file():
             continue
-        if file.name.endswith(_WEIGHTS):
+        if _holds_weights(file):
             found.add((file.name, file.stat().st_dev, *stamp(file)))
         else:
             found.add((file.name, hashlib.sha256(file.read_bytes()).digest()))

@@ -216,7 +216,7 @@ def test_the_doctor_finds_the_engine(command: Run) -> None:
     done = command("doctor")
     assert done.returncode == 0, done.stdout
     assert "Docker engine" in done.stdout
-    assert "created, never started" in done.stdout
+    assert "8B model" in done.stdout
 
 
 def test_what_a_dead_run_left_is_swept(tmp_path: Path, command: Run) -> None:

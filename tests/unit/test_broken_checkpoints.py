@@ -31,11 +31,11 @@ def whole_file(name: str) -> bytes:
         if name == "a.safetensors":
             save_file(contiguous(), file)
         else:
-            write_torch(file, state(), legacy=name == "legacy.pt")
+            write_torch(file, state())
         return file.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt"])
+@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt"])
 @pytest.mark.parametrize("left", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
 def test_a_file_that_was_cut_short_is_refused_when_it_is_opened(
     tmp_path: Path, name: str, left: float
@@ -62,7 +62,7 @@ def test_a_distributed_file_that_was_cut_short_is_refused_when_it_is_opened(tmp_
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    name=st.sampled_from(["a.safetensors", "zip.pt", "legacy.pt"]),
+    name=st.sampled_from(["a.safetensors", "zip.pt"]),
     place=st.floats(0, 1, exclude_max=True),
     replacement=st.binary(min_size=1, max_size=8),
 )

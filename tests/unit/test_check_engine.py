@@ -30,6 +30,7 @@ from sglang_harness.errors import (
     Interrupted,
     MissingExtra,
     NoAnswerInTime,
+    NotEnoughRoom,
     Refused,
     RequestFailed,
     ServerDied,
@@ -229,6 +230,13 @@ def test_a_package_that_is_not_installed_is_not_run_without_any_check_saying_so(
     result, _ = run_check(raising(MissingExtra("The oracle", "torch")), context)
     assert result.outcome is Outcome.NOT_RUN
     assert "pip install 'sglang-harness[torch]'" in result.message
+
+
+def test_a_model_for_which_this_machine_is_too_small_is_not_run_with_reason_and_advice(context):
+    small = NotEnoughRoom("It needs 64.0 GB of memory.", advice="Take a smaller model.")
+    result, _ = run_check(raising(small), context)
+    assert result.outcome is Outcome.NOT_RUN
+    assert result.message == "It needs 64.0 GB of memory. Take a smaller model."
 
 
 def test_an_unexpected_exception_is_an_error_that_names_its_place_and_shows_no_traceback(context):

@@ -123,7 +123,7 @@ def test_half_a_model_that_a_killed_process_left_is_made_anew(cache: Path, tiny_
 
 @pytest.mark.parametrize("name", ["tiny:", "tiny:-1", "tiny:a", "tiny:1234567890", "Tiny", "tiny "])
 def test_what_is_almost_a_name_is_no_model(name: str):
-    with pytest.raises(ModelError, match="is not there"):
+    with pytest.raises(ModelError, match="does not exist"):
         locate(name, quietly)
 
 

@@ -323,7 +323,7 @@ def test_a_folder_that_expects_nothing_is_refused(
     folder.mkdir()
     if config is not None:
         (folder / "config.json").write_text(config)
-    with pytest.raises(ModelError, match=r"config\.json|describes no model"):
+    with pytest.raises(ModelError, match=r"config\.json|does not describe a model"):
         held_against(weights, folder)
 
 

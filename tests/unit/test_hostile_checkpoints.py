@@ -82,7 +82,7 @@ HOSTILE = {
     "LONG_BINPUT": (b"NrIIII.", "is remembered within"),
     "LONG_BINPUT, less": (b"]r" + number(80 << 20, 4) + b".", "is remembered within"),
     "PUT": (b"]p66666666\n.", "is remembered within"),
-    "PUT of a long number": (b"]p" + b"6" * 5000 + b"\n.", "a number that is none"),
+    "PUT of a long number": (b"]p" + b"6" * 5000 + b"\n.", "a number that is not valid"),
     # Memory is taken for as many bytes as are said to follow.
     **{
         f"{code!r} of {length}": (
@@ -106,7 +106,7 @@ HOSTILE = {
     "shapes": (
         b"ctorch\nSize\nq\x000]q\x01(" + b"K\x01" * 50_000 + b"eh\x01\x85q\x020("
         + b"h\x00h\x02R" * 5_000 + b"l.",
-        "a shape or stride that is none",
+        "an invalid shape or stride",
     ),
     "ordered dictionaries": (
         ORDERED + b"q\x000]q\x01(" + b"".join(b"M%bN\x86" % number(n, 2) for n in range(20_000))
@@ -153,25 +153,19 @@ def test_what_fills_an_ordered_dictionary_is_not_copied_into_each(tmp_path: Path
     file = tmp_path / "a.bin"
     file.write_bytes(ORDERED + b"q\x000" + state + b"(" + b"h\x00)Rh\x01b" * 3_000 + b"l.")
     # Is nothing of torch's, but nothing that takes memory either.
-    assert_refused(file, "none of torch.save", "ModelError")
+    assert_refused(file, "not one of torch.save", "ModelError")
 
 
-@pytest.mark.parametrize("place", ["zip", "distributed", "legacy"])
+@pytest.mark.parametrize("place", ["zip", "distributed"])
 def test_pickles_are_walked_over_wherever_they_are(tmp_path: Path, place: str):
     content, why = HOSTILE["LONG_BINPUT"]
     file = tmp_path / "a.pt"
     if place == "zip":
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("a/data.pkl", content)
-    elif place == "distributed":
+    else:
         (tmp_path / ".metadata").write_bytes(content)
         file = tmp_path
-    else:
-        write_torch(file, {"a.b": torch.ones(2)}, legacy=True)
-        start = io.BytesIO(file.read_bytes())
-        for _ in range(3):  # magic number, protocol, system
-            read_pickle(start, file)
-        file.write_bytes(start.getvalue()[: start.tell()] + content)
     assert_refused(file, why)
 
 
@@ -333,14 +327,14 @@ def test_a_header_of_numbers_that_no_tensor_has_is_refused(tmp_path: Path, told:
     header = json.dumps({"a": {"dtype": "F32", **told}}).encode()
     file = tmp_path / "a.safetensors"
     file.write_bytes(number(len(header), 8) + header + bytes(8))
-    assert_refused(file, "describes a wrongly", limit=256)
+    assert_refused(file, "an invalid description of a", limit=256)
 
 
 @pytest.mark.parametrize("length", [1 << 60, (1 << 64) - 1, 99_000_000])
 def test_a_header_that_says_it_is_longer_than_the_file_is_refused(tmp_path: Path, length: int):
     file = tmp_path / "a.safetensors"
     file.write_bytes(number(length, 8) + b"{}" + bytes(8))
-    assert_refused(file, "is no safetensors file")
+    assert_refused(file, "is not a safetensors file")
 
 
 @pytest.mark.parametrize("count", [10**8, 10**200])
@@ -349,7 +343,7 @@ def test_a_name_that_says_there_are_very_many_shards_is_no_reason_to_count_them(
 ):
     write_torch(tmp_path / "x.bin", {"a.b": torch.ones(2)})
     (tmp_path / "x.bin").rename(tmp_path / f"x-1-of-{count}.bin")
-    assert_refused(tmp_path, "number 2 is not", "ModelError")
+    assert_refused(tmp_path, "number 2 is missing", "ModelError")
 
 
 def test_an_index_that_is_very_long_or_deep_is_refused(tmp_path: Path):

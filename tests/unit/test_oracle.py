@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,11 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sglang_harness import oracle as oracles
-from sglang_harness.checkpoint import locate
+from sglang_harness._base import headroom
+from sglang_harness.checkpoint import footprint, locate, streaming
 from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.checkpoint.reading import open_checkpoint
-from sglang_harness.errors import ModelError
+from sglang_harness.errors import BrokenCheckpoint, ModelError, NotEnoughRoom
 from sglang_harness.oracle import TOLERANCE, Oracle, tolerance
 from sglang_harness.weights.source.model_folder import model_folder
 
@@ -209,14 +212,139 @@ def test_another_configuration_is_another_oracle(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.usefixtures("none_kept")
-def test_few_oracles_are_kept_and_those_used_last(folder: Path, tmp_path: Path):
-    first = oracles.for_folder(folder)
+def test_few_reference_models_are_kept_and_those_used_last(folder: Path, tmp_path: Path):
+    first = weakref.ref(oracles.for_folder(folder))
     for number in range(oracles.KEPT):
         other = tmp_path / str(number)
         shutil.copytree(folder, other)
         oracles.for_folder(other)
     assert oracles.for_folder(other) is oracles.for_folder(other)
-    assert oracles.for_folder(folder) is not first
+    gc.collect()
+    assert first() is None
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_reference_model_that_someone_still_uses_is_not_loaded_twice(
+    folder: Path, tmp_path: Path
+):
+    used = oracles.for_folder(folder)
+    for number in range(oracles.KEPT):
+        other = tmp_path / str(number)
+        shutil.copytree(folder, other)
+        oracles.for_folder(other)
+    assert oracles.for_folder(folder) is used
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_what_is_forgotten_holds_no_weights_and_can_still_be_asked(folder: Path):
+    used = oracles.for_folder(folder)
+    before = used.score(PROMPT, [1, 2])
+    oracles.forget()
+    assert used._loaded is None
+    assert used.score(PROMPT, [1, 2]) == before
+
+
+def test_weights_in_memory_are_those_that_were_loaded_whatever_is_written_over_their_file(
+    folder: Path, tmp_path: Path
+):
+    """They were mapped from a float32 file: another step's, or the end of this process."""
+    step = tmp_path / "step"
+    shutil.copytree(folder, step)
+    loaded = Oracle(step)
+    before = loaded.score(PROMPT, [1, 2])
+    with (step / "model.safetensors").open("r+b") as file:
+        file.truncate(4096)
+        file.write(bytes(4096))
+    assert loaded.score(PROMPT, [1, 2]) == before
+    loaded.release()
+    with pytest.raises(BrokenCheckpoint, match="was written to after"):
+        loaded.score(PROMPT, [1, 2])
+
+
+def _memory(monkeypatch: pytest.MonkeyPatch, *available: int) -> None:
+    """The machine's available memory, in bytes: one figure a look, the last one from then on."""
+    left = list(available)
+
+    def told() -> headroom.Memory:
+        return headroom.Memory(left.pop(0) if len(left) > 1 else left[0], "a limit of 1 GB")
+
+    monkeypatch.setattr(headroom, "memory", told)
+
+
+def _needs(folder: Path) -> tuple[int, int]:
+    size = footprint.Size.of_folder(folder)
+    held = footprint.reference_model(size, streamed=False).memory
+    return held, footprint.reference_model(size, streamed=True).memory
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_model_that_takes_half_of_the_memory_is_read_layer_by_layer_with_equal_results(
+    folder: Path, oracle: Oracle, other: Oracle, monkeypatch: pytest.MonkeyPatch
+):
+    held, _ = _needs(folder)
+    _memory(monkeypatch, 2 * held - 1)
+    read = Oracle(folder)
+    assert all(parameter.is_meta for parameter in read._model.parameters())
+    output = [104, 17, 200]
+    assert read.score(PROMPT, output) == oracle.score(PROMPT, output)
+    assert read.prompt_logprobs(PROMPT) == oracle.prompt_logprobs(PROMPT)
+    assert read.score_over(other, PROMPT, output, 1) == oracle.score_over(other, PROMPT, output, 1)
+    assert other.score_over(read, PROMPT, output, 1) == other.score_over(oracle, PROMPT, output, 1)
+    assert read.eos_ids == oracle.eos_ids
+    assert read.parameters_bytes == oracle.parameters_bytes
+    assert all(parameter.is_meta for parameter in read._model.parameters())
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_where_there_is_no_memory_the_model_used_longest_ago_is_released(
+    folder: Path, oracle: Oracle, other: Oracle, monkeypatch: pytest.MonkeyPatch
+):
+    expected = oracle.score(PROMPT, [1, 2])
+    other.score(PROMPT, [1, 2])
+    _, streamed = _needs(folder)
+    _memory(monkeypatch, streamed - 1, streamed - 1, streamed)
+    Oracle(folder)
+    assert oracle._loaded is None
+    assert other._loaded is not None
+    # It comes back when it is asked.
+    assert oracle.score(PROMPT, [1, 2]) == expected
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_model_for_which_there_is_no_memory_is_refused_before_anything_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _memory(monkeypatch, 1000)
+    loads: list[object] = []
+    monkeypatch.setattr(oracles, "_held", lambda *a: loads.append(a))
+    monkeypatch.setattr(streaming, "streamed", lambda *a: loads.append(a))
+    with pytest.raises(NotEnoughRoom) as refused:
+        Oracle(folder)
+    assert refused.value.message == (
+        f"The reference model of {folder} needs 0.3 GB of memory, and 0.0 GB are available; the "
+        "bound is a limit of 1 GB."
+    )
+    assert refused.value.advice == (
+        "Give it more memory, or take a smaller model, or select checks without it by -k."
+    )
+    assert loads == []
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_model_that_can_only_be_held_is_held_or_refused_with_that_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def cannot(_: Path) -> None:
+        raise streaming.NotStreamable("other names")
+
+    monkeypatch.setattr(streaming, "streamed", cannot)
+    held, streamed = _needs(folder)
+    _memory(monkeypatch, held)
+    assert not any(parameter.is_meta for parameter in Oracle(folder)._model.parameters())
+    assert held > streamed
+    _memory(monkeypatch, held - 1)
+    with pytest.raises(NotEnoughRoom, match="which cannot be read layer by layer, needs"):
+        Oracle(folder)
 
 
 @pytest.mark.usefixtures("none_kept")

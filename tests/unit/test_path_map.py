@@ -118,13 +118,36 @@ def test_a_copy_in_a_volume_that_could_not_be_removed_is_told_and_may_be_tried_a
     assert len(docker.containers.ran) == 1
 
 
+def test_weights_that_others_may_read_take_their_disk_once(exchange: FolderReach, weights: Path):
+    """A second checkpoint was written to the scratch folder, and copied for the server."""
+    file = weights / "model.safetensors"
+    file.chmod(0o644)
+    inside = exchange.share(weights)
+    shared = exchange.folder / inside.name / file.name
+    assert shared.samefile(file)
+    exchange.unshare(inside)
+    assert file.is_file()
+
+
+def test_weights_that_others_may_not_read_are_copied_and_stay_as_private_as_they_were(
+    exchange: FolderReach, weights: Path
+):
+    file = weights / "model.safetensors"
+    file.chmod(0o600)
+    shared = exchange.folder / exchange.share(weights).name / file.name
+    assert not shared.samefile(file)
+    assert shared.stat().st_mode & 0o777 == 0o644
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_copy_that_fails_half_way_stays_nowhere(
     exchange: FolderReach, weights: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def disk_is_full(_: Path) -> None:
+    def disk_is_full(_: Path, target: Path) -> None:
+        target.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sglang_harness.runtime.path_map.make_readable", disk_is_full)
+    monkeypatch.setattr("sglang_harness.runtime.path_map.link_or_copy", disk_is_full)
     with pytest.raises(OSError, match="No space"):
         exchange.share(weights)
     assert contents(exchange.folder) == []

@@ -171,7 +171,7 @@ def test_without_a_server_sigterm_is_none_of_the_plugins_business(
     [
         (("--sglang-url", "http://127.0.0.1:9"), "AttachError: No server answers at"),
         (("--sglang-runtime", "docker"), "EngineError: No Docker engine answers at"),
-        (("--sglang-model", "./nowhere"), "ModelError: The model ./nowhere is not there"),
+        (("--sglang-model", "./nowhere"), "ModelError: The model ./nowhere does not exist"),
     ],
 )
 def test_a_server_that_cannot_be_had_is_one_line_a_test(

@@ -72,13 +72,10 @@ def assert_refused(path: Path, name: str) -> None:
     assert caught.value.advice
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_torch_that_would_run_code_is_refused(
-    tmp_path: Path, marker: Path, name: str, legacy: bool
-):
+def test_a_file_of_torch_that_would_run_code_is_refused(tmp_path: Path, marker: Path, name: str):
     content = {"model.weight": torch.ones(2), "extra": payloads(marker)[name]}
-    assert_refused(write_torch(tmp_path / "a.pt", content, legacy=legacy), name)
+    assert_refused(write_torch(tmp_path / "a.pt", content), name)
 
 
 @pytest.mark.parametrize("name", NAMES)

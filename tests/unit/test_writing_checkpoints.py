@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import torch
 from every_tensor import assert_holds, contiguous, raw
 from safetensors.torch import load_file
 
+from sglang_harness._base import headroom
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import (
     copy_all_but_weights,
@@ -18,7 +21,7 @@ from sglang_harness.checkpoint.writing import (
     write_model,
     write_safetensors,
 )
-from sglang_harness.errors import ModelError
+from sglang_harness.errors import ModelError, NotEnoughRoom
 
 
 def test_what_is_written_tensor_by_tensor_the_library_reads(tmp_path: Path):
@@ -81,3 +84,29 @@ def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp
     _, other = held({"a": torch.ones(3)})
     with pytest.raises(ModelError, match="expected the tensor"):
         write_safetensors(tmp_path / "a.safetensors", infos, other)
+
+
+def test_a_file_that_the_disk_has_no_space_for_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(headroom, "disk", lambda folder: headroom.Disk(folder, 100, False))
+    with pytest.raises(NotEnoughRoom, match=r"Writing .*a\.safetensors needs"):
+        write_safetensors(tmp_path / "a.safetensors", *held({"a": torch.ones(200)}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path):
+    """Half a checkpoint stayed, and stood in the way of the next try."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    infos, whole = held({"a": torch.ones(2)})
+
+    def full(_: object) -> Iterator[tuple[str, torch.Tensor]]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NotEnoughRoom, match="The disk was full") as refused:
+        write_model(model, tmp_path / "made", infos, full)
+    assert "TMPDIR" in refused.value.advice
+    assert not (tmp_path / "made").exists()
+    write_model(model, tmp_path / "made", infos, whole)

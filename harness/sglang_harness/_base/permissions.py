@@ -3,6 +3,7 @@ may not read as missing (``FileNotFoundError``)."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,23 @@ def make_readable(path: Path) -> None:
     """Makes ``path`` readable for every user: files 0644, folders 0755."""
     for each in _with_contents(path):
         each.chmod(0o755 if each.is_dir() else 0o644)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a file a second name that every user can read it by.
+
+    The bytes take their disk once where both are on one file system, the file belongs to this
+    user and others may read it as it is; otherwise they are copied.
+    """
+    source = source.resolve()
+    if source.stat().st_mode & 0o044 == 0o044:
+        try:
+            target.hardlink_to(source)
+            return
+        except OSError:
+            pass  # another file system, or another user's file
+    shutil.copyfile(source, target)
+    target.chmod(0o644)
 
 
 def check_readable(model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Torch checkpoints: which one a spec means, where it lies, how new ones are made."""
+"""Torch checkpoints: which one a spec names, where it is, how new ones are made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
     ``smollm2`` and ``tiny[-ARCHITECTURE][:SEED]`` are made in the cache the first time.
 
     Raises:
-        ModelError: a path that does not exist or holds no checkpoint.
+        ModelError: a path that does not exist or does not hold a checkpoint.
         MissingExtra: the model has to be made, and torch is not installed.
     """
     if model == "smollm2":
@@ -35,8 +35,8 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
     except (OSError, RuntimeError) as error:  # too long a name, an unknown user's home
         reason = str(error).rstrip(".")[:200]
         raise ModelError(
-            f"The model {model[:80]} cannot be looked for: {reason}.",
-            advice="Give a folder that is there, a hub name, 'smollm2' or 'tiny'.",
+            f"The model path {model[:80]} cannot be used: {reason}.",
+            advice="Give an existing folder, a hub name, 'smollm2' or 'tiny'.",
         ) from None
     if is_folder:
         check_folder(path)
@@ -48,7 +48,7 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
         )
     if model.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(
-            f"The model {model} is not there.",
+            f"The model {model} does not exist.",
             advice="Give a folder with config.json and weights, a hub name (owner/name), "
             f"'smollm2', or one of {', '.join(tiny.NAMES)}.",
         )
@@ -56,34 +56,36 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
 
 
 def check_folder(path: Path) -> None:
-    """Refuses a folder that SGLang could not load, before a server is started on it.
+    """Rejects a folder that SGLang could not load, before a server is started on it.
 
     Raises:
         ModelError: ``config.json``, weights or tokenizer are missing or broken.
     """
     config = path / "config.json"
     if not config.is_file():
-        raise ModelError(f"{path} holds no config.json.", advice="Give a model folder.")
+        raise ModelError(f"{path} has no config.json.", advice="Give a model folder.")
     try:
         described = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{config} cannot be read: {error}.") from None
     if not isinstance(described, dict) or not described.get("architectures"):
-        raise ModelError(f"{config} names no architecture.", advice="Give a model folder.")
+        raise ModelError(f"{config} does not name an architecture.", advice="Give a model folder.")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(
-            f"{path} holds no weights (*.safetensors or *.bin).",
+            f"{path} has no weights (*.safetensors or *.bin).",
             advice="Give the folder that the weights are in.",
         )
     _check_shards(path)
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):
-        raise ModelError(f"{path} holds no tokenizer.", advice="Save the tokenizer beside it.")
+        raise ModelError(
+            f"{path} has no tokenizer.", advice="Save the tokenizer in the same folder."
+        )
 
 
 def _check_shards(path: Path) -> None:
-    """A download that was cut short is found here, not by a server half a minute later."""
+    """Finds an incomplete download here, not in a server half a minute later."""
     for index in path.glob("*.index.json"):
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

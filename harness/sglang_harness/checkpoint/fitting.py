@@ -1,5 +1,5 @@
-"""Does a checkpoint fit a model? Told by names, shapes and dtypes before anything is sent, and
-then read under the model's names and in its dtypes."""
+"""Does a checkpoint fit a model? Decided by names, shapes and dtypes before anything is sent; then
+it is read under the model's names and in its dtypes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "Misfit", "NotFinite", "fit", "not_finite", "raise_if_not_finite"]
 
-#: Dtypes that are brought to each other. Others (integers, 8-bit floats, whose values stand
-#: only with a scale) have to be what the model expects.
+#: Dtypes that are converted to each other. Others (integers, and 8-bit floats, whose values mean
+#: nothing without a scale) have to be what the model expects.
 CONVERTIBLE = frozenset({"bfloat16", "float16", "float32", "float64"})
 
-#: What a trainer keeps in the model that no server wants: value heads. Said, and not sent.
+#: What a trainer keeps in the model and no server uses: value heads. Noted, and not sent.
 TRAINERS_OWN = ("v_head.*", "value_head.*", "score.*", "*.v_head.*")
 
 #: How many names a message gives.
@@ -48,7 +48,7 @@ class Misfit:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """A tensor with values that are no numbers.
+    """A tensor with values that are NaN or infinite.
 
     Attributes:
         name: as the model has it.
@@ -65,14 +65,14 @@ class NotFinite:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A checkpoint held against a model.
+    """A checkpoint compared with a model.
 
     Attributes:
         sources: the checkpoint's name of each tensor of the model that it has, by the model's
             name, in the order of the checkpoint's files.
         missing: what the model expects and the checkpoint lacks; tied weights are not among it.
         extra: what the checkpoint has and the model does not.
-        misshaped: what both have and that cannot be brought together.
+        misshaped: what both have, in shapes or dtypes that cannot be reconciled.
         converted: the dtypes from which and to which each tensor goes that changes its dtype.
         notes: what a person should know, the checkpoint's own notes first.
     """
@@ -103,7 +103,7 @@ class Fit:
         )
 
     def raise_if_unfit(self, *, allow: Iterable[str] = ()) -> None:
-        """Refuses a checkpoint of another model.
+        """Rejects a checkpoint of another model.
 
         Args:
             allow: patterns (``mtp.*``) of names that may be missing or extra.
@@ -133,8 +133,8 @@ class Fit:
         )
 
     def raise_if_not_finite(self) -> None:
-        """Refuses NaN and infinite values, also those that the model's dtype makes of large
-        ones, and copies of tied weights that are no copies. Reads every tensor once.
+        """Rejects NaN and infinite values, also those that the model's dtype makes of large
+        ones, and copies of tied weights that differ. Reads every tensor once.
 
         Raises:
             CheckpointMismatch: with the first five names.
@@ -194,19 +194,20 @@ class Fit:
 
 
 def fit(checkpoint: Checkpoint, model_folder: Path | str, *, dtype: str | None = None) -> Fit:
-    """Holds the checkpoint against the model in ``model_folder``. Reads no tensor.
+    """Compares the checkpoint with the model in ``model_folder``. Reads no tensor.
 
     Args:
         dtype: of all floating-point weights, for a server that was told to use another than the
             model's own; as torch names it, without ``torch.``.
 
     Raises:
-        ModelError: no telling what the folder expects; see :func:`.expected.expected_by`.
+        ModelError: what the folder expects is not known; see :func:`.model_tensors.expected_by`.
         MissingExtra: the folder has no weights, and transformers is not installed.
     """
     if dtype is not None and dtype not in CONVERTIBLE:
         raise ModelError(
-            f"{dtype} is no dtype to bring weights to.", advice=f"One of {sorted(CONVERTIBLE)}."
+            f"Weights cannot be converted to {dtype}.",
+            advice=f"Give one of {sorted(CONVERTIBLE)}.",
         )
     expected = expected_by(Path(model_folder))
     wanted, have = expected.tensors, checkpoint.tensors
@@ -271,7 +272,7 @@ def _renamed(have: Sequence[str], wanted: Mapping[str, object]) -> dict[str, str
     """The model's name for each of the checkpoint's names that has one.
 
     A name that the model knows stays. For the others the front that most of the checkpoint's
-    names share is exchanged for the one that most of the model's names share, whichever pair
+    names share is replaced by the one that most of the model's names share, whichever pair
     of fronts makes the most names fit.
     """
     strip, add = max(
@@ -318,7 +319,7 @@ def _told(info: TensorInfo) -> str:
 
 def _advice(extra: list[str]) -> str:
     if any(".lora_" in name or ".base_layer." in name for name in extra):
-        return "This is an adapter beside its base: merge it first (PEFT: merge_and_unload())."
+        return "This is an adapter with its base model: merge it first (PEFT: merge_and_unload())."
     if any(name.endswith("flat_param") for name in extra):
         return "These are FSDP's flat parameters: save the full state, or with DCP."
     if any(name.endswith(".experts.gate_up_proj") for name in extra):
@@ -355,14 +356,14 @@ def raise_if_not_finite(path: Path, tensors: Iterable[tuple[str, torch.Tensor]])
 
 
 def not_finite(name: str, tensor: torch.Tensor) -> NotFinite | None:
-    """How many of a tensor's values are no numbers; ``None``: all are."""
+    """How many of a tensor's values are NaN or infinite; ``None``: none of them."""
     import torch
 
     if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     ordinary = str(tensor.dtype).removeprefix("torch.") in CONVERTIBLE
     if ordinary:
-        # No memory of its own and one pass: what lies between finite bounds is finite, and a
+        # No memory of its own and one pass: what is between finite bounds is finite, and a
         # NaN is its own bound.
         low, high = torch.aminmax(tensor)
         if torch.isfinite(low) and torch.isfinite(high):

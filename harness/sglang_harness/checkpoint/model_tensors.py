@@ -12,7 +12,7 @@ from typing import Any
 from sglang_harness.checkpoint.reading import TensorInfo, open_checkpoint
 from sglang_harness.errors import MissingExtra, ModelError
 
-#: What old versions of transformers saved although it is computed anew: neither missing nor extra.
+#: What old versions of transformers saved although it is computed: neither missing nor extra.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "embeddings.position_ids")
 
 #: The matrix that turns hidden states into logits, as every causal model in transformers has it.
@@ -44,7 +44,7 @@ def expected_by(folder: Path) -> Expected:
     than on disk, and a server reads the names on disk.
 
     Raises:
-        ModelError: no ``config.json``, or no telling what it asks for.
+        ModelError: there is no ``config.json``, or transformers cannot make a model of it.
         MissingExtra: the folder has no weights, and transformers is not installed.
     """
     described = _config(folder)
@@ -67,11 +67,11 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder} holds no config.json.", advice="Give a model folder.") from None
+        raise ModelError(f"{folder} has no config.json.", advice="Give a model folder.") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}.") from None
     if not isinstance(described, dict):
-        raise ModelError(f"{path} describes no model.", advice="Give a model folder.")
+        raise ModelError(f"{path} does not describe a model.", advice="Give a model folder.")
     return described
 
 

@@ -1,7 +1,7 @@
 """Which of the things that a trainer saved are the model's weights, and what they are called.
 
-Trainers put the weights beside their optimizer, under a key of their own, and wrappers leave
-their mark in every name.
+Trainers save the weights next to their optimizer, under keys that differ, and wrappers add to
+every name.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def weights_in(
     """The weights in a saved object, by the names they have there, and what was passed over.
 
     Raises:
-        ModelError: no weights, or no telling which of several.
+        ModelError: there are no weights, or several sets of them.
     """
     notes: list[str] = []
     path: list[str] = []
     found = _descend(content, is_tensor, path, where)
     if found is None:
-        raise ModelError(f"{where} holds no tensors by name.", advice="Give a state dict.")
+        raise ModelError(f"{where} does not hold named tensors.", advice="Give a state dict.")
     if path:
         notes.append(f"weights under {' / '.join(path)}")
         beside = [str(key) for key in content if key != path[0]] if len(path) else []
@@ -70,7 +70,7 @@ def _descend(
     if len(choices) > 1:
         raise ModelError(
             f"{where} holds tensors under {', '.join(' / '.join(b) for b, _ in choices[:5])}; "
-            "which of these are the model's weights cannot be told.",
+            "which of these are the model's weights is not clear.",
             advice="Save them under the key 'model'.",
         )
     if choices:

@@ -1,5 +1,5 @@
 """A torch checkpoint of any layout, opened without running anything from it and read tensor by
-tensor: memory stays near the largest tensor, however large the checkpoint is."""
+tensor: memory stays near the size of the largest tensor, however large the checkpoint is."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class Checkpoint:
     """An open checkpoint. Holds descriptions, no tensors and no open files.
 
     Attributes:
-        path: as it was given, resolved.
-        layout: ``safetensors``, ``torch zip``, ``torch legacy`` or ``distributed checkpoint``;
-            with ``, sharded`` where it is in several files.
-        tensors: by name, wrappers' marks taken off, in the order of the files.
+        path: as given, resolved.
+        layout: ``safetensors``, ``torch zip`` or ``distributed checkpoint``; with ``, sharded``
+            if it is in several files.
+        tensors: by name, without what wrappers add, in the order of the files.
         notes: what a person should know, such as which part was read.
         saved_as: the name that each tensor has in its file.
     """
@@ -91,7 +91,7 @@ class Checkpoint:
 
         Args:
             names: which ones, in this order; all, in the order of the files, where not given.
-            dtypes: what to bring tensors to, by name; the others stay as they are saved.
+            dtypes: what to convert tensors to, by name; the others stay as they are saved.
 
         Raises:
             MissingExtra: torch is not installed.
@@ -100,7 +100,7 @@ class Checkpoint:
         """
         wanted = list(self.tensors if names is None else names)
         if unknown := [name for name in wanted if name not in self.tensors]:
-            raise KeyError(f"{self.path} holds no {unknown[0]}")
+            raise KeyError(f"{self.path} does not hold {unknown[0]}")
         return self._read(wanted, dtypes or {})
 
     def read_into(self, rooms: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -110,7 +110,8 @@ class Checkpoint:
         again and again.
 
         Args:
-            rooms: names, and where each goes: contiguous, on the CPU; brought to its dtype.
+            rooms: names, and where each goes: contiguous, on the CPU, in the dtype
+                that the tensor is converted to.
 
         Raises:
             BrokenCheckpoint, KeyError: as of :meth:`read`.
@@ -119,7 +120,7 @@ class Checkpoint:
         with Files(self._stamps) as files:
             for name, room in rooms:
                 if name not in self.tensors:
-                    raise KeyError(f"{self.path} holds no {name}")
+                    raise KeyError(f"{self.path} does not hold {name}")
                 if tuple(room.shape) != self.tensors[name].shape:
                     raise ValueError(
                         f"{name} is {self.tensors[name].shape}, its room {tuple(room.shape)}"
@@ -129,7 +130,7 @@ class Checkpoint:
 
     @property
     def content(self) -> Hashable:
-        """Equal for two openings of the same files, and other once one was written to."""
+        """Equal for two openings of the same files; differs once one was written to."""
         files = frozenset((str(file), *found) for file, found in self._stamps.items())
         return (files, frozenset(self.saved_as.items()))
 
@@ -153,13 +154,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Opens a file or a folder of any layout that a trainer leaves. Reads no tensor yet.
+    """Opens a file or a folder of any layout that trainers save. Reads no tensor yet.
 
     Raises:
-        UnsafeCheckpoint: a pickle names something that is no tensor; it was not run.
+        UnsafeCheckpoint: a pickle names something other than tensors; it was not run.
         ShardedCheckpoint: files of single ranks; the advice names the conversion.
         BrokenCheckpoint: cut short or damaged.
-        ModelError: not there, no checkpoint, or no telling which of several files is meant.
+        ModelError: it does not exist, is not a checkpoint, or holds several.
     """
     path = Path(path).expanduser().resolve()
     try:
@@ -169,7 +170,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             return _open_files(path, [path])
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from None
-    raise ModelError(f"{path} is not there.", advice="Give a checkpoint: a file or a folder.")
+    raise ModelError(f"{path} does not exist.", advice="Give a checkpoint: a file or a folder.")
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -184,14 +185,14 @@ def _open_folder(path: Path) -> Checkpoint:
             return _open_files(path, _one_set(path, files))
     inner = [each.name for each in sorted(path.iterdir()) if each.is_dir()]
     raise ModelError(
-        f"{path} holds no checkpoint (*.safetensors, *.bin, *.pt, *.pth, .metadata).",
-        advice=f"Perhaps one of its folders is meant: {', '.join(inner[:5])}."
+        f"{path} does not hold a checkpoint (*.safetensors, *.bin, *.pt, *.pth, .metadata).",
+        advice=f"Give one of its folders: {', '.join(inner[:5])}."
         if inner
         else "Give the folder or file that the weights are in.",
     )
 
 
-#: What trainers leave beside the weights, in files of the same kind.
+#: What trainers save next to the weights, in files of the same kind.
 _BESIDE = re.compile(
     r"(training_args|optimizer|optim_|scheduler|rng_state|random_states|extra_state|scaler)"
 )
@@ -203,7 +204,7 @@ def _one_set(path: Path, files: list[Path]) -> list[Path]:
     """The files that make one checkpoint.
 
     Raises:
-        ModelError: shards are missing, or there is no telling which file is meant.
+        ModelError: shards are missing, or there are several checkpoints.
     """
     if len(files) == 1 and not _SHARD.match(files[0].name):
         return files
@@ -222,8 +223,8 @@ def _one_set(path: Path, files: list[Path]) -> list[Path]:
         if missing is not None or len(numbered) < count:
             which = "one" if missing is None else f"number {missing}"
             raise ModelError(
-                f"{path} lacks shards of {stem}: {len(numbered)} of {count} are there, {which} "
-                "is not.",
+                f"{path} lacks shards of {stem}: {len(numbered)} of {count} are present, {which} "
+                "is missing.",
                 advice="Finish the download.",
             )
         return list(numbered.values())
@@ -235,7 +236,7 @@ def _one_set(path: Path, files: list[Path]) -> list[Path]:
         )
     raise ModelError(
         f"{path} holds several checkpoints: {', '.join(f.name for f in files[:5])}.",
-        advice="Give the one file that is meant.",
+        advice="Give one of the files.",
     )
 
 
@@ -287,7 +288,7 @@ def _read_files(path: Path, files: list[Path]) -> tuple[str, dict[str, Found], l
             if name in found:
                 raise ModelError(
                     f"{path} holds {name} twice, the second time in {file.name}.",
-                    advice="Give the one file that is meant, or an index.",
+                    advice="Give one of the files, or add an index.",
                 )
             found[name] = Found(span.dtype, span.shape, (span,))
     return layouts[0] + (", sharded" if len(files) > 1 else ""), found, notes
@@ -305,14 +306,12 @@ def _read_file(file: Path) -> tuple[str, dict[str, Span], list[str]]:
             f"{file} holds {empty[0]} without its values, as {len(empty)} of its tensors.",
             advice="Save the model after it is filled, not from torch's meta device.",
         )
-    if opened.layout == "torch legacy":
-        notes.append("an old file of torch, from before 1.6; streamed like any other")
-    return opened.layout, {name: opened.span(name, it) for name, it in weights.items()}, notes
+    return "torch zip", {name: opened.span(name, it) for name, it in weights.items()}, notes
 
 
 def _made(path: Path, layout: str, found: dict[str, Found], notes: list[str]) -> Checkpoint:
     if not found:
-        raise ModelError(f"{path} holds no tensors.", advice="Give a checkpoint.")
+        raise ModelError(f"{path} does not hold any tensors.", advice="Give a checkpoint.")
     short = canonical(found, str(path))
     if any(name != own for name, own in short.items()):
         name, own = next((n, o) for n, o in short.items() if n != o)

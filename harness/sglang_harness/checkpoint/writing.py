@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang_harness._base.permissions import make_readable
+from sglang_harness.checkpoint import footprint
+from sglang_harness.checkpoint.footprint import Needs
 from sglang_harness.checkpoint.formats.safetensors_files import DTYPES
 from sglang_harness.checkpoint.formats.spans import SIZES, bytes_of
 from sglang_harness.checkpoint.reading import TensorInfo
-from sglang_harness.errors import MissingExtra, ModelError
+from sglang_harness.errors import MissingExtra, ModelError, NotEnoughRoom
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +75,39 @@ def write_model(
 
     Raises:
         FileExistsError: the target is there already.
-        ModelError: the source gives another tensor than was announced.
+        NotEnoughRoom: the disk is full.
+        ModelError: the source gives another tensor than described.
+
+    Whatever is raised, nothing stays of a target that was not there before.
     """
     shards = _shards(list(tensors), shard_bytes, files)
     target.mkdir(parents=True)
+    try:
+        with disk_may_be_full(target):
+            _write(model_folder, target, shards, source)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return target
+
+
+@contextmanager
+def disk_may_be_full(target: Path) -> Iterator[None]:
+    """Writing to ``target``. Raises NotEnoughRoom: the disk, or the user's quota, is used up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NotEnoughRoom(
+            f"The disk was full before {target} was complete.",
+            advice="Set TMPDIR to a folder with more space, or take a smaller model.",
+        ) from None
+
+
+def _write(
+    model_folder: Path, target: Path, shards: Mapping[str, list[TensorInfo]], source: Source
+) -> None:
     copy_all_but_weights(model_folder, target)
     for name, infos in shards.items():
         write_safetensors(target / name, infos, source)
@@ -87,7 +120,6 @@ def write_model(
             json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
     make_readable(target)
-    return target
 
 
 def copy_all_but_weights(model_folder: Path, target: Path) -> None:
@@ -133,6 +165,7 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
             order, such as ``Checkpoint.read``.
 
     Raises:
+        NotEnoughRoom: the disk has less space than the file takes, or fills up; nothing stays.
         ModelError: safetensors has no such dtype, or the source gave another tensor than
             described.
     """
@@ -151,8 +184,19 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
         end += info.nbytes
     written = json.dumps(header, separators=(",", ":")).encode()
     written += b" " * (-len(written) % 8)
+    footprint.require(f"Writing {file}", Needs(memory=0, disk=end + len(written) + 8), file.parent)
+    try:
+        with disk_may_be_full(file):
+            _write_tensors(file, written, infos, source)
+    except NotEnoughRoom:
+        file.unlink(missing_ok=True)
+        raise
+    file.chmod(0o644)
+
+
+def _write_tensors(file: Path, header: bytes, infos: list[Described], source: Source) -> None:
     with file.open("wb") as sink:
-        sink.write(len(written).to_bytes(8, "little") + written)
+        sink.write(len(header).to_bytes(8, "little") + header)
         announced = iter(infos)
         for name, tensor in source([info.name for info in infos]):
             info = next(announced)
@@ -161,7 +205,6 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
                 raise ModelError(f"{file}: expected the tensor {expected}, got {got}.")
             if info.nbytes:
                 sink.write(bytes_of(tensor.detach().cpu().contiguous()))
-    file.chmod(0o644)
 
 
 def held(state: Mapping[str, torch.Tensor]) -> tuple[list[TensorInfo], Source]:
@@ -177,12 +220,11 @@ def held(state: Mapping[str, torch.Tensor]) -> tuple[list[TensorInfo], Source]:
     return infos, source
 
 
-def write_torch(file: Path, content: Any, *, legacy: bool = False) -> Path:
+def write_torch(file: Path, content: Any) -> Path:
     """A file of ``torch.save``.
 
     Args:
-        content: a state dict, or whatever a trainer nests it in.
-        legacy: as torch wrote before 1.6, without a zip archive.
+        content: a state dict, or the object that a trainer nests it in.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -192,7 +234,7 @@ def write_torch(file: Path, content: Any, *, legacy: bool = False) -> Path:
     except ImportError:
         raise MissingExtra("Writing a torch checkpoint", "torch") from None
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    torch.save(content, file)
     file.chmod(0o644)
     return file
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sglang_harness import report, suite
+from sglang_harness import oracle, report, suite
 from sglang_harness._base.signals import interruptions
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
@@ -300,6 +300,7 @@ class Qualification:
                 down.step("the checks' own servers", self._pool.close)
             down.step("the server", self._end_main)
             down.step("the questions after the stop", self._ask_after_stop)
+            down.step("the reference models", oracle.forget)
             down.step("the scratch folder", lambda: _remove(self._scratch))
             record.servers = main.servers
             record.logs += [*main.logs, *(self._pool.logs if self._pool else [])]

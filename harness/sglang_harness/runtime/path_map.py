@@ -16,7 +16,7 @@ from docker.errors import DockerException
 from docker.types import Mount
 
 from sglang_harness._base import temporary
-from sglang_harness._base.permissions import make_readable
+from sglang_harness._base.permissions import link_or_copy
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError
@@ -75,7 +75,7 @@ class FolderReach:
         return mounts
 
     def share(self, path: Path) -> PurePosixPath:
-        """The path inside; copied into the exchange folder where it lies elsewhere."""
+        """The path inside; copied or linked into the exchange folder if it is elsewhere."""
         path = path.resolve()
         if path.is_relative_to(self.folder):
             return self._inside / path.relative_to(self.folder)
@@ -98,14 +98,19 @@ class FolderReach:
 
 
 def copy_readable(source: Path, target: Path) -> None:
-    """Copies a file or folder so that every user who knows ``target`` can read it. Where that
-    fails, such as on a full disk, nothing of ``target`` stays."""
+    """Copies a file or folder so that every user who knows ``target`` can read it; files on the
+    same file system are linked, so that a checkpoint takes its disk once. Where that fails, such
+    as on a full disk, nothing of ``target`` stays."""
     try:
         if source.is_dir():
-            shutil.copytree(source, target)
+            shutil.copytree(
+                source, target, copy_function=lambda a, b: link_or_copy(Path(a), Path(b))
+            )
+            for each in (target, *target.rglob("*")):
+                if each.is_dir():
+                    each.chmod(0o755)
         else:
-            shutil.copy2(source, target)
-        make_readable(target)
+            link_or_copy(source, target)
     except BaseException:
         with suppress(EngineError):
             remove_copy(target)

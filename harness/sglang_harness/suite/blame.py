@@ -3,7 +3,7 @@
 A server that dies, hangs, answers 5xx, cuts an answer off or answers what its API cannot mean has
 failed at what it must do: ``fail``, exit code 1. A Docker engine, a GPU driver, a machine or the
 harness that fails says nothing about the server: ``error``, exit code 2. What was never installed
-or given is ``not-run``.
+or given, or does not fit on this machine, is ``not-run``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sglang_harness.errors import (
     HarnessError,
     MissingExtra,
     NoAnswerInTime,
+    NotEnoughRoom,
     NotProvided,
     Refused,
     ServerDied,
@@ -29,7 +30,7 @@ from sglang_harness.verdict import Outcome
 
 def blame(error: BaseException) -> tuple[Outcome, str]:
     """The outcome of a check that ended with ``error``, and the message for it."""
-    if isinstance(error, NotProvided | MissingExtra):
+    if isinstance(error, NotProvided | MissingExtra | NotEnoughRoom):
         return Outcome.NOT_RUN, str(error)
     if isinstance(error, ServerDied):
         return Outcome.FAIL, f"the server died during this check: {error}"

@@ -1,4 +1,4 @@
-"""What is there, and what to do about what is not."""
+"""What this machine has of what a run needs, and what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib.util
 import platform
 import shutil
 import socket
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import docker
@@ -14,13 +16,18 @@ from docker.errors import DockerException
 from testcontainers.core.config import testcontainers_config
 
 from sglang_harness import __version__
-from sglang_harness._base import assets, paths
+from sglang_harness._base import assets, headroom, paths
 from sglang_harness._base.temporary import within_temporary_folder
+from sglang_harness.checkpoint.footprint import (
+    EXAMPLES,
+    Size,
+    gigabytes,
+    least,
+    reference_model,
+)
 from sglang_harness.errors import HarnessError
 from sglang_harness.runtime import device, engine, images
-from sglang_harness.runtime.docker import SGLangServerContainer
 from sglang_harness.runtime.warm import kept_parents
-from sglang_harness.spec import ServerSpec
 from sglang_harness.upkeep import kept_servers
 
 GIB = 1 << 30
@@ -30,7 +37,7 @@ DISK_FOR_FIRST_BUILD = 12 * GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. ``bad`` means: a run cannot succeed here."""
+    """One thing that was examined. ``bad`` means: a run cannot succeed here."""
 
     subject: str
     state: Literal["ok", "note", "bad"]
@@ -39,8 +46,9 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at everything a run needs; changes nothing but makes and removes a container."""
-    findings = [_versions(), *_packages(), _disk(), _gpus(), *_parents()]
+    """Examines everything that a run needs. Changes nothing; where the engine is on this machine, a
+    container is created, not started, and removed."""
+    findings = [_versions(), *_packages(), _disk(), *_room(), _gpus(), *_parents()]
     try:
         client = engine.connect(timeout=10)
     except HarnessError as error:
@@ -48,9 +56,9 @@ def examine() -> list[Finding]:
     try:
         info = client.info()
         findings += [_engine(info), _gpu_for_containers(info), *_images(client)]
-        findings += [*_reach(client), *_gpu_container(client), _port(), _leftovers(client)]
+        findings += [*_reach(client), _port(), _leftovers(client)]
     except (DockerException, HarnessError) as error:
-        findings.append(Finding("Docker engine", "bad", f"it fails: {error}"))
+        findings.append(Finding("Docker engine", "bad", f"it failed: {error}"))
     finally:
         client.close()
     return findings
@@ -79,7 +87,7 @@ def _packages() -> list[Finding]:
         Finding(
             "extra [torch]",
             "note",
-            f"not installed: {', '.join(missing)}; no oracle, no second checkpoint",
+            f"not installed: {', '.join(missing)}; no reference model, no second checkpoint",
             "pip install 'sglang-harness[torch]'",
         )
     ]
@@ -95,7 +103,51 @@ def _disk() -> Finding:
         "disk",
         "ok" if enough else "note",
         f"{free / GIB:.0f} GiB free under {folder}",
-        "" if enough else f"A first build wants {DISK_FOR_FIRST_BUILD / GIB:.0f} GiB.",
+        "" if enough else f"A first build needs {DISK_FOR_FIRST_BUILD / GIB:.0f} GiB.",
+    )
+
+
+def _room() -> list[Finding]:
+    """Memory, the folder for temporary files, and what models of the field need of them."""
+    memory, disk = headroom.memory(), headroom.disk(Path(tempfile.gettempdir()))
+    available = gigabytes(memory.available)
+    return [
+        Finding("memory", "ok", f"{available} available; the bound is {memory.limited_by}"),
+        Finding(
+            "temporary files",
+            "note" if disk.in_memory else "ok",
+            f"{gigabytes(disk.free)} free in {disk.folder}"
+            + (", a tmpfs: they are taken from memory" if disk.in_memory else ""),
+            "Set TMPDIR to a folder on a disk." if disk.in_memory else "",
+        ),
+        *(_model(name, size, memory, disk) for name, size in EXAMPLES.items()),
+    ]
+
+
+def _model(name: str, size: Size, memory: headroom.Memory, disk: headroom.Disk) -> Finding:
+    """Whether a model of this size, in bfloat16, can be checked here."""
+    held = reference_model(size, streamed=False).memory
+    needed = least(size)
+    in_memory = needed.disk if disk.in_memory else 0
+    enough_memory = needed.memory + in_memory <= memory.available
+    enough_disk = needed.disk <= disk.free
+    how = "held" if held <= memory.available // 2 else "read layer by layer"
+    needs = (
+        f"the second checkpoint takes {gigabytes(needed.disk)} of disk and the checks at least "
+        f"{gigabytes(needed.memory)} of memory; holding the reference model takes "
+        f"{gigabytes(held)}"
+    )
+    if enough_memory and enough_disk:
+        return Finding(f"{name} model", "ok", f"fits, its reference model {how}: {needs}")
+    lacking = " and ".join(
+        what for what, enough in (("memory", enough_memory), ("disk", enough_disk)) if not enough
+    )
+    return Finding(
+        f"{name} model",
+        "note",
+        f"not enough {lacking}: {needs}",
+        "Checks of a model of this size are not run where it does not fit."
+        + ("" if enough_disk else " Set TMPDIR to a larger disk."),
     )
 
 
@@ -123,7 +175,7 @@ def _gpu_for_containers(info: dict[str, Any]) -> Finding:
     return Finding(
         "GPU in containers",
         "bad" if found else "note",
-        "the engine cannot hand GPUs to containers",
+        "the engine cannot give GPUs to containers",
         "Install the NVIDIA container toolkit and restart the engine." if found else "",
     )
 
@@ -154,7 +206,7 @@ def _images(client: docker.DockerClient) -> list[Finding]:
         Finding(
             "reaper",
             "ok" if reaps else "note",
-            f"{reaper} is here" if reaps else f"{reaper} is not here",
+            f"{reaper} is present" if reaps else f"{reaper} is not present",
             "" if reaps else "After a killed run, 'sglang-harness sweep' removes what it left.",
         ),
     ]
@@ -187,33 +239,8 @@ def _reach(client: docker.DockerClient) -> list[Finding]:
     return [Finding("reach", "note", "the engine does not see this disk: models go in a volume")]
 
 
-def _gpu_container(client: docker.DockerClient) -> list[Finding]:
-    """What cannot be started without a GPU is made, read back and removed."""
-    image = _any_image(client)
-    if image is None:
-        return []
-    container = SGLangServerContainer(
-        ServerSpec(gpus="0", shm_size="32g"), model=None, image=image, device="gpu"
-    )
-    try:
-        container.create()
-        made = container.inspect()
-    finally:
-        container.end()
-    return [
-        Finding(
-            "GPU container",
-            "note",
-            "created, never started: devices "
-            f"{[r['DeviceIDs'] for r in made['device_requests']]}, ipc {made['ipc_mode']}, "
-            f"shm {made['shm_size'] // GIB} GiB, "
-            f"ulimits {[u['Name'] for u in made['ulimits']]}",
-        )
-    ]
-
-
 def _parents() -> list[Finding]:
-    """Kept parents that warm servers are forked from; none is nothing to tell."""
+    """Kept parents that warm servers are forked from; no finding where there are none."""
     kept = kept_parents.on_record()
     gone = [parent.name for parent in kept if not parent.answers()]
     told = ", ".join(f"{p.name} (SGLang {p.version}, {p.runtime})" for p in kept)
@@ -226,7 +253,7 @@ def _parents() -> list[Finding]:
 def _port() -> Finding:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return Finding("ports", "ok", f"free ones on 127.0.0.1 (such as {probe.getsockname()[1]})")
+        return Finding("ports", "ok", f"free ports on 127.0.0.1 (such as {probe.getsockname()[1]})")
 
 
 def _leftovers(client: docker.DockerClient) -> Finding:

@@ -1,6 +1,6 @@
 """Folders of ``torch.distributed.checkpoint`` (DCP): what FSDP and other sharded trainers save.
 
-A ``.metadata`` pickle says which part of which tensor lies where; each part is a tensor saved
+A ``.metadata`` pickle says which part of which tensor is where; each part is a tensor saved
 by ``torch.save`` somewhere in a ``.distcp`` file. torch's own reader unpickles ``.metadata``
 with plain pickle, so it would run what is in there; here it goes through the same closed door
 as every other pickle. The format: torch/distributed/checkpoint/{metadata,filesystem}.py of
@@ -58,7 +58,7 @@ _RECORDS = frozenset(
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor in a checkpoint and where its parts lie."""
+    """A tensor in a checkpoint and where its parts are."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -99,7 +99,7 @@ class Saved:
             self.shape,
         ):
             raise BrokenCheckpoint(
-                f"{self.file} holds at byte {self.offset} something else than the part of "
+                f"{self.file} does not hold at byte {self.offset} the part of "
                 f"{self.name} that {METADATA} says is there.",
                 advice="Save it again; perhaps two saves went to one folder.",
             )
@@ -117,7 +117,7 @@ def read_distributed(folder: Path) -> tuple[dict[str, Found], list[str]]:
     Raises:
         UnsafeCheckpoint: ``.metadata`` names something that is not of DCP; it was not run.
         BrokenCheckpoint: files are missing or cut short, or parts do not make whole tensors.
-        ModelError: no weights, or no telling which of several.
+        ModelError: there are no weights, or several sets of them.
     """
     path = folder / METADATA
     with path.open("rb") as file:
@@ -222,14 +222,14 @@ def _found(
         if len(start) != len(shape) or any(
             a + b > whole for a, b, whole in zip(start, sizes, shape, strict=True)
         ):
-            raise BrokenCheckpoint(f"{folder}: a part of {name} lies outside of it.")
+            raise BrokenCheckpoint(f"{folder}: a part of {name} is outside of its shape.")
         if not math.prod(sizes):  # of a rank that got nothing of it
             continue
         covered += math.prod(sizes)
         info = where[key, start]
         if info.get("transform_descriptors"):
             raise ModelError(
-                f"{folder} was saved with transformations, which are not undone here.",
+                f"{folder} was saved with transformations, which this reader does not undo.",
                 advice="Save it without extensions.",
             )
         file = folder / _text(info["relative_path"])
@@ -241,7 +241,7 @@ def _found(
                 advice="Save it again.",
             )
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise BrokenCheckpoint(f"{folder}: {name} is said to lie outside, in {file}.")
+            raise BrokenCheckpoint(f"{folder}: {name} is outside of the folder, in {file}.")
         parts.append(
             Saved(
                 name,

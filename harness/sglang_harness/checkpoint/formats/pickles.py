@@ -48,7 +48,7 @@ STORAGES = {
     "UntypedStorage": "uint8",
 }
 
-#: What lies beside the weights and means nothing here. An empty box stands in for each.
+#: What is saved next to the weights and not needed here. An empty box stands in for each.
 BOXES = frozenset(
     {
         "_codecs.encode",
@@ -131,7 +131,7 @@ class StorageType(NamedTuple):
 
 
 class Box:
-    """Stands for an object of which nothing is needed. Takes what a pickle puts into it.
+    """Stands for an object that is not needed. Takes what a pickle puts into it.
 
     What it was to be made from is not kept: each box would hold a copy, and one long tuple in a
     pickle can be the arguments of a million boxes.
@@ -194,7 +194,6 @@ class Reader(pickle.Unpickler):
         self._path = path
         self._boxes = BOXES | more_boxes
         self._answers: dict[str, Any] = {}
-        self.storages: dict[str, str] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         # Protocol 2, which torch writes, has Python 2's name for it.
@@ -246,11 +245,6 @@ class Reader(pickle.Unpickler):
         return _Dict(pairs)
 
     def persistent_load(self, pid: Any) -> Storage:
-        storage = self._storage(pid)
-        self.storages.setdefault(storage.key, storage.dtype)
-        return storage
-
-    def _storage(self, pid: Any) -> Storage:
         match pid:
             case ("storage", StorageType(dtype), str(key), _, int(count)) if is_size(count):
                 return Storage(dtype, key, count)
@@ -265,7 +259,7 @@ class Reader(pickle.Unpickler):
                 (_, int(first), int(count)),
             ) if is_size(whole) and 0 <= first <= first + count <= whole:
                 return Storage(dtype, key, count, first)
-        raise pickle.UnpicklingError("a storage that is none of torch's")
+        raise pickle.UnpicklingError("a storage that is not one of torch's")
 
 
 #: What to do with the files of single ranks.
@@ -282,16 +276,12 @@ def read_pickle(
     path: Path,
     *,
     more_boxes: frozenset[str] = frozenset(),
-    storages: dict[str, str] | None = None,
 ) -> Any:
     """The object of the pickle that begins where ``file`` stands; tensors are described only.
     ``file`` is left where the pickle ends.
 
-    Args:
-        storages: is given the dtype of every storage that the pickle names, by its key.
-
     Raises:
-        UnsafeCheckpoint: names something that is no tensor. Nothing was run.
+        UnsafeCheckpoint: names something other than tensors. Nothing was run.
         ShardedCheckpoint: holds shards of single ranks.
         BrokenCheckpoint: is cut short or no pickle, or asks for more than is in it.
     """
@@ -308,8 +298,6 @@ def read_pickle(
             f"{path} cannot be read: its pickle is broken ({reason.rstrip('.')}).",
             advice="Copy or write it again.",
         ) from None
-    if storages is not None:
-        storages |= reader.storages
     return content
 
 
@@ -324,7 +312,7 @@ class _Whole(io.BytesIO):
 
 
 #: Bounds on one pickle, beyond what any real one has: that of a checkpoint with 100 000 tensors
-#: takes 12 MB and 3.3 million steps. A file may be as long as somebody likes (sparse, it costs
+#: takes 12 MB and 3.3 million steps. A file may be as long as its author likes (sparse, it costs
 #: nothing), and a step can take 100 bytes of memory or, for a set, 200.
 LONGEST = 512 << 20
 _MOST_STEPS = 1 << 26
@@ -333,7 +321,7 @@ _MOST_SETS = 1 << 20
 #: How many objects a key of a dictionary may be made of, if not told apart from its copies.
 _LARGEST_KEY = 250
 
-#: Read from a file at a time: the pickles of old files lie before gigabytes of something else.
+#: Read from a file at a time: a pickle may be followed by gigabytes of something else.
 _PIECE = 64 << 10
 
 #: More than any opcode has of bytes that are not counted by it.
@@ -501,7 +489,7 @@ def _walk(file: BinaryIO, data: bytes, most: int) -> tuple[int, bytes]:
         elif code == 0x32:  # DUP
             push(stack[-1])
         else:
-            raise _refuse(f"an opcode that is none or not used here, {code:#x}")
+            raise _refuse(f"an unknown opcode, or one that torch does not use, {code:#x}")
     raise _refuse(f"it takes more than {_MOST_STEPS} steps")
 
 
@@ -530,7 +518,7 @@ def _remember(memo: bytearray, index: int, size: int, at: int) -> bool:
 
 def _index(line: bytes) -> int:
     if not line.isdigit() or len(line) > 18:
-        raise _refuse("a number that is none")
+        raise _refuse("a number that is not valid")
     return int(line)
 
 
@@ -544,7 +532,7 @@ _FREE_PARTS = 1 << 20
 
 
 def _check_sharing(content: Any, most: int) -> None:
-    """Refuses an object that whoever walks over it would take for one of more than ``most``
+    """Refuses an object that a walk over it would find to have more than ``most``
     parts: one that holds itself, or holds things many times over that do so too.
 
     Only what is walked over here counts: dictionaries, lists, tuples and text. What is in a box
@@ -615,10 +603,10 @@ def numbers(given: Any) -> tuple[int, ...]:
     """A shape, a stride, or where a part of a tensor begins.
 
     Raises:
-        pickle.UnpicklingError: it is none.
+        pickle.UnpicklingError: it is not one.
     """
     if not is_shape(given):
-        raise _refuse("a shape or stride that is none")
+        raise _refuse("an invalid shape or stride")
     return tuple(given)
 
 

@@ -50,7 +50,7 @@ def read_safetensors(path: Path) -> dict[str, Span]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise BrokenCheckpoint(
-                f"{path} ({size} bytes) is no safetensors file, or was cut short.",
+                f"{path} ({size} bytes) is not a safetensors file, or was cut short.",
                 advice="Copy or write it again.",
             )
         try:
@@ -71,9 +71,11 @@ def _span(path: Path, name: str, told: Any, first: int, size: int) -> Span:
         ):
             pass
         case _:
-            raise BrokenCheckpoint(f"{path} describes {name} wrongly.", advice="Write it again.")
+            raise BrokenCheckpoint(
+                f"{path} has an invalid description of {name}.", advice="Write it again."
+            )
     if dtype not in DTYPES:
-        raise BrokenCheckpoint(f"{name} in {path} is {dtype}, which is not read here.")
+        raise BrokenCheckpoint(f"{name} in {path} is {dtype}, which is not supported.")
     span = Span(path, first + begin, DTYPES[dtype], tuple(shape))
     if math.prod(shape) * SIZES[span.dtype] != end - begin:
         raise BrokenCheckpoint(

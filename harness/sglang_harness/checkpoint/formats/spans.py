@@ -1,8 +1,8 @@
-"""Where a tensor's bytes lie in files, and how they come into memory: once, and nothing else.
+"""Where a tensor's bytes are in files, and how they get into memory: with one copy.
 
 Bytes are read into the tensor that is handed out. Mapping the file would cost no copy either,
 but every page that was touched would count as this process's memory until the kernel takes it
-back; a sender's memory has to stay near its largest tensor whoever measures it.
+back; a sender's memory has to stay near its largest tensor, however it is measured.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Span:
 
 
 def row_major(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether elements lie as a contiguous tensor's do. Dimensions of one may step anyhow."""
+    """Whether elements are ordered as in a contiguous tensor. Dimensions of one may have any
+    stride."""
     expected = 1
     for length, step in zip(reversed(shape), reversed(stride), strict=True):
         if length != 1 and step != expected:
@@ -98,7 +99,7 @@ class Files:
 
     Args:
         stamps: what :func:`stamp` said of each file when the checkpoint was opened. A file that
-            a trainer writes anew meanwhile is noticed, not read half old and half new.
+            a trainer replaces meanwhile is detected, not read half old and half new.
     """
 
     def __init__(self, stamps: dict[Path, tuple[int, ...]]) -> None:
@@ -176,7 +177,7 @@ def tensor_type(dtype: str) -> Any:
     if found := getattr(torch, dtype, None):
         return found
     raise BrokenCheckpoint(
-        f"torch {torch.__version__} knows no {dtype}.", advice="Install a newer torch."
+        f"torch {torch.__version__} does not have {dtype}.", advice="Install a newer torch."
     )
 
 
@@ -198,7 +199,7 @@ def empty(shape: Sequence[int], dtype: str) -> torch.Tensor:
     memory = mmap.mmap(-1, elements * SIZES[dtype], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without them
         memory.madvise(advice)
-    # The tensor keeps the memory, and gives it back when it goes.
+    # The tensor owns the memory, which is freed with it.
     return torch.frombuffer(memory, dtype=kind).reshape(shape)
 
 
@@ -206,7 +207,7 @@ def read_span(span: Span, files: Files, dtype: str | None = None) -> torch.Tenso
     """The span as a contiguous tensor that shares its memory with nothing.
 
     Args:
-        dtype: what to bring it to, a piece at a time; its own where not given.
+        dtype: what to convert it to, a piece at a time; its own where not given.
     """
     dtype = dtype or span.dtype
     if span.stride is not None:
@@ -233,7 +234,7 @@ def read_into(whole: torch.Tensor, span: Span, files: Files) -> None:
         part.copy_(read_span(span, files))
 
 
-#: Elements that are brought to another dtype at a time. Few enough to take little memory; with
+#: Elements that are converted to another dtype at a time. Few enough to take little memory; with
 #: fewer, threads would wait for each other longer than they work (measured on a busy machine).
 _PIECE = 1 << 22
 

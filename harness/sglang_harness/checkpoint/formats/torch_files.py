@@ -1,7 +1,5 @@
-"""Files of ``torch.save``: zip archives (torch 1.6 and later) and what came before them.
-
-Both hold a pickle that describes tensors, and their storages as plain bytes. The formats:
-torch/serialization.py of torch 2.13 (``_save`` and ``_legacy_save``).
+"""Files of ``torch.save``: zip archives (torch 1.6 and later) with a pickle that describes tensors,
+and their storages as plain bytes. The format: torch/serialization.py of torch 2.13 (``_save``).
 """
 
 from __future__ import annotations
@@ -18,15 +16,15 @@ from sglang_harness.checkpoint.formats.pickles import LONGEST, StoredTensor, rea
 from sglang_harness.checkpoint.formats.spans import SIZES, Span, row_major
 from sglang_harness.errors import BrokenCheckpoint, ModelError
 
+#: What a file of torch before 1.6 begins with (``MAGIC_NUMBER``).
 _MAGIC = 0x1950A86A20F9469CFC6C
-_PROTOCOL = 1001
 
 #: A local header of a zip entry before its name (APPNOTE.TXT 4.3.7); lengths of name and extra
 #: are its last four bytes.
 _LOCAL_HEADER = 30
 
 
-#: What zipfile raises on archives that are none; it was written for those that are.
+#: What zipfile raises for files that are not zip archives, or are damaged.
 _DAMAGE = (
     zipfile.BadZipFile,
     EOFError,
@@ -35,7 +33,7 @@ _DAMAGE = (
     OSError,
     OverflowError,
     RuntimeError,  # NotImplementedError and encrypted entries among it
-    ValueError,  # names that are no text among it
+    ValueError,  # also for names that are not text
     struct.error,
 )
 
@@ -50,13 +48,11 @@ class TorchFile:
     """What a file of ``torch.save`` holds.
 
     Attributes:
-        layout: ``torch zip`` or ``torch legacy``.
         content: the saved object; its tensors are descriptions.
         storages: where the bytes of each key lie: offset in the file, and length.
     """
 
     path: Path
-    layout: str
     content: Any
     storages: Mapping[str, tuple[int, int]]
 
@@ -104,14 +100,15 @@ def read_torch_file(path: Path) -> TorchFile:
 
     Raises:
         UnsafeCheckpoint, ShardedCheckpoint, BrokenCheckpoint: see :mod:`.pickles`.
-        ModelError: is something else than tensors, such as a TorchScript program.
+        ModelError: anything but tensors, such as a TorchScript program; or written by torch before
+            1.6.
     """
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(0)
         if start.startswith(b"PK"):
             return read_zip(file, path)
-        return _read_legacy(file, path)
+        raise _not_an_archive(file, path)
 
 
 def read_zip(file: BinaryIO, path: Path, first: int = 0, length: int | None = None) -> TorchFile:
@@ -136,7 +133,7 @@ def _read_archive(archive: zipfile.ZipFile, view: _View, path: Path, first: int)
     pickles = [name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
         raise ModelError(
-            f"{path} is a zip archive, but none of torch.save.", advice="Give a state dict."
+            f"{path} is a zip archive, but not one of torch.save.", advice="Give a state dict."
         )
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in entries:
@@ -152,24 +149,24 @@ def _read_archive(archive: zipfile.ZipFile, view: _View, path: Path, first: int)
             f"{path} was packed again with compression, which torch does not do.",
             advice="Write it with torch.save.",
         )
-    # What is stored as it is takes what it says, which an entry may lie about.
+    # What is stored as it is takes what it says, which an entry may misstate.
     end = view.seek(0, io.SEEK_END)
     places = {name: (_data_offset(view, it), it.file_size) for name, it in needed.items()}
     for name, (at, size) in places.items():
         if at + size > end or size != needed[name].compress_size:
             raise zipfile.BadZipFile(f"{size} bytes of {name} are not there")
-    # Not read where it is long: any other text is none of torch's.
+    # Not read where it is long: torch writes 'little' or 'big'.
     if order in needed and (
         needed[order].file_size != len(b"little") or archive.read(order) != b"little"
     ):
-        raise ModelError(f"{path} was written on a big-endian machine; it is not read here.")
+        raise ModelError(f"{path} was written on a big-endian machine; which is not supported.")
     content = read_pickle(io.BytesIO(archive.read(pickles[0])), path)
     storages = {
         name.removeprefix(f"{root}data/"): (first + at, size)
         for name, (at, size) in places.items()
         if name.startswith(f"{root}data/")
     }
-    return TorchFile(path, "torch zip", content, storages)
+    return TorchFile(path, content, storages)
 
 
 def _data_offset(view: _View, entry: zipfile.ZipInfo) -> int:
@@ -180,48 +177,22 @@ def _data_offset(view: _View, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + _LOCAL_HEADER + int(name) + int(extra)
 
 
-def _read_legacy(file: BinaryIO, path: Path) -> TorchFile:
-    if read_pickle(file, path) != _MAGIC:
-        raise ModelError(
-            f"{path} is a pickle, but none of torch.save.",
-            advice="Give a state dict saved by torch.save, or safetensors.",
+def _not_an_archive(file: BinaryIO, path: Path) -> ModelError:
+    """Why a file without a zip archive is not read. Raises UnsafeCheckpoint, BrokenCheckpoint: its
+    pickle would run code, or is cut short."""
+    if read_pickle(file, path) == _MAGIC:
+        return ModelError(
+            f"{path} was written in the format of torch before 1.6 (2020), which is not read.",
+            advice="Write it again: torch.save(torch.load(path, weights_only=True), path).",
         )
-    if read_pickle(file, path) != _PROTOCOL:
-        raise ModelError(f"{path} is of an older format than torch reads today.")
-    system = read_pickle(file, path)
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise ModelError(f"{path} was written on a big-endian machine; it is not read here.")
-    # Each storage is a count of elements and then these; what one takes, the pickle tells.
-    dtypes: dict[str, str] = {}
-    content = read_pickle(file, path, storages=dtypes)
-    keys = read_pickle(file, path)
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise BrokenCheckpoint(f"{path} does not say which storages it holds.")
-    storages: dict[str, tuple[int, int]] = {}
-    at = file.tell()
-    end = file.seek(0, io.SEEK_END)
-    for key in keys:
-        file.seek(at)
-        head = file.read(8)
-        count = int.from_bytes(head, "little", signed=True)
-        if len(head) != 8 or count < 0 or key not in dtypes:
-            raise BrokenCheckpoint(
-                f"{path} ends before its storage {key}, or is damaged there.",
-                advice="Copy or write it again.",
-            )
-        length = count * SIZES[dtypes[key]]
-        if at + 8 + length > end:
-            raise BrokenCheckpoint(
-                f"{path} was cut short: it ends within its storage {key}.",
-                advice="Copy or write it again.",
-            )
-        storages[key] = (at + 8, length)
-        at += 8 + length
-    return TorchFile(path, "torch legacy", content, storages)
+    return ModelError(
+        f"{path} is a pickle, but not one of torch.save.",
+        advice="Give a state dict saved by torch.save, or safetensors.",
+    )
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, as a file of its own."""
+    """A part of a file, seen as a file."""
 
     def __init__(self, file: BinaryIO, first: int, length: int) -> None:
         self._file, self._first, self._length, self._at = file, first, length, 0
@@ -247,7 +218,7 @@ class _Slice(io.RawIOBase):
 
 
 class _View(io.BufferedReader):
-    """A file of which no one reads very much at a time, whatever is said to be in it.
+    """A file that is read in bounded pieces, whatever it claims to contain.
 
     Attributes:
         most: bytes that one read may ask for.

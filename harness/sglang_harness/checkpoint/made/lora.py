@@ -87,7 +87,7 @@ def in_request(folder: Path, *, ranks: int = 1) -> tuple[dict[str, Any], list[st
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no LoRA adapter: {error}.") from None
+        raise ModelError(f"{folder} does not hold a LoRA adapter: {error}.") from None
     # Each with storage of its own: a pickled view takes along all that it looks at.
     packed = pickle.dumps({name: tensor.clone() for name, tensor in tensors.items()})
     return config, [base64.b64encode(packed).decode()] * ranks

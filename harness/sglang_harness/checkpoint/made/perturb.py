@@ -28,7 +28,7 @@ def perturbed(source: Path, target: Path, seed: int, *, strength: float = STRENG
 
     Raises:
         MissingExtra: torch is not installed.
-        ModelError: the folder holds no checkpoint that can be read.
+        ModelError: the folder does not hold a readable checkpoint.
         FileExistsError: the target is there already.
     """
     checkpoint = _opened(source)
@@ -48,8 +48,9 @@ def one_perturbed(
     info = checkpoint.tensors.get(name)
     if info is None or "float" not in info.dtype:
         raise ModelError(
-            f"{source} holds no {name} to change" + (f": it is {info.dtype}." if info else "."),
-            advice=f"It holds {', '.join(list(checkpoint.tensors)[:3])} and others.",
+            f"{source} does not have a {name} to change"
+            + (f": it is {info.dtype}." if info else "."),
+            advice=f"It has {', '.join(list(checkpoint.tensors)[:3])} and others.",
         )
     return _written(source, target, checkpoint, {name}, seed, strength)
 

@@ -1,7 +1,7 @@
 """A few real training steps: the model learns one sentence, on the CPU, in seconds.
 
-What a trainer and a server are there for, as small as it can be: after the new weights have
-arrived the server says something that it could not say before.
+The purpose of a trainer and a server in the smallest form: with the new weights the server says
+something that it could not say before.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def teach(
         # More probable than all others together: that is what a greedy generation takes.
         if surety <= 0.5:
             raise ModelError(
-                f"{folder} did not learn the sentence in {done} steps: after {prompt!r} it says "
-                f"{tokenizer.decode(lesson.said())!r}.",
-                advice="Give it more steps, or a shorter sentence.",
+                f"{folder} did not learn the sentence in {done} steps: after {prompt!r} it "
+                f"generates {tokenizer.decode(lesson.said())!r}.",
+                advice="Allow more steps, or give a shorter sentence.",
             )
         _write(model, source, folder, target)
     return Taught(
@@ -248,7 +248,7 @@ def _write(model: Any, source: Checkpoint, folder: Path, target: Path) -> None:
         for name in names:
             if name in state:
                 yield name, state[name].to(getattr(torch, source.tensors[name].dtype))
-            else:  # what transformers computes anew, kept as it was
+            else:  # what transformers computes itself, kept as it was
                 yield from source.read([name])
 
     files = source.files if source.layout.startswith("safetensors") else None
@@ -268,7 +268,7 @@ def _tokens(tokenizer: Any, sentence: str, prompt: str) -> tuple[list[int], list
     if tokenizer.decode([*asked, *answer], skip_special_tokens=True) != sentence:
         raise ModelError(
             f"{sentence!r} cannot be said in the model's tokens after {prompt!r}.",
-            advice="Let the prompt end between two words, without the blank.",
+            advice="End the prompt between two words, without the space.",
         )
     return asked, answer
 

@@ -3,6 +3,7 @@ log-probabilities are."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness import oracle as oracles
+from sglang_harness.checkpoint import footprint
+from sglang_harness.checkpoint.footprint import Size
 from sglang_harness.checkpoint.made.perturb import perturbed
+from sglang_harness.checkpoint.writing import disk_may_be_full
 from sglang_harness.client import Update
-from sglang_harness.errors import MissingExtra, Refused
+from sglang_harness.errors import Refused
 from sglang_harness.oracle import Oracle
 from sglang_harness.suite.check import (
     Check,
@@ -65,28 +69,50 @@ class Variant:
 def variant(context: Context) -> Variant:
     """The perturbed checkpoint of this run, made once.
 
+    It is written to the scratch folder. A server that reads a folder on the same file system gets
+    links to it, so that it takes its disk once.
+
     Raises:
         NotProvided: torch is missing, or the model is not on this machine.
+        NotEnoughRoom: the disk or the memory does not suffice for it or for its reference model.
+            Nothing of it stays.
     """
     if context.seed not in context.variants:
         server = context.server
         if server.model is None:
             raise NotProvided(
-                f"{server.spec.model} is on the hub, not here: no second checkpoint can be made.",
+                f"{server.spec.model} is not on this machine: no second checkpoint can be made.",
                 advice="Give the model as a folder.",
             )
-        try:
-            folder = perturbed(server.model, context.scratch / "variant", context.seed)
-            size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-            made = Variant(
-                folder, str(server.reach.share(folder)), size, oracles.for_folder(folder)
-            )
-        except MissingExtra as error:
-            raise NotProvided(str(error)) from None
-        context.variants[context.seed] = made
+        # First: a model whose reference does not fit here is not written either.
+        _ = context.oracle
+        target = context.scratch / "variant"
+        footprint.require(
+            f"The second checkpoint of {server.model}",
+            footprint.variant(Size.of_folder(server.model)),
+            target,
+            less="take a smaller model, or select checks without it by -k",
+        )
+        context.variants[context.seed] = _made(server, server.model, target, context.seed)
     found = context.variants[context.seed]
     assert isinstance(found, Variant)
     return found
+
+
+def _made(server: Server, model: Path, target: Path, seed: int) -> Variant:
+    folder = perturbed(model, target, seed)
+    try:
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        with disk_may_be_full(target):
+            inside = server.reach.share(folder)
+        try:
+            return Variant(folder, str(inside), size, oracles.for_folder(folder))
+        except BaseException:
+            server.reach.unshare(inside)
+            raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def update_from_disk(

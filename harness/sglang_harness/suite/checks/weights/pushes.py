@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from sglang_harness import oracle as oracles
+from sglang_harness.checkpoint import footprint
+from sglang_harness.checkpoint.footprint import Size
 from sglang_harness.checkpoint.made.training import teach
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_torch
@@ -453,13 +455,14 @@ class PushUnderTraffic(Check[PushedUnderTraffic]):
 
 SENTENCE = "The quick brown fox learned to sing on a Tuesday night."
 
-#: A model that is trained here needs four times its size in float32, and seconds a step.
+#: Bytes of weights as they are saved: a step of a larger model takes longer than seconds.
 TRAINABLE_BYTES = 1 << 30
 
 
 def _too_large_to_train(server: Any) -> str | None:
-    files = server.model.glob("*.safetensors") if server.model else ()
-    size = sum(file.stat().st_size for file in files)
+    if server.model is None:
+        return None
+    size = Size.of_folder(server.model).saved_bytes
     if size > TRAINABLE_BYTES:
         return f"training a model of {size / 1e9:.1f} GB takes too long here"
     return None
@@ -504,10 +507,13 @@ class TaughtIsSaid(Check[TaughtSentence]):
         server, client = context.server, context.server.client
         if server.model is None:
             raise NotProvided(
-                f"{server.spec.model} is a hub name, not a folder here: it cannot be trained.",
+                f"{server.spec.model} is not on this machine: it cannot be trained.",
                 advice="Give the model as a folder.",
             )
-        taught = teach(server.model, SENTENCE, context.scratch / "taught", seed=context.seed)
+        target = context.scratch / "taught"
+        needs = footprint.training(Size.of_folder(server.model))
+        footprint.require(f"Training {server.model}", needs, target)
+        taught = teach(server.model, SENTENCE, target, seed=context.seed)
 
         def ask() -> Said:
             answer = Tokens.asked(client, taught.prompt_ids, len(taught.answer_ids))
