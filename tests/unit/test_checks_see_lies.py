@@ -257,7 +257,7 @@ LIES = [
         lie(sampling=lambda sampling: {**sampling, "ignore_eos": False}),
         "ignored end of sequence",
     ),
-    Lie("stop/abort", "aborts nothing", lie(aborts=never_aborted), "expected 'abort', got 'still"),
+    Lie("stop/abort", "aborts nothing", lie(aborts=never_aborted), "expected 'abort', got"),
     Lie(
         "stop/abort-whole-id",
         "aborts by what an id begins with",
