@@ -25,6 +25,7 @@ from scripted_server import Answer, Mortal, ScriptedServer, Seen
 from test_weights_packing import AsSGLang, Metadata
 from weight_server import WeightServer, refused
 
+from sglang_harness._base.temporary import RECORD
 from sglang_harness.checkpoint.formats.spans import SIZES
 from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
@@ -353,7 +354,8 @@ def test_a_reference_model_that_fails_proves_nothing_and_blames_no_server(
         report = push(double, new, logprobs=True)
         assert report.outcome == "unproven"
         assert "RuntimeError: not enough memory" in report.logprobs.how
-        assert list(double.server.weights._room().iterdir()) == [], "its folder is gone"
+        left = [p.name for p in double.server.weights._room().iterdir()]
+        assert left == [RECORD], "its folder is gone"
         assert double.server.weights.unfit is None
 
 

@@ -243,6 +243,21 @@ def test_an_interruption_ends_the_first_start_within_seconds(
             assert not psutil.pid_exists(int(pid)), "the build goes on"
 
 
+def test_an_impatient_second_interruption_leaves_nothing(
+    pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    run = a_run(pytester, tmp_path, "-n", "2", building=False)
+    os.killpg(run.process.pid, signal.SIGINT)
+    time.sleep(0.3)  # somewhere in the clean-up
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.wait_for("ended")
+    assert run.process.wait(COMES_WITHIN) != 0
+    until = time.monotonic() + COMES_WITHIN
+    while run.left() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert run.left() == [], run.output
+
+
 def test_a_controller_that_is_killed_takes_the_first_start_along(
     pytester: pytest.Pytester, tmp_path: Path
 ) -> None:

@@ -129,13 +129,16 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     if _SESSION in config.stash:
         # A test that still has its server now was interrupted.
         config.stash[_SESSION].ending = True
-    _end_owner(config)
     try:
-        yield
+        _end_owner(config)
     finally:
-        _remove_owner(config)
-        if hasattr(config, "workeroutput"):
-            config.workeroutput["sglang"] = [vars(tally) for tally in config.stash[_TALLIES]]
+        # A second Ctrl-C is raised when all others have cleaned up.
+        try:
+            yield
+        finally:
+            _remove_owner(config)
+            if hasattr(config, "workeroutput"):
+                config.workeroutput["sglang"] = [vars(tally) for tally in config.stash[_TALLIES]]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -146,15 +149,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def _end_owner(config: pytest.Config) -> None:
     if (owner := config.stash.get(_OWNER, None)) is not None:
-        with _uninterrupted():
-            config.stash[_TALLIES].append(owner.close())
-        config.stash[_IN_ORDER].close()
+        try:
+            with _uninterrupted():
+                config.stash[_TALLIES].append(owner.close())
+        finally:
+            config.stash[_IN_ORDER].close()
 
 
 def _remove_owner(config: pytest.Config) -> None:
+    from sglang_harness.sharing.tally import Tally
+
     if (owner := config.stash.get(_OWNER, None)) is not None:
         del config.stash[_OWNER]
-        config.stash[_TALLIES][-1].left += owner.remove()
+        config.stash[_TALLIES].append(Tally(left=owner.remove()))
 
 
 @contextmanager
