@@ -103,7 +103,7 @@ def qualify(
     ] = False,
 ) -> None:
     """Start a server, run every check on it, and judge. Exit code 0 pass, 1 fail, 2 error."""
-    from sglang_harness.run.qualification import Qualification, Request
+    from sglang_harness.run.qualification import LOG, Qualification, Request
 
     if profile not in ("quick", "full"):
         raise SpecError(f"--profile {profile!r} is neither 'quick' nor 'full'.")
@@ -126,7 +126,7 @@ def qualify(
         view.close()
     terminal.show(verdict, console)
     console.print(
-        f"Results: {escape(str(out))}/verdict.json, junit.xml, server.log", highlight=False
+        f"Results in {escape(str(out))}: {', '.join((*report.FILES, LOG))}", highlight=False
     )
     if junit_file is not None:
         report.write("junit", verdict, junit_file)

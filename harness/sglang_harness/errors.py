@@ -80,7 +80,7 @@ class ImageError(HarnessError):
 
 
 class AttachError(HarnessError):
-    """Where a URL points there is no SGLang server that can be looked at."""
+    """What a URL points at is not an SGLang server that this run can attach to."""
 
 
 class Unresponsive(AttachError):
@@ -103,7 +103,7 @@ class ModelError(HarnessError):
 
 
 class UnsafeCheckpoint(ModelError):
-    """A pickle names something that is no tensor. It was not run, and neither was the rest.
+    """A pickle names something other than tensors. It was not run, and neither was the rest.
 
     Attributes:
         loads: what it tried to load, such as ``os.system``.

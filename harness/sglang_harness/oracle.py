@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 from sglang_harness._base import headroom
 from sglang_harness.checkpoint import streaming
-from sglang_harness.checkpoint.footprint import Needs, Size, reference_model, require
+from sglang_harness.checkpoint.footprint import RoomNeeded, Size, reference_model, require
 from sglang_harness.checkpoint.formats.spans import stamp
 from sglang_harness.checkpoint.streaming import NotStreamable
 from sglang_harness.errors import BrokenCheckpoint, MissingExtra, ModelError
@@ -264,9 +264,9 @@ def _load(folder: Path, adapter: Path | None) -> Any:
     if adapter is not None:
         what += " with an adapter"
     else:
-        require(what, Needs(streamed), less=less)
+        require(what, RoomNeeded(streamed), less=less)
         what += ", which cannot be read layer by layer,"
-    require(what, Needs(held), less=less)
+    require(what, RoomNeeded(held), less=less)
     return _held(folder, adapter)  # there is more memory than a moment ago
 
 

@@ -62,7 +62,7 @@ class ServerSpec(_Strict):
     """One SGLang server: what it runs from, what it serves, on what, and within which limits.
 
     Every field can be set from Python and from a YAML file (``ServerSpec.from_yaml``), the
-    common ones from the command line too. :class:`SpecError` for whatever cannot be meant.
+    common ones from the command line too. Invalid or contradictory values raise :class:`SpecError`.
     """
 
     image: str | None = None
@@ -185,7 +185,7 @@ class ServerSpec(_Strict):
         """Reads a YAML mapping of fields; ``overrides`` win over the file.
 
         Raises:
-            SpecError: the file cannot be read, is no YAML mapping, or has a bad field.
+            SpecError: the file cannot be read, is not a YAML mapping, or has a bad field.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -235,7 +235,7 @@ def from_options(
         server_args: each ``name=value`` or ``name``; given again, a flag takes several values.
 
     Raises:
-        SpecError: the file cannot be read, or a field cannot be meant.
+        SpecError: the file cannot be read, or a field is invalid or contradicts another.
     """
     fields = {name: value for name, value in given.items() if value is not None}
     if server_args:

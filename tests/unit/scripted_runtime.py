@@ -11,7 +11,7 @@ from typing import Any, Literal
 from scripted_server import BOUND, Answer, Mortal, ScriptedServer, Seen
 
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime import Beside, Order, Started
+from sglang_harness.runtime import Order, Sidecar, Started
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.spec import Argument
 
@@ -148,7 +148,7 @@ class ScriptedRunning:
     def why_no_sidecar(self) -> str | None:
         return "a scripted server has none"
 
-    def beside(self, script: str) -> Beside:
+    def start_sidecar(self, script: str) -> Sidecar:
         raise NotImplementedError
 
     def model_path(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from sglang_harness.errors import HarnessError
 from sglang_harness.suite.checks import stop
-from sglang_harness.traffic.background import Ended
+from sglang_harness.traffic.background import StreamEnded
 
 
 class Client:
@@ -46,10 +46,10 @@ class Stream:
     def wait_until_over(self, seconds: float) -> bool:
         return True
 
-    def end(self, seconds: float) -> Ended:
+    def end(self, seconds: float) -> StreamEnded:
         tokens = 4 if self.aborted else self.asked
         finish = "abort" if self.aborted else "length"
-        return Ended(text="", tokens=tokens, finish=finish, chunk_seconds=[])
+        return StreamEnded(text="", tokens=tokens, finish=finish, chunk_seconds=[])
 
 
 @pytest.fixture(autouse=True)

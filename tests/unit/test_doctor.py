@@ -15,7 +15,7 @@ def found(
     left = headroom.Memory(int(memory * 1e9), "a memory limit of 9.0 GB (control group)")
     monkeypatch.setattr(headroom, "memory", lambda: left)
     monkeypatch.setattr(
-        headroom, "disk", lambda folder: headroom.Disk(folder, int(disk * 1e9), tmpfs)
+        headroom, "disk", lambda folder: headroom.DiskRoom(folder, int(disk * 1e9), tmpfs)
     )
     return {each.subject: each for each in doctor._room()}
 

@@ -9,7 +9,7 @@ import pytest
 from sglang_harness._base import headroom
 from sglang_harness.checkpoint.footprint import (
     EXAMPLES,
-    Needs,
+    RoomNeeded,
     Size,
     least,
     push,
@@ -104,11 +104,11 @@ def there(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float, tmpfs: bo
         headroom, "memory", lambda: headroom.Memory(int(memory * 1e9), "this machine")
     )
     monkeypatch.setattr(
-        headroom, "disk", lambda folder: headroom.Disk(folder, int(disk * 1e9), tmpfs)
+        headroom, "disk", lambda folder: headroom.DiskRoom(folder, int(disk * 1e9), tmpfs)
     )
 
 
-NEEDS = Needs(memory=2_000_000_000, disk=16_000_000_000)
+NEEDS = RoomNeeded(memory=2_000_000_000, disk=16_000_000_000)
 
 
 def test_what_is_there_is_not_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -36,7 +36,7 @@ class Here:
         self.folder = folder
         self.made: list[AttachedProcess] = []
 
-    def beside(self, script: str) -> AttachedProcess:
+    def start_sidecar(self, script: str) -> AttachedProcess:
         self.made.append(
             AttachedProcess(
                 "The peer",
@@ -231,7 +231,7 @@ class Answers:
         self.lines = [b'{"pid": 1}', line]
         self.left = ["process 7"]
 
-    def beside(self, script: str) -> Answers:
+    def start_sidecar(self, script: str) -> Answers:
         return self
 
     def write(self, line: bytes) -> None: ...

@@ -17,7 +17,7 @@ from sglang_harness.errors import CheckpointMismatch, ReadOnly, SpecError
 from sglang_harness.weights import PushFailed, PushReport
 from sglang_harness.weights import bracket as sessions
 from sglang_harness.weights.proof import checksums
-from sglang_harness.weights.proof.checksums import Served, expected_checksums
+from sglang_harness.weights.proof.checksums import ServedLayout, expected_checksums
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -346,11 +346,11 @@ def test_a_checkpoint_that_was_written_to_is_computed_anew(old: Path, new: Path,
 
 def test_few_checkpoints_are_kept(old: Path, new: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checksums.Computed, "KEPT", 1)
-    served = Served.of(old, {"dtype": "float32"}, "cpu")
+    served = ServedLayout.of(old, {"dtype": "float32"}, "cpu")
     kept = checksums.Computed()
     first = kept.expected(open_checkpoint(old), served)
     assert kept.expected(open_checkpoint(old), served) is first
-    halves = Served.of(old, {"dtype": "float16"}, "cpu")
+    halves = ServedLayout.of(old, {"dtype": "float16"}, "cpu")
     other = kept.expected(open_checkpoint(old), halves)
     assert other.ranks != first.ranks, "the same files, held otherwise"
     assert kept.expected(open_checkpoint(old), served) is not first

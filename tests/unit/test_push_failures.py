@@ -476,7 +476,7 @@ class Sink:
     def why_no_sidecar(self) -> str | None:
         return None
 
-    def beside(self, script: str) -> AttachedProcess:
+    def start_sidecar(self, script: str) -> AttachedProcess:
         self.beside_it.append(
             AttachedProcess(
                 "The peer",

@@ -191,7 +191,7 @@ def test_a_worker_knows_of_the_shared_server_what_its_owner_knows(
         assert running.shared_folder is None
         assert "xdist" in str(running.why_no_sidecar())
         with pytest.raises(EngineError, match="No sidecar can be started: the workers of"):
-            running.beside("")
+            running.start_sidecar("")
         if shares:
             assert str(running.share(tmp_path / "x")) == "/inside/x"
         running.end()

@@ -11,7 +11,7 @@ from scripted_server import BOUND, Answer, Mortal, ScriptedServer, Seen
 
 from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import HarnessError, ServerDied, TimeIsOver
-from sglang_harness.traffic import EmptySlice, Request, Traffic, TrafficRecord
+from sglang_harness.traffic import EmptySlice, SentRequest, Traffic, TrafficRecord
 
 
 def answer(seen: Seen, version: str = "v1") -> Answer:
@@ -91,7 +91,7 @@ def test_slices_lie_before_across_and_after_a_mark(server: ScriptedServer) -> No
 
 def test_an_empty_slice_is_an_error_and_no_answer() -> None:
     record = TrafficRecord(
-        requests=[Request(number=0, prompt=[1], sent=0.0, ended=1.0)],
+        requests=[SentRequest(number=0, prompt=[1], sent=0.0, ended=1.0)],
         marks=[{"name": "change", "at": 2.0}],  # type: ignore[list-item]
     )
     assert len(record.before("change")) == 1

@@ -65,7 +65,7 @@ def _no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headroom, "disk", lambda folder: headroom.Disk(folder, 1000, False))
+    monkeypatch.setattr(headroom, "disk", lambda folder: headroom.DiskRoom(folder, 1000, False))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_harness.weights.proof.checksums import Served, expected_checksums
+from sglang_harness.weights.proof.checksums import ServedLayout, expected_checksums
 from sglang_harness.weights.proof.fused_layout import MISSING, layout, unknown
 from sglang_harness.weights.proof.tensor_hash import checksum
 
@@ -154,7 +154,7 @@ def test_a_part_of_a_parameter_is_known_to_be_one():
     how = layout(CONFIG, names, 1)
     assert MISSING in how.recipes[L + "self_attn.qkv_proj.weight"].parts
     expected = expected_checksums(
-        Held({n: drawn(4, 4) for n in names}), Served(CONFIG, {"dtype": "float32"}, "cpu")
+        Held({n: drawn(4, 4) for n in names}), ServedLayout(CONFIG, {"dtype": "float32"}, "cpu")
     )
     assert expected.partly == {L + "self_attn.qkv_proj.weight", L + "mlp.gate_up_proj.weight"}
     assert set(expected.ranks[0]) == {"model.norm.weight"}
@@ -189,12 +189,12 @@ def test_what_is_known():
     ],
 )
 def test_the_dtype_that_a_server_holds(asked, own, dtype):
-    assert Served({"torch_dtype": own}, {"dtype": asked}, "cpu").dtype == dtype
+    assert ServedLayout({"torch_dtype": own}, {"dtype": asked}, "cpu").dtype == dtype
 
 
 def test_checksums_are_of_the_servers_dtype():
     weight = drawn(8)
-    served = Served({**CONFIG, "dtype": "float32"}, {"dtype": "bfloat16"}, "cpu")
+    served = ServedLayout({**CONFIG, "dtype": "float32"}, {"dtype": "bfloat16"}, "cpu")
     (rank,) = expected_checksums(Held({"model.norm.weight": weight}), served).ranks
     data = weight.bfloat16().view(torch.uint8).numpy().tobytes()
     assert rank == {"model.norm.weight": hashlib.sha256(data).hexdigest()[:16]}

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from sglang_harness.client import Checksums
-from sglang_harness.weights.proof.checksums import Expected
+from sglang_harness.weights.proof.checksums import ExpectedChecksums
 from sglang_harness.weights.proof.witnesses import (
     judge_checksums,
     judge_label,
@@ -26,8 +26,8 @@ NEW = {"a": "a1", "b": "b1"}
 AFTER = {**BEFORE, **NEW}
 
 
-def expected(*ranks: dict[str, str], partly: tuple[str, ...] = ()) -> Expected:
-    return Expected(ranks, frozenset(partly))
+def expected(*ranks: dict[str, str], partly: tuple[str, ...] = ()) -> ExpectedChecksums:
+    return ExpectedChecksums(ranks, frozenset(partly))
 
 
 def test_all_as_computed_agrees():

@@ -89,7 +89,7 @@ def test_a_source_that_gives_something_else_than_it_said_is_not_written_down(tmp
 def test_a_file_that_the_disk_has_no_space_for_is_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(headroom, "disk", lambda folder: headroom.Disk(folder, 100, False))
+    monkeypatch.setattr(headroom, "disk", lambda folder: headroom.DiskRoom(folder, 100, False))
     with pytest.raises(NotEnoughRoom, match=r"Writing .*a\.safetensors needs"):
         write_safetensors(tmp_path / "a.safetensors", *held({"a": torch.ones(200)}))
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.server import Server
 from sglang_harness.server.readiness import StartReport
 from sglang_harness.spec import ServerSpec
-from sglang_harness.weights.proof.checksums import Served, expected_checksums
+from sglang_harness.weights.proof.checksums import ServedLayout, expected_checksums
 
 ROUTES = [
     "/generate",
@@ -62,7 +62,7 @@ class WeightServer:
         self.buckets = 0
         self.log: list[str] = []
         self.mortal = Mortal()
-        self.served = Served.of(model, {"dtype": "float32"}, "cpu")
+        self.served = ServedLayout.of(model, {"dtype": "float32"}, "cpu")
         paths = [*ROUTES, *(SESSION if sessions else [])]
         script: dict[str, Any] = {
             "GET /openapi.json": Answer(body={"paths": {p: {"post": {}} for p in paths}}),

@@ -113,7 +113,7 @@ def _read(stream: IO[bytes], name: str, come: queue.Queue[tuple[str, str | None]
 
 def end(process: subprocess.Popen[Any]) -> None:
     """Ends a process that leads a session of its own, with every process of that session. One
-    that has ended meanwhile is no error."""
+    that has ended meanwhile is not an error."""
     family = _session(process.pid)
     for each in family:
         with suppress(psutil.Error):

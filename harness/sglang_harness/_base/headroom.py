@@ -32,7 +32,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskRoom:
     """A folder's file system.
 
     Attributes:
@@ -67,7 +67,7 @@ def memory(
     return least
 
 
-def disk(folder: Path) -> Disk:
+def disk(folder: Path) -> DiskRoom:
     """The file system that ``folder`` is on, or will be on when it is made."""
     there = folder.absolute()
     while not there.exists():
@@ -75,7 +75,7 @@ def disk(folder: Path) -> Disk:
     there = there.resolve()
     mounted = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     kind = next((mounted[each] for each in (there, *there.parents) if each in mounted), "")
-    return Disk(folder, shutil.disk_usage(there).free, kind in _IN_MEMORY)
+    return DiskRoom(folder, shutil.disk_usage(there).free, kind in _IN_MEMORY)
 
 
 def _around(groups: Path, mount: Path) -> Iterator[tuple[Path, bool]]:

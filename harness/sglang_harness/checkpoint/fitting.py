@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sglang_harness.checkpoint.model_tensors import COMPUTED, Expected, expected_by
+from sglang_harness.checkpoint.model_tensors import COMPUTED, ExpectedTensors, expected_by
 from sglang_harness.checkpoint.reading import Checkpoint, TensorInfo
 from sglang_harness.errors import CheckpointMismatch, ModelError
 
@@ -78,7 +78,7 @@ class Fit:
     """
 
     checkpoint: Checkpoint
-    expected: Expected
+    expected: ExpectedTensors
     sources: Mapping[str, str]
     missing: tuple[TensorInfo, ...]
     extra: tuple[TensorInfo, ...]

@@ -83,7 +83,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class Needs:
+class RoomNeeded:
     """Bytes that are taken at a time.
 
     Attributes:
@@ -95,24 +95,24 @@ class Needs:
     disk: int = 0
 
 
-def reference_model(size: Size, *, streamed: bool) -> Needs:
+def reference_model(size: Size, *, streamed: bool) -> RoomNeeded:
     """Log-probabilities of transformers in float32.
 
     Args:
         streamed: the weights are read anew, layer by layer, for every answer that is scored:
             slower by the reading, with the same results. Otherwise they are held.
     """
-    return Needs(FLOAT32 * (size.part if streamed else size.parameters) + BESIDE)
+    return RoomNeeded(FLOAT32 * (size.part if streamed else size.parameters) + BESIDE)
 
 
-def variant(size: Size) -> Needs:
+def variant(size: Size) -> RoomNeeded:
     """A second checkpoint, written tensor by tensor: the old one, noise and sum in float32, and
     the new one."""
     memory = size.largest * (2 * size.bytes_per_weight + 2 * FLOAT32)
-    return Needs(round(memory), size.saved_bytes)
+    return RoomNeeded(round(memory), size.saved_bytes)
 
 
-def push(size: Size, *, bucket: int, staged: bool) -> Needs:
+def push(size: Size, *, bucket: int, staged: bool) -> RoomNeeded:
     """Weights on their way to a server, without the reference models that check them.
 
     Args:
@@ -121,19 +121,21 @@ def push(size: Size, *, bucket: int, staged: bool) -> Needs:
             another file system than the folder that the server reads.
     """
     memory = COPIES_OF_A_BUCKET * max(bucket, round(size.largest * size.bytes_per_weight))
-    return Needs(memory, size.saved_bytes if staged else 0)
+    return RoomNeeded(memory, size.saved_bytes if staged else 0)
 
 
-def training(size: Size) -> Needs:
+def training(size: Size) -> RoomNeeded:
     """Some steps of AdamW: weights, gradients and two moments in float32, and a checkpoint."""
-    return Needs(4 * FLOAT32 * size.parameters + BESIDE, size.saved_bytes)
+    return RoomNeeded(4 * FLOAT32 * size.parameters + BESIDE, size.saved_bytes)
 
 
-def least(size: Size) -> Needs:
+def least(size: Size) -> RoomNeeded:
     """What the checks of a model take at a time that push a second checkpoint: that is written, or
     one reference model is streamed after the other."""
     written = variant(size)
-    return Needs(max(written.memory, reference_model(size, streamed=True).memory), written.disk)
+    return RoomNeeded(
+        max(written.memory, reference_model(size, streamed=True).memory), written.disk
+    )
 
 
 #: Models of the field in bfloat16, by their names there: Qwen2.5-0.5B, Llama-3.1-8B and -70B. The
@@ -162,7 +164,7 @@ def table(bucket: int) -> str:
     return "\n".join(rows)
 
 
-def in_words(needs: Needs) -> str:
+def in_words(needs: RoomNeeded) -> str:
     memory = f"{gigabytes(needs.memory)} memory"
     return f"{memory}, {gigabytes(needs.disk)} disk" if needs.disk else memory
 
@@ -172,7 +174,7 @@ def gigabytes(count: int) -> str:
 
 
 def require(
-    what: str, needs: Needs, folder: Path | None = None, *, less: str = "take a smaller model"
+    what: str, needs: RoomNeeded, folder: Path | None = None, *, less: str = "take a smaller model"
 ) -> None:
     """Looks before anything is loaded or written.
 

@@ -23,7 +23,7 @@ _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed
 
 
 @dataclass(frozen=True, eq=False)
-class Expected:
+class ExpectedTensors:
     """The tensors of a model.
 
     Attributes:
@@ -37,7 +37,7 @@ class Expected:
     tied: Mapping[str, str]
 
 
-def expected_by(folder: Path) -> Expected:
+def expected_by(folder: Path) -> ExpectedTensors:
     """What the folder's own weights are, or where it has none, what its configuration asks for.
 
     Its weights come first: transformers 5 calls the experts of a mixture otherwise in memory
@@ -59,7 +59,7 @@ def expected_by(folder: Path) -> Expected:
         tie = OUTPUT not in tensors
     own = next((name for name in tensors if name.endswith(_INPUTS)), None)
     tied = {OUTPUT: own} if tie and own else {}
-    return Expected(f"the weights in {folder}", tensors, MappingProxyType(tied))
+    return ExpectedTensors(f"the weights in {folder}", tensors, MappingProxyType(tied))
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return described
 
 
-def _by_configuration(folder: Path) -> Expected:
+def _by_configuration(folder: Path) -> ExpectedTensors:
     """By transformers, on torch's meta device: no memory is taken for the weights."""
     try:
         import torch
@@ -105,7 +105,9 @@ def _by_configuration(folder: Path) -> Expected:
         for name, tensor in on_disk.items()
         if name not in tied
     }
-    return Expected(f"{folder}/config.json", MappingProxyType(tensors), MappingProxyType(tied))
+    return ExpectedTensors(
+        f"{folder}/config.json", MappingProxyType(tensors), MappingProxyType(tied)
+    )
 
 
 def names_on_disk(model: Any, state: dict[str, Any]) -> dict[str, Any]:

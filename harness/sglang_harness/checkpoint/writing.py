@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang_harness._base.permissions import make_readable
 from sglang_harness.checkpoint import footprint
-from sglang_harness.checkpoint.footprint import Needs
+from sglang_harness.checkpoint.footprint import RoomNeeded
 from sglang_harness.checkpoint.formats.safetensors_files import DTYPES
 from sglang_harness.checkpoint.formats.spans import SIZES, bytes_of
 from sglang_harness.checkpoint.reading import TensorInfo
@@ -184,7 +184,9 @@ def write_safetensors(file: Path, tensors: Iterable[Described], source: Source) 
         end += info.nbytes
     written = json.dumps(header, separators=(",", ":")).encode()
     written += b" " * (-len(written) % 8)
-    footprint.require(f"Writing {file}", Needs(memory=0, disk=end + len(written) + 8), file.parent)
+    footprint.require(
+        f"Writing {file}", RoomNeeded(memory=0, disk=end + len(written) + 8), file.parent
+    )
     try:
         with disk_may_be_full(file):
             _write_tensors(file, written, infos, source)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import PeerFailed
-from sglang_harness.runtime import Beside, Running
+from sglang_harness.runtime import Running, Sidecar
 
 __all__ = ["Peer"]
 
@@ -31,8 +31,8 @@ class Peer:
     """
 
     def __init__(self, running: Running) -> None:
-        self._beside: Beside = running.beside(script())
-        self.name = self._beside.name
+        self._sidecar: Sidecar = running.start_sidecar(script())
+        self.name = self._sidecar.name
         self.ended = False
         self._owed: str | None = None
         try:
@@ -52,7 +52,7 @@ class Peer:
         if self._owed is not None:
             raise PeerFailed(f"'{do}' was not sent, because '{self._owed}' has no answer yet")
         self._owed = do
-        self._beside.write(json.dumps({"do": do, **order}).encode())
+        self._sidecar.write(json.dumps({"do": do, **order}).encode())
 
     def answer(self, timeout: float) -> dict[str, Any]:
         """The answer to the last order.
@@ -63,7 +63,7 @@ class Peer:
         """
         started, do = time.monotonic(), self._owed
         try:
-            line = self._beside.read(timeout)
+            line = self._sidecar.read(timeout)
         except TimeoutError:
             raise PeerFailed(f"'{do}' took longer than {timeout:g} s", self.words()) from None
         if line is None:
@@ -102,7 +102,7 @@ class Peer:
 
     def words(self) -> str:
         """The end of its error output."""
-        return self._beside.words()
+        return self._sidecar.words()
 
     def end(self) -> list[str]:
         """Ends it; returns what of it could not be removed. Again: nothing."""
@@ -112,7 +112,7 @@ class Peer:
         with Teardown() as down:
             if self._owed is None:
                 down.collect("closing the peer", self._close)
-            down.collect(f"peer {self.name}", self._beside.end)
+            down.collect(f"peer {self.name}", self._sidecar.end)
         return down.failures
 
     def _close(self) -> list[str]:

@@ -44,7 +44,7 @@ from sglang_harness.verdict import CheckResult, Outcome, ProfileName, Verdict
 #: Seconds in which a server has to state its version.
 STATES_ITSELF_WITHIN = 30.0
 
-#: The mistake of whoever asked, found before any server was started: there is nothing to judge.
+#: A mistake in the request, found before any server was started: there is nothing to judge.
 MISTAKES = (SpecError, ModelError, MissingExtra)
 
 #: What a server's start fails with where the server itself is at fault.

@@ -121,7 +121,7 @@ class RunRecord:
         """A check that was not asked.
 
         Args:
-            because: the check whose failure is the reason; ``None``: it is no check's failure.
+            because: the check whose failure is the reason; ``None``: the reason is another one.
         """
         result = CheckResult(
             id=check_id, outcome=Outcome.NOT_RUN, seconds=0, message=reason, because=because

@@ -17,7 +17,6 @@ from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.spec import Argument, ServerSpec
 
 __all__ = [
-    "Beside",
     "Death",
     "DeathWatch",
     "Introduction",
@@ -27,6 +26,7 @@ __all__ = [
     "Reach",
     "Running",
     "Runtime",
+    "Sidecar",
     "Started",
     "Unknown",
 ]
@@ -92,7 +92,7 @@ class Reach(Protocol):
         """
 
 
-class Beside(Protocol):
+class Sidecar(Protocol):
     """One program beside a server: a sidecar."""
 
     @property
@@ -193,9 +193,9 @@ class Running(Protocol):
         """Raises :class:`EngineError` where :meth:`why_no_files` gives a reason."""
 
     def why_no_sidecar(self) -> str | None:
-        """Why :meth:`beside` cannot start a sidecar; ``None``: it can."""
+        """Why :meth:`start_sidecar` cannot start a sidecar; ``None``: it can."""
 
-    def beside(self, script: str) -> Beside:
+    def start_sidecar(self, script: str) -> Sidecar:
         """Starts a program beside the server that shares its user, ``/dev/shm``, ``TMPDIR``,
         loopback and files: a sidecar. It ends with the server, if not before.
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
-from sglang_harness.runtime import Beside, Order, Started
+from sglang_harness.runtime import Order, Sidecar, Started
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.runtime.path_map import copy_readable, remove_copy
 from sglang_harness.spec import Argument
@@ -241,7 +241,7 @@ class AttachedServer:
     def why_no_sidecar(self) -> str | None:
         return "this run did not start the server"
 
-    def beside(self, script: str) -> Beside:
+    def start_sidecar(self, script: str) -> Sidecar:
         """Raises :class:`EngineError`."""
         del script
         raise EngineError(

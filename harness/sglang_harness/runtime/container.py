@@ -24,7 +24,7 @@ from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.container import ContainerMemory
 from sglang_harness.runtime import Started, cpu_binding, engine, images
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
-from sglang_harness.runtime.sidecar import ContainerBeside, make_temporary_volume
+from sglang_harness.runtime.sidecar import ContainerSidecar, make_temporary_volume
 from sglang_harness.spec import ServerSpec
 
 #: Where SGLang listens inside the containers that the harness sets up itself.
@@ -65,7 +65,7 @@ class RunningContainer:
         return []
 
     @cached_property
-    def _beside(self) -> list[ContainerBeside]:
+    def _beside(self) -> list[ContainerSidecar]:
         return []
 
     @cached_property
@@ -215,7 +215,7 @@ class RunningContainer:
             return f"the server's container does not share its memory (ipc: {host['IpcMode']})"
         return None
 
-    def beside(self, script: str) -> ContainerBeside:
+    def start_sidecar(self, script: str) -> ContainerSidecar:
         """A sidecar of this image: see
         :class:`sglang_harness.runtime.Running`."""
         if reason := self.why_no_sidecar():
@@ -224,7 +224,7 @@ class RunningContainer:
                 advice="Set 'ipc: shareable' for the service in your compose file.",
             )
         attributes = self._engine.api.inspect_container(self._id)
-        made = ContainerBeside(
+        made = ContainerSidecar(
             attributes,
             script,
             name=f"{attributes['Name'].lstrip('/')}-peer-{uuid.uuid4().hex[:6]}",

@@ -154,7 +154,7 @@ class SGLangProcess:
     def why_no_sidecar(self) -> str | None:
         return None
 
-    def beside(self, script: str) -> AttachedProcess:
+    def start_sidecar(self, script: str) -> AttachedProcess:
         """A sidecar process of the same Python: see :class:`sglang_harness.runtime.Running`."""
         made = AttachedProcess(
             "The peer",

@@ -19,7 +19,7 @@ TEMPORARY = PurePosixPath("/sglang-harness-tmp")
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
-class ContainerBeside(AttachedContainer):
+class ContainerSidecar(AttachedContainer):
     """A second container of the server's image and user that joins its namespaces.
 
     Args:

@@ -147,8 +147,8 @@ class Server:
         Raises:
             SpecError, EngineError, ImageError, ModelError: it could not be started.
             AttachError: see :meth:`attach`.
-            LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are somebody else's, do not
-                answer, or are not idle. Nothing was started.
+            LeaseTaken, TelemetryError, DeviceNotIdle: its GPUs are held by another process, do
+                not answer, or are not idle. Nothing was started.
             ServerDied, StartTimeout: it was started and never answered.
         """
         runtime = runtime or DockerRuntime()
@@ -194,7 +194,7 @@ class Server:
             return cls(spec, running, report=report, memory=ledger, guard=guard)
         except BaseException as error:
             with Teardown() as down:
-                # The log would be gone with the server; whoever reports the failure needs it.
+                # The log would be gone with the server, and the report of the failure needs it.
                 log = down.step("log", running.logs) or ""
                 if isinstance(error, (HarnessError, Interrupted)):
                     error.log = redactor.text(log)

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.memory import MemoryLedger, MemorySource
-from sglang_harness.runtime import Beside, Runtime, Started
+from sglang_harness.runtime import Runtime, Sidecar, Started
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown
 from sglang_harness.server import Server
 from sglang_harness.server.readiness import StartReport
@@ -245,7 +245,7 @@ class RemoteServer:
     def cores(self) -> list[int]:
         return list(self._ask("cores"))
 
-    def beside(self, script: str) -> Beside:
+    def start_sidecar(self, script: str) -> Sidecar:
         """Raises :class:`EngineError`: only the process that owns the server can."""
         del script
         raise EngineError(

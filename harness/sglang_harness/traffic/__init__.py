@@ -25,7 +25,7 @@ class EmptySlice(HarnessError):
     """A slice of the traffic that contains no requests."""
 
 
-class Request(BaseModel):
+class SentRequest(BaseModel):
     """One request of the traffic. Times in seconds since the traffic began.
 
     Attributes:
@@ -65,7 +65,7 @@ class TrafficRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    requests: list[Request]
+    requests: list[SentRequest]
     marks: list[Mark]
 
     def at(self, mark: str) -> float:
@@ -75,14 +75,14 @@ class TrafficRecord(BaseModel):
                 return each.at
         raise KeyError(f"no mark {mark!r} was set")
 
-    def before(self, mark: str) -> list[Request]:
+    def before(self, mark: str) -> list[SentRequest]:
         """Requests that had ended by then. Raises :class:`EmptySlice` if there are none."""
         at = self.at(mark)
         return self._some(
             f"before {mark!r}", [r for r in self.requests if r.ended is not None and r.ended <= at]
         )
 
-    def across(self, mark: str) -> list[Request]:
+    def across(self, mark: str) -> list[SentRequest]:
         """Requests that were running at that moment. Raises :class:`EmptySlice` if there are
         none."""
         at = self.at(mark)
@@ -91,17 +91,17 @@ class TrafficRecord(BaseModel):
             [r for r in self.requests if r.sent < at and (r.ended is None or r.ended > at)],
         )
 
-    def after(self, mark: str) -> list[Request]:
+    def after(self, mark: str) -> list[SentRequest]:
         """Requests that were sent later. Raises :class:`EmptySlice` if there are none."""
         at = self.at(mark)
         return self._some(f"after {mark!r}", [r for r in self.requests if r.sent >= at])
 
-    def lost(self) -> list[Request]:
+    def lost(self) -> list[SentRequest]:
         """Requests that never ended."""
         return [r for r in self.requests if r.ended is None]
 
     @staticmethod
-    def _some(slice_: str, found: list[Request]) -> list[Request]:
+    def _some(slice_: str, found: list[SentRequest]) -> list[SentRequest]:
         if not found:
             raise EmptySlice(
                 f"No request of the traffic ran {slice_}, so nothing can be concluded.",
@@ -152,7 +152,7 @@ class Traffic(Background):
         self._began = time.monotonic()
         self._tag = uuid.uuid4().hex
         self._numbers = itertools.count()
-        self._requests: list[Request] = []
+        self._requests: list[SentRequest] = []
         self._marks: list[Mark] = []
         self._is_closed = False
 
@@ -232,7 +232,7 @@ class Traffic(Background):
     def _ended(self) -> int:
         return sum(r.ended is not None for r in self._requests)
 
-    def _id(self, request: Request) -> str:
+    def _id(self, request: SentRequest) -> str:
         return f"{self._tag}-{request.number}"
 
     def _under_way(self) -> list[str]:
@@ -244,7 +244,7 @@ class Traffic(Background):
             with self._news:
                 number = next(self._numbers)
                 prompt = self._prompts[number % len(self._prompts)]
-                request = Request(number=number, prompt=prompt, sent=self._now())
+                request = SentRequest(number=number, prompt=prompt, sent=self._now())
                 self._requests.append(request)
             failure: BaseException | None = None
             try:
@@ -265,7 +265,7 @@ class Traffic(Background):
                 if failure is not None:
                     self._fail(failure)
 
-    def _end(self, request: Request, found: dict[str, Any]) -> None:
+    def _end(self, request: SentRequest, found: dict[str, Any]) -> None:
         if self._is_closed:
             return
         for name, value in found.items():

@@ -15,7 +15,7 @@ from sglang_harness.errors import BadAnswer, HarnessError
 from sglang_harness.traffic.base import Background
 
 
-class Ended(BaseModel):
+class StreamEnded(BaseModel):
     """How a streamed generation ended."""
 
     model_config = ConfigDict(extra="forbid")
@@ -101,7 +101,7 @@ class BackgroundStream(Background):
         with self._news:
             return self._news.wait_for(lambda: self.is_over, seconds)
 
-    def end(self, seconds: float) -> Ended:
+    def end(self, seconds: float) -> StreamEnded:
         """Waits for the end.
 
         Raises:
@@ -115,11 +115,11 @@ class BackgroundStream(Background):
             )
         self._raise_failure()
         if not self._chunks:
-            return Ended(text="", tokens=0, finish="", chunk_seconds=[])
+            return StreamEnded(text="", tokens=0, finish="", chunk_seconds=[])
         last = self._chunks[-1]
         try:
             meta = last.data["meta_info"]
-            return Ended(
+            return StreamEnded(
                 text=last.text,
                 tokens=int(meta["completion_tokens"]),
                 finish=str((meta["finish_reason"] or {}).get("type", "")),

@@ -124,7 +124,7 @@ def _room() -> list[Finding]:
     ]
 
 
-def _model(name: str, size: Size, memory: headroom.Memory, disk: headroom.Disk) -> Finding:
+def _model(name: str, size: Size, memory: headroom.Memory, disk: headroom.DiskRoom) -> Finding:
     """Whether a model of this size, in bfloat16, can be checked here."""
     held = reference_model(size, streamed=False).memory
     needed = least(size)

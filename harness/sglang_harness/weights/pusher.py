@@ -27,7 +27,7 @@ from sglang_harness.peer import Peer
 from sglang_harness.weights import routes
 from sglang_harness.weights.bracket import Pause, Session
 from sglang_harness.weights.proof import conclusion
-from sglang_harness.weights.proof.checksums import Served
+from sglang_harness.weights.proof.checksums import ServedLayout
 from sglang_harness.weights.proof.conclusion import Gathered
 from sglang_harness.weights.proof.witnesses import ask_tokens
 from sglang_harness.weights.report import BucketSent, NotPrepared, PushFailed, PushReport
@@ -35,8 +35,8 @@ from sglang_harness.weights.routes.base import Job, Route
 from sglang_harness.weights.routes.buckets import Bucket, plan
 from sglang_harness.weights.served_weights import (
     ANSWERS_WITHIN,
-    CannotRestore,
     ServedWeights,
+    WeightsNotRestored,
     computed_name,
 )
 from sglang_harness.weights.source.fitted import ValueCheck, open_for
@@ -146,7 +146,7 @@ class WeightPusher:
         if check_values:
             self._values.check(source)
         about = target.client.server_info()
-        served = Served.of(target.model, about, target.device)
+        served = ServedLayout.of(target.model, about, target.device)
         job = Job(
             target=target,
             source=source,
@@ -185,7 +185,9 @@ class WeightPusher:
         """A folder with the weights that are served now; ``None``: it is not known which these
         are, as after a push by another client."""
         about = self._target.client.server_info()
-        self._served.identify(about, Served.of(self._target.model, about, self._target.device))
+        self._served.identify(
+            about, ServedLayout.of(self._target.model, about, self._target.device)
+        )
         folder = self._served.folder
         return folder if folder is not None and folder.exists() else None
 
@@ -277,9 +279,9 @@ class WeightPusher:
             job.notes.append(f"the route could not be closed: {error.message}")
         if self._peer is not None and self._peer.busy:
             self._drop_peer(job)
-        elif job.beside is not None:
+        elif job.peer_used is not None:
             with suppress(HarnessError):
-                push.peer_peak_bytes = job.beside.peak_bytes()
+                push.peer_peak_bytes = job.peer_used.peak_bytes()
 
     def _send_bucket(self, push: Gathered, bucket: Bucket) -> None:
         common: dict[str, Any] = {
@@ -427,7 +429,7 @@ class WeightPusher:
         else:
             try:
                 return self._served.restore_first(timeout=push.job.timeout)
-            except CannotRestore as error:
+            except WeightsNotRestored as error:
                 self.unfit = error.message
         return None
 

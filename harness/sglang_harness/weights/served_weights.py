@@ -12,7 +12,7 @@ from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.client import Checksums, calls
 from sglang_harness.errors import BadAnswer, HarnessError, ModelError, Refused
 from sglang_harness.weights.bracket import Session
-from sglang_harness.weights.proof.checksums import Computed, Served
+from sglang_harness.weights.proof.checksums import Computed, ServedLayout
 from sglang_harness.weights.proof.fused_layout import COMPUTED
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ANSWERS_WITHIN = 30.0
 
 
-class CannotRestore(HarnessError):
+class WeightsNotRestored(HarnessError):
     """The initial weights could not be loaded again, or are others now."""
 
 
@@ -49,7 +49,9 @@ class ServedWeights:
         self._pushed: tuple[Path, Oracle] | None = None
         """The folder of the last push and its oracle, which lives longer."""
 
-    def identify(self, about: Mapping[str, Any], served: Served) -> tuple[Checksums | None, str]:
+    def identify(
+        self, about: Mapping[str, Any], served: ServedLayout
+    ) -> tuple[Checksums | None, str]:
         """Finds out which weights are served; returns their checksums, or why there are none.
 
         Raises what the client raises.
@@ -96,7 +98,7 @@ class ServedWeights:
         if before is not None and before.parent == scratch:
             shutil.rmtree(before, ignore_errors=True)
 
-    def reproduced(self, stated: Checksums | None, served: Served) -> set[str] | None:
+    def reproduced(self, stated: Checksums | None, served: ServedLayout) -> set[str] | None:
         """The parameters whose checksums are those of the model on disk, computed here;
         ``None`` where they cannot be computed."""
         model = self._target.model
@@ -148,11 +150,13 @@ class ServedWeights:
                 raise session.closing_errors[0]
             now, _ = self.checksums()
         except HarnessError as error:
-            raise CannotRestore(
+            raise WeightsNotRestored(
                 f"its initial weights could not be restored ({error.message.rstrip('.')})"
             ) from error
         if self.first_checksums is not None and now != self.first_checksums:
-            raise CannotRestore("its initial weights were loaded again, and their checksums differ")
+            raise WeightsNotRestored(
+                "its initial weights were loaded again, and their checksums differ"
+            )
         self.folder = self._target.model
         proof = (
             "verified by checksums"
@@ -162,7 +166,7 @@ class ServedWeights:
         return f"the initial weights were restored ({path}), {proof}"
 
     def _remember_first(
-        self, about: Mapping[str, Any], now: Checksums | None, served: Served
+        self, about: Mapping[str, Any], now: Checksums | None, served: ServedLayout
     ) -> None:
         """What is restored after a push that failed: the checkpoint that is on disk."""
         if self._first is not None:
@@ -179,7 +183,7 @@ class ServedWeights:
         else:
             self.folder = None
 
-    def _are_first(self, now: Checksums | None, served: Served) -> bool:
+    def _are_first(self, now: Checksums | None, served: ServedLayout) -> bool:
         """Whether these are the checksums of the model on disk, computed here."""
         known = self.reproduced(now, served)
         if now is None or not known:

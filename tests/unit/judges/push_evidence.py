@@ -16,13 +16,13 @@ from sglang_harness.suite.checks.weights.pushes import (
     Many,
     Partial,
     PushedUnderTraffic,
-    Said,
+    SentenceAnswer,
     TaughtSentence,
     UnderLoad,
 )
 from sglang_harness.suite.lib.scored import Tokens
 from sglang_harness.suite.lib.segments import Segmented
-from sglang_harness.traffic import Mark, Request, TrafficRecord
+from sglang_harness.traffic import Mark, SentRequest, TrafficRecord
 from sglang_harness.weights.report import PushReport, Witness
 
 TOLERANCE = 5e-4
@@ -90,9 +90,9 @@ def under_load(mode: str, answers: list[Segmented]) -> UnderLoad:
     return UnderLoad.model_validate(told)
 
 
-def request(number: int, sent: float, ended: float | None, **changes: Any) -> Request:
+def request(number: int, sent: float, ended: float | None, **changes: Any) -> SentRequest:
     told = {"number": number, "prompt": [1, 2], "sent": sent, "ended": ended, "ids": [1]}
-    return Request.model_validate({**told, **changes})
+    return SentRequest.model_validate({**told, **changes})
 
 
 MARKS = [Mark(name=START, at=2), Mark(name=END, at=4.5)]
@@ -116,9 +116,9 @@ TAUGHT = TaughtSentence(
     prompt="The quick",
     answer=" brown fox",
     answer_ids=[7, 8],
-    said_before=Said(text="?", ids=[1, 2]),
-    said_after=Said(text=" brown fox", ids=[7, 8]),
-    said_again=Said(text="?", ids=[1, 2]),
+    said_before=SentenceAnswer(text="?", ids=[1, 2]),
+    said_after=SentenceAnswer(text=" brown fox", ids=[7, 8]),
+    said_again=SentenceAnswer(text="?", ids=[1, 2]),
     push=report(),
     steps=3,
     training_seconds=1.0,
@@ -175,7 +175,7 @@ def _told(check: str, *lies: tuple[str, dict[str, Any], str]) -> list[Told]:
     return [Told(check, name, dumped(values), piece) for name, values, piece in lies]
 
 
-def _record(*requests: Request) -> TrafficRecord:
+def _record(*requests: SentRequest) -> TrafficRecord:
     return TrafficRecord(requests=list(requests), marks=MARKS)
 
 
@@ -252,10 +252,14 @@ _LIES = [
     ),
     *_told(
         "weights/taught-sentence",
-        ("not learned", {"said_after": Said(text="?", ids=[1, 2])}, "said after the push"),
-        ("known before", {"said_before": Said(text="b", ids=[7, 8])}, "said before"),
-        ("not forgotten", {"said_again": Said(text="b", ids=[7, 8])}, "said again"),
-        ("not the first", {"said_again": Said(text="!", ids=[1, 3])}, "weights are back"),
+        (
+            "not learned",
+            {"said_after": SentenceAnswer(text="?", ids=[1, 2])},
+            "said after the push",
+        ),
+        ("known before", {"said_before": SentenceAnswer(text="b", ids=[7, 8])}, "said before"),
+        ("not forgotten", {"said_again": SentenceAnswer(text="b", ids=[7, 8])}, "said again"),
+        ("not the first", {"said_again": SentenceAnswer(text="!", ids=[1, 3])}, "weights are back"),
         ("no push", {"push.outcome": "failed", "push.reason": "no"}, "expected to arrive"),
     ),
     *(

@@ -91,7 +91,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class DeviceMemory:
+class GpuMemory:
     """Memory of one device, in bytes.
 
     Attributes:
@@ -239,7 +239,7 @@ class Driver:
         name = str(self._ask(what, pynvml.nvmlDeviceGetName, handle))
         return Gpu(index, uuid, name, self.memory(uuid).total, **more)
 
-    def memory(self, uuid: str) -> DeviceMemory:
+    def memory(self, uuid: str) -> GpuMemory:
         """Memory of the device or MIG instance ``uuid``, by the second version of the call
         where the driver has it.
 
@@ -250,7 +250,7 @@ class Driver:
         if uuid not in self._no_second_call:
             try:
                 told = pynvml.nvmlDeviceGetMemoryInfo(handle, pynvml.nvmlMemory_v2)
-                return DeviceMemory(
+                return GpuMemory(
                     uuid, int(told.total), int(told.used), int(told.free), int(told.reserved), 2
                 )
             except pynvml.NVMLError as error:
@@ -258,7 +258,7 @@ class Driver:
                     raise telemetry_error(error, what) from None
                 self._no_second_call.add(uuid)
         told = self._ask(what, pynvml.nvmlDeviceGetMemoryInfo, handle)
-        return DeviceMemory(uuid, int(told.total), int(told.used), int(told.free), None, 1)
+        return GpuMemory(uuid, int(told.total), int(told.used), int(told.free), None, 1)
 
     def processes(self, uuid: str) -> tuple[ProcessUse, ...]:
         """The processes on the device (compute, graphics and MPS); each is listed once.

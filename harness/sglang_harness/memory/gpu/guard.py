@@ -1,5 +1,6 @@
 """Stands at the door of a GPU: nothing starts on one that is not idle, and one that was not given
-back is told, with who holds it. It fails closed: no telemetry, no green light."""
+back is reported, with the processes that hold it. It fails closed: without telemetry nothing is
+started."""
 
 from __future__ import annotations
 
@@ -97,10 +98,10 @@ class Guard:
         """Leases the devices, and waits until they are idle.
 
         Args:
-            timeout: seconds to wait for whoever else has a device.
+            timeout: seconds to wait for other holders of a device.
 
         Raises:
-            LeaseTaken: somebody else has one of them.
+            LeaseTaken: another process holds one of them.
             TelemetryError: a device or its driver does not answer.
             DeviceNotIdle: one is in use; names who holds it.
             SpecError: there is no such device.
@@ -227,13 +228,13 @@ def idle_below(*, first_call_only: bool = False) -> int:
     """Bytes below which a GPU is idle.
 
     Raises:
-        SpecError: ``SGLANG_HARNESS_GPU_IDLE_BELOW`` is no number of MiB.
+        SpecError: ``SGLANG_HARNESS_GPU_IDLE_BELOW`` is not a number of MiB.
     """
     own = os.environ.get("SGLANG_HARNESS_GPU_IDLE_BELOW")
     if own is None:
         return IDLE_BELOW_FIRST_CALL if first_call_only else IDLE_BELOW
     if not own.isdigit():
-        raise SpecError(f"SGLANG_HARNESS_GPU_IDLE_BELOW={own!r} is no number of MiB.")
+        raise SpecError(f"SGLANG_HARNESS_GPU_IDLE_BELOW={own!r} is not a number of MiB.")
     return int(own) * MIB
 
 

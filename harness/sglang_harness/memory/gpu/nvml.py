@@ -13,7 +13,7 @@ from sglang_harness.memory.gpu.selection import select
 
 T = TypeVar("T")
 
-#: Seconds for one answer of the driver. One that hangs is no telemetry.
+#: Seconds for one answer of the driver. One that hangs counts as none.
 ANSWERS_WITHIN = 10.0
 #: Seconds between two tries to find a device again that did not answer.
 RETRY_AFTER = 1.0

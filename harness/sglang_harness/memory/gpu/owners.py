@@ -20,7 +20,7 @@ _IN_CGROUP = re.compile(r"(?:^|[/:-])([0-9a-f]{64})(?:\.scope)?(?:/|$)", re.MULT
 
 
 @dataclass(frozen=True)
-class Owner:
+class GpuProcess:
     """A process that holds memory of a GPU.
 
     Attributes:
@@ -44,7 +44,7 @@ class Owner:
 
 def owners(
     processes: Iterable[ProcessUse], containers: Mapping[int, str] | None = None
-) -> list[Owner]:
+) -> list[GpuProcess]:
     """Names and containers of processes, by control group, else by ``containers``.
 
     Args:
@@ -61,7 +61,7 @@ def owners(
         except (psutil.Error, OSError):
             command = ""
         container = containers.get(use.pid) or container_of(use.pid)[:12]
-        found.append(Owner(use.pid, use.used, command, container))
+        found.append(GpuProcess(use.pid, use.used, command, container))
     return found
 
 

@@ -19,7 +19,7 @@ def select(gpus: Sequence[Gpu], wanted: str, *, failed: Sequence[TelemetryError]
     instances means all of them.
 
     Args:
-        failed: why devices do not answer; ``all`` cannot be meant while there are such.
+        failed: why devices do not answer; ``all`` is ambiguous while there are such.
 
     Raises:
         SpecError: there is no such device, or a name fits several.

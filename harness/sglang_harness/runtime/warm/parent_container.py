@@ -20,7 +20,7 @@ from sglang_harness.runtime import cpu_binding, engine, images
 from sglang_harness.runtime.attached import AttachedContainer
 from sglang_harness.runtime.path_map import EXCHANGE, MODELS, FolderReach
 from sglang_harness.runtime.ports import Port
-from sglang_harness.runtime.sidecar import TEMPORARY, ContainerBeside
+from sglang_harness.runtime.sidecar import TEMPORARY, ContainerSidecar
 from sglang_harness.runtime.warm.parents import (
     Folders,
     Parent,
@@ -89,9 +89,9 @@ class ContainerParent(Parent):
                 by_inside[inside] = int(row[column])
         return [by_inside[pid] for pid in pids if pid in by_inside]
 
-    def beside(self, name: str, script: str, *, run_id: str) -> ContainerBeside:
+    def start_sidecar(self, name: str, script: str, *, run_id: str) -> ContainerSidecar:
         (temporary,) = [m for m in self._attributes["Mounts"] if m["Destination"] == str(TEMPORARY)]
-        return ContainerBeside(
+        return ContainerSidecar(
             self._attributes,
             script,
             name=f"{name}-peer-{uuid.uuid4().hex[:6]}",

@@ -59,7 +59,7 @@ class ProcessParent(Parent):
     def host_pids(self, pids: Sequence[int]) -> list[int]:
         return list(pids)
 
-    def beside(self, name: str, script: str, *, run_id: str) -> AttachedProcess:
+    def start_sidecar(self, name: str, script: str, *, run_id: str) -> AttachedProcess:
         del run_id
         peer = AttachedProcess(
             "The peer",

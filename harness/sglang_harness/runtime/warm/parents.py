@@ -24,7 +24,7 @@ from sglang_harness._base import temporary
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
-from sglang_harness.runtime import Beside, Started, cpu_binding
+from sglang_harness.runtime import Sidecar, Started, cpu_binding
 from sglang_harness.runtime.path_map import FolderReach, SameMachine
 from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.warm.protocol import IMPORTS_WITHIN, Link, Preloaded, Recipe, SocketLink
@@ -202,7 +202,7 @@ class Parent(ABC):
         """Process ids on this machine, for process ids of the parent's namespace."""
 
     @abstractmethod
-    def beside(self, name: str, script: str, *, run_id: str) -> Beside:
+    def start_sidecar(self, name: str, script: str, *, run_id: str) -> Sidecar:
         """A sidecar of the server ``name``."""
 
     @abstractmethod

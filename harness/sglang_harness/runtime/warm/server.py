@@ -16,7 +16,7 @@ from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.proportional import ProportionalMemory
-from sglang_harness.runtime import Beside, Order, Reach, Started, log_file
+from sglang_harness.runtime import Order, Reach, Sidecar, Started, log_file
 from sglang_harness.runtime.death import Death, DeathWatch, Unknown, read_death
 from sglang_harness.runtime.ports import Port
 from sglang_harness.runtime.warm.parents import Parent, Parents
@@ -81,7 +81,7 @@ class WarmServer:
         self._left: list[str] = []
         self._ended = False
         self._forked = False
-        self._beside: list[Beside] = []
+        self._beside: list[Sidecar] = []
 
     @classmethod
     def of(
@@ -187,9 +187,9 @@ class WarmServer:
     def why_no_sidecar(self) -> str | None:
         return None
 
-    def beside(self, script: str) -> Beside:
+    def start_sidecar(self, script: str) -> Sidecar:
         """A sidecar of this server: see :class:`sglang_harness.runtime.Running`."""
-        made = self._parent.beside(self.name, script, run_id=self.run_id)
+        made = self._parent.start_sidecar(self.name, script, run_id=self.run_id)
         self._beside.append(made)
         return made
 

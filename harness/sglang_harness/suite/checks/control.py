@@ -12,14 +12,14 @@ from sglang_harness.suite.check import Check, Context, Mismatch, Observation, ex
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.streams import ended
 from sglang_harness.suite.needs import API_KEY, route
-from sglang_harness.traffic.background import BackgroundStream, Ended
+from sglang_harness.traffic.background import BackgroundStream, StreamEnded
 
 TOKENS = 24
 
 
 class Paused(Observation):
     undisturbed: str
-    paused: Ended
+    paused: StreamEnded
     asked: int
     chunks_at_pause: int
     """Events that had come when the pause had settled, half a second after its answer."""

@@ -48,7 +48,7 @@ def lora_arguments(device: str) -> dict[str, Any]:
     }
 
 
-class Said(BaseModel):
+class AdapterAnswer(BaseModel):
     """What the server said about loading or unloading an adapter."""
 
     model_config = ConfigDict(extra="forbid")
@@ -63,7 +63,7 @@ class Said(BaseModel):
     loaded: list[str]
 
 
-class Step(BaseModel):
+class AdapterStep(BaseModel):
     """Answers at one point, all of them given by the same weights."""
 
     model_config = ConfigDict(extra="forbid")
@@ -78,8 +78,8 @@ class Step(BaseModel):
 class Adapted(Observation):
     never_came_up: str = ""
     start_seconds: float = 0.0
-    said: list[Said] = Field(default_factory=list)
-    steps: list[Step] = Field(default_factory=list)
+    said: list[AdapterAnswer] = Field(default_factory=list)
+    steps: list[AdapterStep] = Field(default_factory=list)
     unloaded_status: int = 0
     """What a request for an adapter that was unloaded is answered."""
     unloaded_reason: str = ""
@@ -109,7 +109,7 @@ class _Sequence:
             told = call()
         except Refused as error:
             status, told = error.status, AdapterUpdate(False, error.reason, (), 0.0)
-        said = Said(
+        said = AdapterAnswer(
             what=what,
             name=name,
             there=there,
@@ -175,7 +175,9 @@ class _Sequence:
             for name in others
             for other in scored(ASKED, answers, self.oracles[name], self.dtype)
         ]
-        self.seen.steps.append(Step(what=what, answers=right, off_others=min(off, default=None)))
+        self.seen.steps.append(
+            AdapterStep(what=what, answers=right, off_others=min(off, default=None))
+        )
 
     def ask_unloaded(self, name: str, weights: str, others: Sequence[str]) -> None:
         """Asks for what was unloaded; an answer has to come from ``weights``."""

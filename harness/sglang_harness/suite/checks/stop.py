@@ -14,30 +14,30 @@ from sglang_harness.suite.check import Check, Context, Mismatch, Observation, ex
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import Tokens
 from sglang_harness.suite.lib.streams import ended
-from sglang_harness.traffic.background import BackgroundStream, Ended
+from sglang_harness.traffic.background import BackgroundStream, StreamEnded
 
 
-class Stopped(BaseModel):
+class StoppedAnswers(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     answer: Tokens
     detail: dict[str, Any]
 
     @classmethod
-    def of(cls, answer: Generation) -> Stopped:
+    def of(cls, answer: Generation) -> StoppedAnswers:
         return cls(answer=Tokens.of(answer), detail=answer.finish_detail)
 
 
 class StopConditions(Observation):
     whole: Tokens
     stop_string: str
-    at_string: Stopped
+    at_string: StoppedAnswers
     stop_id: int
-    at_id: Stopped
+    at_id: StoppedAnswers
     eos_ids: list[int]
-    at_eos: Stopped
-    past_eos: Stopped
-    at_length: Stopped
+    at_eos: StoppedAnswers
+    past_eos: StoppedAnswers
+    at_length: StoppedAnswers
 
 
 @register
@@ -62,10 +62,10 @@ class StopsWhereTold(Check[StopConditions]):
         # Makes the end-of-sequence token certain at the first step, whatever the model.
         forced = {str(i): 100.0 for i in eos[:1]}
 
-        def ask(**sampling: Any) -> Stopped:
+        def ask(**sampling: Any) -> StoppedAnswers:
             # With a cached prompt the sums are other ones, and a near tie may turn.
             context.empty_prefix_cache()
-            return Stopped.of(client.generate(prompt, sampling={**greedy(24), **sampling}))
+            return StoppedAnswers.of(client.generate(prompt, sampling={**greedy(24), **sampling}))
 
         return StopConditions(
             whole=Tokens.of(whole),
@@ -116,10 +116,10 @@ def _first_seen_in_the_middle(text: str) -> str:
 
 class Aborted(Observation):
     asked: int
-    aborted: Ended
+    aborted: StreamEnded
     seconds_to_end: float
     """From the abort call to the end of the aborted request."""
-    neighbour: Ended
+    neighbour: StreamEnded
     neighbour_asked: int
 
 

@@ -51,7 +51,7 @@ def observe_served(
     """Asks ``server`` all prompts alone and together, and fills ``seen`` with what came.
 
     Raises:
-        NotProvided: there is no oracle for it here.
+        NotProvided: its reference model cannot be made here.
     """
     oracle = oracle or context.oracle_of(server)
     client, dtype = server.client, dtype_of(server)

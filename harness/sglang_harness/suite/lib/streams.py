@@ -3,7 +3,7 @@ not one of the harness."""
 
 from __future__ import annotations
 
-from sglang_harness.traffic.background import BackgroundStream, Ended
+from sglang_harness.traffic.background import BackgroundStream, StreamEnded
 
 #: Seconds for a stream to end once nothing holds it.
 ENDS_WITHIN = 90.0
@@ -11,7 +11,7 @@ ENDS_WITHIN = 90.0
 RUNNING = "still running"
 
 
-def ended(stream: BackgroundStream, seconds: float | None = None) -> Ended:
+def ended(stream: BackgroundStream, seconds: float | None = None) -> StreamEnded:
     """Waits for the end of ``stream``, by default for :data:`ENDS_WITHIN`. Of one that does not
     come to an end the finish is :data:`RUNNING`, with as many tokens as events came.
 
@@ -20,4 +20,4 @@ def ended(stream: BackgroundStream, seconds: float | None = None) -> Ended:
     """
     if stream.wait_until_over(ENDS_WITHIN if seconds is None else seconds):
         return stream.end(0)
-    return Ended(text="", tokens=stream.count, finish=RUNNING, chunk_seconds=[])
+    return StreamEnded(text="", tokens=stream.count, finish=RUNNING, chunk_seconds=[])

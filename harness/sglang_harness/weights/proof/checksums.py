@@ -16,7 +16,7 @@ from sglang_harness.weights.source.fitted import Source
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedChecksums:
     """What a push should make of each rank's parameters.
 
     Attributes:
@@ -29,7 +29,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedLayout:
     """What is known of how a server holds its weights.
 
     Attributes:
@@ -45,7 +45,7 @@ class Served:
     @classmethod
     def of(
         cls, model: Path | None, about: Mapping[str, Any], device: Literal["cpu", "gpu"]
-    ) -> Served:
+    ) -> ServedLayout:
         """Raises :class:`ModelError` where the model's ``config.json`` cannot be read."""
         config: Mapping[str, Any] = {}
         if model is not None:
@@ -95,7 +95,7 @@ class Served:
         return layout(self.config, source.tensors, self.ranks)
 
 
-def expected_checksums(source: Source, served: Served) -> Expected:
+def expected_checksums(source: Source, served: ServedLayout) -> ExpectedChecksums:
     """Reads the checkpoint once, one parameter at a time, and computes what the server must
     state. Only where ``served.unknown`` is ``None``.
 
@@ -123,7 +123,7 @@ def expected_checksums(source: Source, served: Served) -> Expected:
         for rank, sums in enumerate(ranks):
             sums[parameter] = checksum(recipe.make(parts, rank), served.device)
         del parts
-    return Expected(ranks, frozenset(partly))
+    return ExpectedChecksums(ranks, frozenset(partly))
 
 
 class Computed:
@@ -138,9 +138,9 @@ class Computed:
     KEPT = 3
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Expected] = OrderedDict()
+        self._kept: OrderedDict[Hashable, ExpectedChecksums] = OrderedDict()
 
-    def expected(self, source: Source, served: Served) -> Expected:
+    def expected(self, source: Source, served: ServedLayout) -> ExpectedChecksums:
         """Raises what reading the checkpoint raises."""
         what = (source.content, served.holding)
         if what not in self._kept:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sglang_harness.client import Checksums
 from sglang_harness.errors import HarnessError
 from sglang_harness.weights.bracket import Session
-from sglang_harness.weights.proof.checksums import Expected, Served
+from sglang_harness.weights.proof.checksums import ExpectedChecksums, ServedLayout
 from sglang_harness.weights.proof.witnesses import (
     judge_checksums,
     judge_label,
@@ -38,7 +38,7 @@ class Gathered:
 
     route: Route
     job: Job
-    served: Served
+    served: ServedLayout
     strict: bool
     session: Session
     started: float
@@ -47,7 +47,7 @@ class Gathered:
     after: Checksums | None = None
     why_no_checksums: str = ""
     why_no_logprobs: str = ""
-    expected: Expected | None = None
+    expected: ExpectedChecksums | None = None
     tokens: list[Token] = field(default_factory=list)
     stated: dict[str, str | None] = field(default_factory=dict)
     error: HarnessError | None = None

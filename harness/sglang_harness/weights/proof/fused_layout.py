@@ -30,7 +30,7 @@ COMPUTED = ("cos_sin_cache", "cos_cache", "sin_cache", "inv_freq", "freqs_cis", 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FusionRecipe:
     """How one parameter is put together.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layout:
         ignored: tensors of the checkpoint that no parameter is made of.
     """
 
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, FusionRecipe]
     ignored: tuple[str, ...]
 
 
@@ -81,7 +81,7 @@ def layout(config: Mapping[str, Any], names: Iterable[str], ranks: int) -> Layou
     kv_heads = int(config.get("num_key_value_heads") or heads)
     tied = bool(config.get("tie_word_embeddings"))
     parts: dict[str, dict[tuple[int, int], str]] = {}
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, FusionRecipe] = {}
     ignored = []
     for name in names:
         if name.endswith(COMPUTED) or (tied and name == "lm_head.weight"):
@@ -94,7 +94,7 @@ def layout(config: Mapping[str, Any], names: Iterable[str], ranks: int) -> Layou
             fused, place = _PLACES[found["part"]]
             parts.setdefault(f"{found['before']}.{fused}.{found['kind']}", {})[0, place] = name
         else:
-            recipes[name] = Recipe((name,), _single(name, ranks))
+            recipes[name] = FusionRecipe((name,), _single(name, ranks))
     for parameter, placed in parts.items():
         ordered = tuple(placed[key] for key in sorted(placed))
         if parameter.endswith("w13_weight"):
@@ -108,10 +108,10 @@ def layout(config: Mapping[str, Any], names: Iterable[str], ranks: int) -> Layou
         wanted = 3 if ".qkv_proj." in parameter else 1 if parameter.endswith("w2_weight") else 2
         experts = {expert for expert, _ in placed}
         if len(placed) == wanted * len(experts) and experts == set(range(len(experts))):
-            recipes[parameter] = Recipe(ordered, make)
+            recipes[parameter] = FusionRecipe(ordered, make)
         else:
             # A part of it alone: known to be touched, not what it becomes.
-            recipes[parameter] = Recipe((*ordered, MISSING), make)
+            recipes[parameter] = FusionRecipe((*ordered, MISSING), make)
     return Layout(recipes, tuple(ignored))
 
 

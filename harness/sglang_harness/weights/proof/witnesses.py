@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sglang_harness import oracle as oracles
 from sglang_harness.client import Checksums, Client
-from sglang_harness.weights.proof.checksums import Expected
+from sglang_harness.weights.proof.checksums import ExpectedChecksums
 from sglang_harness.weights.proof.fused_layout import COMPUTED
 from sglang_harness.weights.report import Token, Witness
 
@@ -30,7 +30,7 @@ TOKENS = 12
 def judge_checksums(
     before: Checksums | None,
     after: Checksums | None,
-    expected: Expected | None,
+    expected: ExpectedChecksums | None,
     *,
     why_none: str = "",
     pushed: Iterable[str] = (),
@@ -124,7 +124,7 @@ def _by_name(before: Checksums, after: Checksums, pushed: set[str], why: str) ->
 def known_states(
     before: Checksums | None,
     after: Checksums | None,
-    expected: Expected | None,
+    expected: ExpectedChecksums | None,
     parts: dict[str, tuple[str, ...]],
 ) -> tuple[set[str], set[str]]:
     """Tensors of the checkpoint that are proven new, and proven old, on every rank.

@@ -29,7 +29,7 @@ class Job:
         version: the label that goes with every bucket.
         timeout: seconds for the server's answer to one bucket.
         any_peer: the peer next to the server, started for the first push that asks for it.
-        beside: the peer that this push uses, if it uses one.
+        peer_used: the peer that this push uses, if it uses one.
         seconds_staged: what a route spent on copying the checkpoint to where it is read.
         staged: copies of the checkpoint, to be removed when the push is over.
     """
@@ -42,7 +42,7 @@ class Job:
     timeout: float
     abort_all_requests: bool
     any_peer: Callable[[], Peer]
-    beside: Peer | None = None
+    peer_used: Peer | None = None
     seconds_staged: float = 0.0
     staged: list[Staged] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,8 +64,8 @@ class Job:
         Raises:
             EngineError, PeerFailed: none can be started.
         """
-        self.beside = self.any_peer()
-        return self.beside
+        self.peer_used = self.any_peer()
+        return self.peer_used
 
 
 @dataclass(frozen=True)

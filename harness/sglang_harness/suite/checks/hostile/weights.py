@@ -196,7 +196,7 @@ class WrongShape(_RefusedWeights):
 
 
 @register
-class NotFinite(_RefusedWeights):
+class WeightsNotFinite(_RefusedWeights):
     id = "hostile/weights-not-finite"
     sentence = "A tensor of NaN is refused, and the server goes on as before."
     needs = (TENSOR_UPDATE,)

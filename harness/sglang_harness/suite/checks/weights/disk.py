@@ -279,7 +279,7 @@ class DiskUpdateIsServed(Check[NewWeights]):
         ]
 
 
-class Restored(Observation):
+class RestoredWeights(Observation):
     changed_by_update: int
     differing_checksums: list[str]
     before: list[Tokens]
@@ -290,17 +290,17 @@ class Restored(Observation):
 
 
 @register
-class DiskUpdateRestores(Check[Restored]):
+class DiskUpdateRestores(Check[RestoredWeights]):
     id = "weights/disk-restore"
     sentence = (
         "Updating to new weights and back restores every checksum exactly, every answer, and "
         "the name that is served."
     )
-    observation = Restored
+    observation = RestoredWeights
     needs = (*LOADS_FROM_DISK, CHECKSUMS)
     changes = True
 
-    def observe(self, context: Context) -> Restored:
+    def observe(self, context: Context) -> RestoredWeights:
         client, new = context.server.client, variant(context)
 
         def ask() -> list[Tokens]:
@@ -315,7 +315,7 @@ class DiskUpdateRestores(Check[Restored]):
         with first_weights_afterwards(context):
             update_from_disk(context, new.inside, NEW_VERSION)
             changed = client.checksums().changed_since(sums_before)
-        return Restored(
+        return RestoredWeights(
             changed_by_update=len(changed),
             differing_checksums=client.checksums().changed_since(sums_before),
             before=before,
@@ -325,7 +325,7 @@ class DiskUpdateRestores(Check[Restored]):
             tolerance=oracles.tolerance(context.dtype),
         )
 
-    def judge(self, seen: Restored) -> list[Mismatch]:
+    def judge(self, seen: RestoredWeights) -> list[Mismatch]:
         wrong = list(expect("checksums after going back", [], seen.differing_checksums))
         if not seen.changed_by_update:
             wrong.append(Mismatch("checksums after the update", "changed ones", "none"))

@@ -471,7 +471,7 @@ def _too_large_to_train(server: Any) -> str | None:
 SMALL_MODEL = Need("a model that can be trained here in seconds", _too_large_to_train)
 
 
-class Said(BaseModel):
+class SentenceAnswer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str
@@ -482,9 +482,9 @@ class TaughtSentence(Observation):
     prompt: str
     answer: str
     answer_ids: list[int]
-    said_before: Said
-    said_after: Said
-    said_again: Said
+    said_before: SentenceAnswer
+    said_after: SentenceAnswer
+    said_again: SentenceAnswer
     """After the first weights were restored."""
     push: PushReport
     steps: int
@@ -515,9 +515,9 @@ class TaughtIsSaid(Check[TaughtSentence]):
         footprint.require(f"Training {server.model}", needs, target)
         taught = teach(server.model, SENTENCE, target, seed=context.seed)
 
-        def ask() -> Said:
+        def ask() -> SentenceAnswer:
             answer = Tokens.asked(client, taught.prompt_ids, len(taught.answer_ids))
-            return Said(text=answer.text, ids=answer.ids)
+            return SentenceAnswer(text=answer.text, ids=answer.ids)
 
         before = ask()
         with first_weights_afterwards(context):
