@@ -7,10 +7,12 @@ import tempfile
 import traceback
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from sglang_harness import oracle, report, suite
+from sglang_harness._base import temporary
 from sglang_harness._base.signals import interruptions
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
@@ -123,7 +125,7 @@ class Qualification:
         """The check that failed so that what follows means nothing."""
         self._no_server: HarnessError | None = None
         """Why there was no first server, where that is no fault of its own."""
-        self._scratch = Path()
+        self._scratch: Path | None = None
         self.kept: kept_servers.Held | None = None
 
     def run(self) -> Verdict:
@@ -193,7 +195,7 @@ class Qualification:
                 self._record.not_run(check.id, *blocked)
                 continue
             if context is None or context.server is not server:
-                context = Context(server, self._request.seed, self._own_server, self._scratch)
+                context = self._context(server)
             self._viewer.begin(check.id, number, len(asked))
             with server.client.within(min(self._request.spec.limits.check, self._left())):
                 seen, figures = run_check(check, context)
@@ -202,7 +204,11 @@ class Qualification:
                 self._closed_gate = check.id
             if self._main.after(check, result):
                 # The variants of the checkpoint lay where the server before could read them.
-                shutil.rmtree(self._scratch / "variant", ignore_errors=True)
+                shutil.rmtree(context.scratch / "variant", ignore_errors=True)
+
+    def _context(self, server: Server) -> Context:
+        assert self._scratch is not None, "made before anything is asked"
+        return Context(server, self._request.seed, self._own_server, self._scratch)
 
     def _first_server(self) -> dict[str, str | None]:
         """Starts the server that checks are asked of, and returns what is known already to be
@@ -301,7 +307,8 @@ class Qualification:
             down.step("the server", self._end_main)
             down.step("the questions after the stop", self._ask_after_stop)
             down.step("the reference models", oracle.forget)
-            down.step("the scratch folder", lambda: _remove(self._scratch))
+            if self._scratch is not None:
+                down.collect("the scratch folder", partial(temporary.remove, self._scratch))
             record.servers = main.servers
             record.logs += [*main.logs, *(self._pool.logs if self._pool else [])]
             left = [*main.left_behind, *(self._pool.left_behind if self._pool else [])]
@@ -347,14 +354,14 @@ class Qualification:
             if stopped is None or all(d.given_back for d in stopped.devices):
                 continue
             if not (server is last and DeviceIsGivenBack.id in judged):
-                context = Context(server, self._request.seed, self._own_server, self._scratch)
+                context = self._context(server)
                 record.add(*run_check(DeviceIsGivenBack(), context))
 
     def _ask_of_stopped(self, server: Server) -> None:
         assert server.stopped is not None
         record = self._record
         filed = {r.id for r in record.results} | {o.id for o in record.outside}
-        context = Context(server, self._request.seed, self._own_server, self._scratch)
+        context = self._context(server)
         for check in (c for c in self._checks if c.after_stop and c.id not in filed):
             if reason := self._lacking(check, server):
                 record.leave_out(check.id, reason)
@@ -405,8 +412,3 @@ def _can_be_written(out: Path) -> None:
             f"The results cannot be written to {out}: {error.strerror}.",
             advice="Give another folder with --out.",
         ) from None
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
