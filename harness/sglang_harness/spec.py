@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sglang_harness._base.secrets import named_as_secrets, passed_through
+from sglang_harness._base.secrets import Redactor, named_as_secrets, passed_through
 from sglang_harness.errors import SpecError
 
 Argument = bool | int | float | str | list[str]
@@ -107,15 +107,16 @@ class ServerSpec(_Strict):
     where a parent is there or more servers are to come, else cold, and the reason is told."""
     limits: Limits = Field(default_factory=Limits)
 
-    def secret_values(self) -> list[str]:
-        """What the server gets and nothing may write down: every value of ``pass_environment``,
-        and variables and flags whose names say that they are secret."""
+    def redactor(self, api_key: str | None) -> Redactor:
+        """Removes what the server gets and nothing may write down: its key, every value of
+        ``pass_environment``, and variables and flags whose names say that they are secret."""
         flags = {n: str(v) for n, v in self.server_args.items() if re.search(SECRET_FLAG, n)}
-        return [
+        return Redactor(
+            api_key or "",
             *named_as_secrets(self.environment),
             *passed_through(self.pass_environment),
             *flags.values(),
-        ]
+        )
 
     @field_validator("server_args", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from sglang_harness._base.secrets import REDACTED, SECRET_VARIABLES, Redactor, new_api_key
+from sglang_harness.spec import ServerSpec
 
 KEY = "k3y-0f-0ne-server-abcdefgh"
 
@@ -81,3 +82,20 @@ def test_keys_are_long_different_and_fit_for_a_header_and_a_shell():
         assert key.isascii()
         # A key that a redactor takes for an ordinary word would not be redacted.
         assert Redactor(key).text(key) == REDACTED
+
+
+def test_a_spec_knows_every_secret_that_its_server_gets(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("ACME_LICENCE", "licence-0123456789")
+    monkeypatch.setenv("ACME_HOME", str(tmp_path))
+    spec = ServerSpec.make(
+        pass_environment=["ACME_LICENCE", "ACME_HOME", "NOT_SET"],
+        environment={"WANDB_API_KEY": "wandb-0123456789", "NCCL_DEBUG": "INFO-0123456789"},
+        server_args={
+            "ssl-keyfile-password": "keyfile-0123456789",
+            "tokenizer-path": "tokenizer-0123456789",
+        },
+    )
+    hidden = ["licence-0123456789", "wandb-0123456789", "keyfile-0123456789", KEY]
+    shown = [str(tmp_path), "INFO-0123456789", "tokenizer-0123456789"]
+    cleaned = spec.redactor(KEY).text(" ".join([*hidden, *shown]))
+    assert cleaned == " ".join([REDACTED] * len(hidden) + shown)

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 from sglang_harness import __version__
 from sglang_harness._base import host
-from sglang_harness._base.secrets import Redactor
 from sglang_harness.errors import HarnessError, SpecError, TelemetryError
 from sglang_harness.memory.gpu.driver import Driver
 from sglang_harness.memory.gpu.selection import select
@@ -152,7 +151,7 @@ class RunRecord:
         state, reason = self._overall()
         device = server.device if server else "unknown"
         spec = server.spec if server else self.spec
-        redactor = server.redactor if server else Redactor(*spec.secret_values())
+        redactor = server.redactor if server else spec.redactor(None)
         phases = (
             [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
             if server and self.started_here

@@ -17,7 +17,6 @@ from docker.models.containers import Container
 from docker.types import Mount
 from testcontainers.core.docker_client import DockerClient
 
-from sglang_harness._base.secrets import Redactor
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
@@ -87,7 +86,7 @@ class RunningContainer:
             return Unknown(f"the Docker engine stopped answering ({error})")
 
     def _read_death(self, container: Container) -> Death | Unknown:
-        log = Redactor(self.api_key or "").text(container.logs().decode(errors="replace"))
+        log = self.spec.redactor(self.api_key).text(container.logs().decode(errors="replace"))
         container.reload()
         state = container.attrs["State"]
         if state.get("Status") == "removing":

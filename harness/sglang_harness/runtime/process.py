@@ -22,7 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from sglang_harness._base import assets, temporary
-from sglang_harness._base.secrets import Redactor, new_api_key
+from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
@@ -172,7 +172,7 @@ class SGLangProcess:
         code = self._process.wait()
         seen = time.time()
         # 128 plus the signal's number, as shells and containers report it.
-        log = Redactor(self.api_key).text(self.logs())
+        log = self.spec.redactor(self.api_key).text(self.logs())
         death = read_death(code if code >= 0 else 128 - code, False, log)
         return replace(death, noticed_after=max(0.0, time.time() - seen))
 

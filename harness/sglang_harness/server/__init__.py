@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness import checkpoint
-from sglang_harness._base.secrets import Redactor
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import (
@@ -89,7 +88,7 @@ class Server:
         self.report = report
         self.memory = memory
         self.running = running
-        self.redactor = Redactor(running.api_key or "", *spec.secret_values())
+        self.redactor = spec.redactor(running.api_key)
         self.client = Client(
             RequestsTransport(
                 running.address, api_key=running.api_key, read_timeout=spec.limits.request
@@ -170,7 +169,7 @@ class Server:
         guard = _guard(spec, running, say)
         devices: list[MemorySource] = [guard.source] if guard else []
         ledger = MemoryLedger(devices)
-        redactor = Redactor(running.api_key or "", *spec.secret_values())
+        redactor = spec.redactor(running.api_key)
         try:
             ledger = MemoryLedger([*devices, *running.memory()])
             ledger.mark("before start", only=devices)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from sglang_harness._base.secrets import Redactor, new_api_key
+from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.memory import MemorySource
@@ -136,7 +136,7 @@ class WarmServer:
         if ended.parent_gone:
             # It alone knew how the server ended, and none of its servers outlives it.
             return Unknown("its preloaded parent ended, and every server of it with it")
-        log = Redactor(self.api_key).text(self.logs())
+        log = self.spec.redactor(self.api_key).text(self.logs())
         death = read_death(ended.exit_code, ended.out_of_memory, log)
         return replace(death, noticed_after=noticed)
 
