@@ -8,6 +8,7 @@ differs is restored, and what cannot be restored is reported.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -142,6 +143,9 @@ def is_paused(server: Server) -> bool | None:
     except Refused as error:
         if error.status == 503:
             return True
+        if error.status in (404, 405):
+            # A route counts as offered where the server's answers do not tell which it has.
+            return None
         raise
     return False
 
@@ -195,8 +199,11 @@ def _undo(server: Server, first: State) -> tuple[Restored, list[str]]:
     client, done = server.client, Restored()
     paused = is_paused(server)
     # Where nothing tells, continuing what runs is harmless, and asking a paused server hangs.
-    if paused or (paused is None and client.has_route("POST", "/continue_generation")):
+    if paused:
         client.resume()
+    elif paused is None and client.has_route("POST", "/continue_generation"):
+        with suppress(Refused):
+            client.resume()
     if paused:
         done.differed.append("paused")
     if client.has_route("POST", "/end_weight_update"):
