@@ -58,7 +58,7 @@ def test_without_leave_it_is_only_read(tmp_path: Path, command: Run, theirs: The
     assert {"generate/greedy-tokens", "generate/logprobs", "generate/32-at-once"} <= judged
     reasons = {o.id: o.reason for o in verdict.outside_profile}
     assert "--allow-changes was not given" in reasons["weights/disk"]
-    assert "started by somebody else" in reasons["launch/stop"]
+    assert "this run did not start the server" in reasons["launch/stop"]
     changing = {
         f"POST {path}"
         for path in (

@@ -16,6 +16,7 @@ from sglang_harness import Server, ServerDied, ServerSpec
 from sglang_harness.errors import SpecError
 from sglang_harness.runtime import Order
 from sglang_harness.runtime.process import ProcessRuntime
+from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.verdict import Verdict
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -78,7 +79,7 @@ def test_a_process_serves_dies_and_leaves_nothing() -> None:
     finally:
         stopped = server.stop()
     assert stopped.left_behind == []
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(lives_as(pid) for pid in pids)
 
 
 def test_the_suite_runs_without_a_container_and_says_so(

@@ -223,7 +223,7 @@ class SGLangProcess:
                 down.step("log", self._keep_log)
                 down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
                 down.step("torch's shared memory", lambda: remove_segments(family.pids()))
-            down.step(str(self._folder), self._remove_folder)
+            down.collect("the server's folder", lambda: temporary.remove(self._folder))
             if self._port is not None:
                 down.step("port", self._port.release)
         return self._exit_code
@@ -247,11 +247,7 @@ class SGLangProcess:
 
     def left_behind(self) -> list[str]:
         running = [f"process {p.pid}" for p in self.processes()]
-        folder = [str(self._folder)] if self._folder.exists() else []
-        return [*self._failures, *running, *folder]
-
-    def _remove_folder(self) -> None:
-        temporary.remove(self._folder)
+        return [*self._failures, *running]
 
 
 class ProcessRuntime:
