@@ -103,7 +103,8 @@ class SGLangProcess:
         try:
             self._port = reserve(self.spec.port)
         except EngineError as error:
-            self._remove_folder()
+            # What stays is swept, and the error that is being raised says more.
+            temporary.remove(self._folder)
             if self.spec.port is None:
                 raise
             raise SpecError(
@@ -133,7 +134,7 @@ class SGLangProcess:
                 )
         except OSError as error:
             self._port.release()
-            self._remove_folder()
+            temporary.remove(self._folder)
             raise EngineError(f"{self._python} cannot be run: {error.strerror}.") from None
         self._family = ProcessFamily(self._process.pid)
         self._watch = DeathWatch(self._wait_for_death)
@@ -247,7 +248,9 @@ class SGLangProcess:
 
     def left_behind(self) -> list[str]:
         running = [f"process {p.pid}" for p in self.processes()]
-        return [*self._failures, *running]
+        told = any(str(self._folder) in failure for failure in self._failures)
+        folder = [str(self._folder)] if self._folder.exists() and not told else []
+        return [*self._failures, *running, *folder]
 
 
 class ProcessRuntime:
