@@ -124,12 +124,14 @@ def qualify(
         verdict = run.run()
     finally:
         view.close()
+        if junit_file is not None and run.verdict is not None:
+            report.write("junit", run.verdict, junit_file)
+    if run.no_server is not None:
+        raise run.no_server
     terminal.show(verdict, console)
     console.print(
         f"Results in {escape(str(out))}: {', '.join((*report.FILES, LOG))}", highlight=False
     )
-    if junit_file is not None:
-        report.write("junit", verdict, junit_file)
     if run.kept is not None:
         _show_held(run.kept)
     raise typer.Exit(verdict.exit_code)

@@ -108,7 +108,7 @@ COMMANDS: dict[str, str] = {
     "bad option": "qualify --colour red",
     "bad number": "qualify --port http",
     "results onto a file": "qualify --model model --out cut.json",
-    "no engine": "qualify --model model --out out",
+    "no engine": "qualify --model model --out out --junit out/copy.xml",
     "sweep without an engine": "sweep",
     "down of a stranger": "down somebody",
 }
@@ -274,7 +274,7 @@ def test_no_command_leaves_anything_where_it_was_run(ended: Callable[[str], Ende
         ended(name)
     assert {f.name for f in home.iterdir() if f.is_file()} == before
     # 'out' was asked for, and says why there was no server.
-    assert {f.name for f in (home / "out").iterdir()} == {*report.FILES, "server.log"}
+    assert {f.name for f in (home / "out").iterdir()} == {*report.FILES, "server.log", "copy.xml"}
     assert Verdict.read(home / "out" / "verdict.json").verdict == "error"
 
 

@@ -233,8 +233,7 @@ def test_parents_stay_for_the_run_and_no_longer(run: Run):
     run(check("a/one"), runtime=runtime)
     assert (runtime.parents_kept, runtime.keeping) == (1, False)
     runtime = ScriptedRuntime(EngineError("it went"))
-    with pytest.raises(EngineError):
-        run(check("a/one"), runtime=runtime)
+    run(check("a/one"), runtime=runtime)
     assert (runtime.parents_kept, runtime.keeping) == (1, False)
 
 
@@ -273,8 +272,7 @@ def test_a_server_that_never_comes_up_fails_the_run_with_its_log(
 def test_an_engine_that_fails_at_the_start_is_an_error_with_a_verdict(
     run: Run, tmp_path: Path, broken: Exception
 ):
-    with pytest.raises(type(broken)):
-        run(check("a/one"), runtime=ScriptedRuntime(broken))
+    run(check("a/one"), runtime=ScriptedRuntime(broken))
     verdict = written(tmp_path)
     assert (verdict.verdict, verdict.exit_code) == ("error", 2)
     assert messages(verdict) == {

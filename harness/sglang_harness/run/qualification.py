@@ -93,6 +93,9 @@ class Qualification:
 
     Attributes:
         kept: the server, where it was left running for a person.
+        no_server: why the first server could not be started, where that is no fault of its own (the
+            engine, the image, a GPU, the address); the verdict is then ``error``.
+        verdict: what was written; ``None`` before that.
     """
 
     def __init__(self, request: Request, viewer: Viewer) -> None:
@@ -123,9 +126,9 @@ class Qualification:
         self._pool: ServerPool | None = None
         self._closed_gate: str | None = None
         """The check that failed so that what follows means nothing."""
-        self._no_server: HarnessError | None = None
-        """Why there was no first server, where that is no fault of its own."""
+        self.no_server: HarnessError | None = None
         self._scratch: Path | None = None
+        self.verdict: Verdict | None = None
         self.kept: kept_servers.Held | None = None
 
     def run(self) -> Verdict:
@@ -134,8 +137,6 @@ class Qualification:
         Raises:
             SpecError, ModelError, MissingExtra: what was asked for is invalid or not here. Nothing
                 was started, there is no verdict, and earlier results are left as they are.
-            EngineError, ImageError, AttachError, TelemetryError, ...: the first server could not
-                be started for no fault of its own; after the verdict ``error`` has been written.
             Interrupted: after what was seen has been written, with the verdict ``error``.
         """
         _can_be_written(self._request.out)
@@ -163,8 +164,6 @@ class Qualification:
             verdict = self._write()
         if signals.seen is not None:
             raise signals.seen
-        if self._no_server is not None:
-            raise self._no_server
         return verdict
 
     # --- asking -----------------------------------------------------------------------------
@@ -180,7 +179,7 @@ class Qualification:
         except HarnessError as error:
             # The engine, the image, a GPU or the address: nothing was seen of the server.
             self._never_came_up(str(error), Outcome.ERROR)
-            self._no_server = error
+            self.no_server = error
             return
         asked = [c for c in self._checks if not c.after_stop]
         context: Context | None = None
@@ -384,6 +383,7 @@ class Qualification:
             down.step(LOG, lambda: write_whole(out / LOG, "\n".join(record.logs)))
         if down.failures:
             verdict.caveats.append(f"not written: {down.failures[0]}")
+        self.verdict = verdict
         report.write_all(verdict, out)
         return verdict
 
