@@ -405,7 +405,7 @@ def test_runs_find_a_kept_parent_share_it_and_a_killed_one_leaves_it_clean(
     (tmp_path / "test_killed.py").write_text(KILLED)
 
     again = command("warm", "--runtime", "docker")
-    assert "is there already" in again.stdout
+    assert "is running already" in again.stdout
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(pytest_on, [tmp_path] * 2, ["test_mine.py"] * 2))
     for done in both:
