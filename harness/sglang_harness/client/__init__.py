@@ -240,6 +240,6 @@ def _is_error(event: Reply) -> bool:
     one."""
     try:
         data = event.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(data, dict) and "error" in data

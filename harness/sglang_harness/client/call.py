@@ -61,6 +61,14 @@ class Call(Generic[T]):
         return f"{self.method} {self.path}"
 
 
+#: What reading an answer raises that is none: also a list in place of an object, an infinite
+#: number, and brackets a hundred thousand deep.
+UNREADABLE = (
+    *(ValueError, KeyError, TypeError, IndexError),
+    *(AttributeError, OverflowError, RecursionError),
+)
+
+
 def understand(call: Call[T], reply: Reply) -> T:
     """The answer to ``call``.
 
@@ -72,7 +80,7 @@ def understand(call: Call[T], reply: Reply) -> T:
         raise refusal(call, reply.status, reply.body)
     try:
         return call.read(reply)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except UNREADABLE as error:
         shown = reply.body[:300].decode(errors="replace")
         raise BadAnswer(str(call), f"the answer cannot be read ({error!r}): {shown}") from error
 
@@ -93,7 +101,7 @@ def _reason(body: bytes) -> tuple[str, str]:
     text = body.decode(errors="replace").strip()
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text[:1000] or "(empty body)", ""
     if isinstance(data, dict):
         inner = data.get("error", data)
