@@ -257,8 +257,9 @@ class ComposeServer(RunningContainer):
         words = [*(config["Entrypoint"] or ()), *(config["Cmd"] or ())]
         self._told = told = flags(words)
         variables = dict(entry.split("=", 1) for entry in config["Env"] or () if "=" in entry)
-        key = variables.get("SGLANG_API_KEY") or os.environ.get("SGLANG_API_KEY")
-        self.api_key = key or None
+        key = told.get("api-key") or variables.get("SGLANG_API_KEY")
+        key = key or os.environ.get("SGLANG_API_KEY")
+        self.api_key = key if isinstance(key, str) else None
         inside = str(told.get("model-path") or told.get("model") or "")
         for mount in attributes["Mounts"]:
             target = PurePosixPath(mount["Destination"])

@@ -275,7 +275,11 @@ def warm_or(
         server = cold()
         server.started = found
         return server
-    order.say(f"{what}, warm")
+    try:
+        order.say(f"{what}, warm")
+    except BaseException:
+        parents.give(found)
+        raise
     assert order.model is not None, "why_cold has looked"
     return WarmServer.of(
         order.spec, found, runtime=runtime, model=order.model, device=device,
