@@ -14,6 +14,7 @@ from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import (
     DidNotComeUp,
     HarnessError,
+    Interrupted,
     NoAnswerInTime,
     NotProvided,
     ServerDied,
@@ -110,8 +111,14 @@ class ServerPool:
             if asked_for.model_dump() == spec.model_dump() and server.running.watch.ended is None:
                 self._kept = None
                 return server, first
-            self.close()
+            self._drop_kept()
         return None
+
+    def _drop_kept(self) -> None:
+        """Ends the kept one; others may be lent at this moment."""
+        if self._kept is not None:
+            (spec, server, _), self._kept = self._kept, None
+            self._stop(spec, server)
 
     def _start(self, spec: ServerSpec) -> tuple[Server, State]:
         left = self._left()
@@ -121,10 +128,17 @@ class ServerPool:
             server = Server.start(
                 spec, runtime=self._runtime, say=self._say, run_id=self._run_id, within=left
             )
-        except (ServerDied, StartTimeout) as error:
-            self.logs.append(
-                f"--- a server of its own that did not come up: {title(spec)} ---\n{error.log}"
-            )
+        except (HarnessError, Interrupted) as error:
+            if error.log or isinstance(error, ServerDied | StartTimeout):
+                self.logs.append(
+                    f"--- a server of its own that did not come up: {title(spec)} ---\n{error.log}"
+                )
+            if not isinstance(error, ServerDied | StartTimeout):
+                raise
+            if isinstance(error, StartTimeout) and self._left() <= 0:
+                raise NotProvided(
+                    "The run's limit was over before the check's own server had come up."
+                ) from error
             raise DidNotComeUp(f"The check's own server did not come up. {error}") from error
         self._running.append((spec, server))
         try:
@@ -139,6 +153,7 @@ class ServerPool:
         try:
             alive = first is not None and server.running.watch.ended is None
             if first is not None and alive and self._restored(spec, server, first):
+                self._drop_kept()
                 self._kept = spec, server, first
         finally:
             if self._kept is None or self._kept[1] is not server:
