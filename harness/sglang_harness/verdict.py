@@ -286,9 +286,10 @@ def writable(data: Any) -> Any:
         return "NaN" if math.isnan(data) else ("Infinity" if data > 0 else "-Infinity")
     if isinstance(data, dict):
         return {writable(key): writable(value) for key, value in data.items()}
-    if isinstance(data, list):
+    if isinstance(data, list | tuple | set | frozenset):
         return [writable(item) for item in data]
-    return data
+    # Whatever a check saw, it costs nobody the verdict.
+    return data if data is None or isinstance(data, int | float) else str(data)
 
 
 def overall(

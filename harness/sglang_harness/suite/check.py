@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness.errors import MissingExtra, SpecError, TimeIsOver
+from sglang_harness.errors import Interrupted, MissingExtra, SpecError, TimeIsOver
 from sglang_harness.errors import NotProvided as NotProvided  # part of this module's interface
 from sglang_harness.server.state import unresponsive
 from sglang_harness.suite.blame import blame, place
@@ -248,16 +248,29 @@ def run_check(check: Check[Any], context: Context) -> tuple[CheckResult, list[Fi
             outcome=outcome,
             seconds=time.monotonic() - started,
             message=redactor.text(message),
-            evidence=None if seen is None else redactor.data(seen.model_dump()),
+            evidence=None if seen is None else redactor.data(_plain(seen)),
         )
 
     try:
         seen = check.observe(context)
     except TimeIsOver as error:
         return result(*_slow_or_stuck(check, context, error)), []
-    except Exception as error:
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        # Also SystemExit, and what extension modules in Rust raise when they panic.
         return result(*blame(error)), []
+    if not isinstance(seen, Observation):
+        return result(Outcome.ERROR, f"it observed a {type(seen).__name__}, no Observation"), []
     return _judged(check, seen, result)
+
+
+def _plain(seen: Observation) -> dict[str, Any]:
+    """The observation in types that JSON has, as far as pydantic knows how."""
+    try:
+        return seen.model_dump(mode="json")
+    except ValueError:
+        return seen.model_dump()
 
 
 def _slow_or_stuck(check: Check[Any], context: Context, error: TimeIsOver) -> tuple[Outcome, str]:
