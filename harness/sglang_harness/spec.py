@@ -107,12 +107,12 @@ class ServerSpec(_Strict):
     where a parent is there or more servers are to come, else cold, and the reason is told."""
     limits: Limits = Field(default_factory=Limits)
 
-    def redactor(self, api_key: str | None) -> Redactor:
+    def redactor(self, *api_keys: str | None) -> Redactor:
         """Removes what the server gets and nothing may write down: its key, every value of
         ``pass_environment``, and variables and flags whose names say that they are secret."""
         flags = {n: str(v) for n, v in self.server_args.items() if re.search(SECRET_FLAG, n)}
         return Redactor(
-            api_key or "",
+            *(key or "" for key in api_keys),
             *named_as_secrets(self.environment),
             *passed_through(self.pass_environment),
             *flags.values(),

@@ -48,6 +48,7 @@ class MainServer:
         because: the check under which it became so, where that is the server's failure.
         caveats: what the verdict has to say about them.
         logs: of those that have ended, and of one that never came up.
+        deaths: how one ended that nobody asked to end, by the check after which it was noticed.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class MainServer:
         self.caveats: list[str] = []
         self.logs: list[str] = []
         self.left_behind: list[str] = []
+        self.deaths: dict[str, str] = {}
 
     @property
     def _ours(self) -> bool:
@@ -124,6 +126,7 @@ class MainServer:
         ended = server.running.watch.ended
         if isinstance(ended, Death):
             self.because = check.id
+            self.deaths[check.id] = ended.sentence()
             return self._replace(server, f"died under {check.id}")
         if ended is not None:
             return self._replace(server, f"was lost under {check.id} ({ended.reason})")
@@ -133,7 +136,9 @@ class MainServer:
             return False
         try:
             wrong = self._differs_for_good(server, check)
-        except ServerDied:
+        except ServerDied as error:
+            self.because = check.id
+            self.deaths[check.id] = error.message
             return self._replace(server, f"died after {check.id}, while it was restored")
         return self._replace(server, wrong) if wrong else False
 
@@ -167,6 +172,7 @@ class MainServer:
         elif self._left() <= 0:
             self.unusable = f"the server {why}, and the run's limit was over"
         if self.unusable:
+            self.caveats.append(f"{self.unusable[0].upper()}{self.unusable[1:]}.")
             return False
         self._replaced += 1
         self._say(f"The server {why}. Starting another for the remaining checks")
@@ -186,17 +192,26 @@ class MainServer:
         self.caveats.append(f"{self.unusable[0].upper()}{self.unusable[1:]}")
         return False
 
+    def give_back(self, server: Server) -> None:
+        """Restores one that this run did not start, after a check that was cut short."""
+        if self._ours or self._baseline is None or self.unusable:
+            return
+        try:
+            restore(server, self._baseline)
+        except Exception as error:
+            self.caveats.append(f"The server could not be restored before it was left: {error}")
+
     def stop(self, server: Server, *, at_once: bool = True) -> None:
         """Ends one of them and keeps its log. Raises nothing but an interruption."""
         with Teardown() as down:
-            log = _log_of(server)
+            log = log_of(server)
             ended = down.step("stop", lambda: server.stop(at_once=at_once))
             # What it wrote while it ended, where that can still be read.
-            self.logs.append(_log_of(server) or log)
+            self.logs.append(log_of(server) or log)
             self.left_behind += [*down.failures, *(ended.left_behind if ended else [])]
 
 
-def _log_of(server: Server) -> str:
+def log_of(server: Server) -> str:
     try:
         return server.logs()
     except Exception:

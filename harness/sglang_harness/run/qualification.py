@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import traceback
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from sglang_harness.errors import (
     StartTimeout,
     Unresponsive,
 )
-from sglang_harness.run.main_server import MainServer
+from sglang_harness.run.main_server import MainServer, log_of
 from sglang_harness.run.record import RunRecord
 from sglang_harness.run.server_pool import ServerPool
 from sglang_harness.runtime import Runtime
@@ -37,7 +37,6 @@ from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite import installed, known_defects
-from sglang_harness.suite.blame import place
 from sglang_harness.suite.check import Check, Context, run_check
 from sglang_harness.suite.checks.memory.readings import DeviceIsGivenBack
 from sglang_harness.upkeep import kept_servers
@@ -148,18 +147,30 @@ class Qualification:
                 with self._request.runtime.keeping_parents():
                     try:
                         self._ask_everything()
+                    except Interrupted:
+                        raise
+                    except BaseException as error:
+                        # Known before it is decided whether a server is kept.
+                        self._record.fails(error)
+                        raise
                     finally:
-                        signals.calm()
-                        self._record.interrupted = signals.seen is not None
-                        self._put_away()
+                        try:
+                            signals.calm()
+                        finally:
+                            self._record.interrupted = signals.seen is not None
+                            self._put_away()
             except Interrupted as error:
-                self._viewer.say(f"{error}; what ran was stopped")
+                self._tell(f"{error}; what ran was stopped")
             except MISTAKES as error:
                 if not self._record.starts and not self._record.results:
                     raise
                 self._failed(error)
-            except Exception as error:
+            except BaseException as error:
+                # Also what is no Exception: a closed terminal ends the program by SystemExit, and
+                # extension modules in Rust panic.
                 self._failed(error)
+            finally:
+                temporary.remove(self._scratch)
             self._record.interrupted = signals.seen is not None
             verdict = self._write()
         if signals.seen is not None:
@@ -172,7 +183,10 @@ class Qualification:
         try:
             lacking = self._first_server()
         except NEVER_CAME_UP as error:
-            self._never_came_up(f"expected a server that comes up; {error}", Outcome.FAIL)
+            # Cut short by the run's own limit, it says nothing about the server.
+            cut_short = isinstance(error, StartTimeout) and self._left() <= 0
+            outcome = Outcome.ERROR if cut_short else Outcome.FAIL
+            self._never_came_up(f"expected a server that comes up; {error}", outcome)
             return
         except MISTAKES:
             raise
@@ -201,7 +215,12 @@ class Qualification:
             result = self._record.add(seen, figures)
             if check.gate and result.outcome is Outcome.FAIL:
                 self._closed_gate = check.id
-            if self._main.after(check, result):
+            if self._closed_gate and server.running.owned:
+                continue  # nothing more is asked of it
+            another = self._main.after(check, result)
+            if died := self._main.deaths.get(check.id):
+                self._record.died(check.id, died)
+            if another:
                 # The variants of the checkpoint lay where the server before could read them.
                 shutil.rmtree(context.scratch / "variant", ignore_errors=True)
 
@@ -253,7 +272,7 @@ class Qualification:
                 with server.client.within(STATES_ITSELF_WITHIN):
                     if reason := need.lacking(server):
                         return reason
-            except HarnessError:
+            except Exception:
                 # It cannot be asked now; the check itself will say what is wrong.
                 return None
         return None
@@ -274,7 +293,7 @@ class Qualification:
         return self._request.spec.limits.run - self._record.seconds
 
     def _never_came_up(self, message: str, outcome: Outcome) -> None:
-        launched = "launch/phases"
+        launched, message = "launch/phases", self._record.redactor.text(message)
         seconds = self._record.seconds
         result = CheckResult(id=launched, outcome=outcome, seconds=seconds, message=message)
         self._record.file(result)
@@ -284,11 +303,11 @@ class Qualification:
             if check.id != launched:
                 self._record.not_run(check.id, "the server never came up", launched)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         """An exception of the harness's own: told, kept beside the logs, and no reason to lose
         what was seen."""
         text = "".join(traceback.format_exception(error))
-        self._record.failure = f"{type(error).__name__} in {place(error)}: {error}"
+        self._record.fails(error)
         self._record.logs.append(f"--- the harness itself failed ---\n{text}")
         have = {r.id for r in self._record.results} | {o.id for o in self._record.outside}
         for check in self._checks:
@@ -309,6 +328,8 @@ class Qualification:
             if self._scratch is not None:
                 down.collect("the scratch folder", partial(temporary.remove, self._scratch))
             record.servers = main.servers
+            if not record.interrupted and main.servers:
+                self._note_unasked(down.failures)
             record.logs += [*main.logs, *(self._pool.logs if self._pool else [])]
             left = [*main.left_behind, *(self._pool.left_behind if self._pool else [])]
             record.caveats += [
@@ -317,23 +338,39 @@ class Qualification:
                 *(f"could not be ended or removed: {line}" for line in [*down.failures, *left]),
             ]
 
+    def _note_unasked(self, failures: list[str]) -> None:
+        """What should have been asked after the stop, and could not be, is no pass."""
+        filed = {r.id for r in self._record.results} | {o.id for o in self._record.outside}
+        for check in self._checks:
+            if check.after_stop and check.id not in filed:
+                why = failures[0] if failures else "how the server ended is not known"
+                self._record.not_run(check.id, f"it could not be asked: {why}")
+
     def _end_main(self) -> None:
         record, main = self._record, self._main
         running = [s for s in main.servers if s.stopped is None]
         if not running:
             return
-        wanted = self._request.keep_on_failure and not record.interrupted
+        lives = running[-1].running.watch.ended is None
+        wanted = self._request.keep_on_failure and not record.interrupted and lives
         if wanted and record.state != "pass":
-            self._keep(running[-1])
+            try:
+                self._keep(running[-1])
+            except BaseException:
+                # Nobody will look for it, so it is not left.
+                main.stop(running[-1])
+                raise
             return
-        self._viewer.say("stopping the server" if running[0].running.owned else "detaching")
+        self._tell("stopping the server" if running[0].running.owned else "detaching")
+        if record.interrupted or record.failure:
+            main.give_back(running[-1])
         judged = not record.interrupted and any(check.after_stop for check in self._checks)
         for server in running:
             main.stop(server, at_once=not judged)
 
     def _keep(self, server: Server) -> None:
-        self._record.logs.append(server.logs())
         self.kept = kept_servers.hold(server)
+        self._record.logs.append(log_of(server))
         for check in self._checks:
             if check.after_stop:
                 self._record.leave_out(check.id, "the server was kept running")
@@ -372,15 +409,20 @@ class Qualification:
                 self._viewer.begin(check.id, len(self._checks), len(self._checks))
                 record.add(*run_check(check, context))
 
+    def _tell(self, message: str) -> None:
+        """Says something while the run ends, which no viewer may prevent."""
+        with suppress(Exception, SystemExit):
+            self._viewer.say(message)
+
     def _write(self) -> Verdict:
         record, out = self._record, self._request.out
         for reason, number in record.not_asked.items():
-            self._viewer.say(f"{number} {'check' if number == 1 else 'checks'} not run: {reason}")
+            self._tell(f"{number} {'check' if number == 1 else 'checks'} not run: {reason}")
         # 'auto' says only now what it turned out to be.
         record.runtime = self._request.runtime.name
         verdict = record.verdict()
         with Teardown() as down:
-            down.step(LOG, lambda: write_whole(out / LOG, "\n".join(record.logs)))
+            down.step(LOG, lambda: write_whole(out / LOG, record.log()))
         if down.failures:
             verdict.caveats.append(f"not written: {down.failures[0]}")
         self.verdict = verdict

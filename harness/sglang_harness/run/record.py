@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from sglang_harness import __version__
 from sglang_harness._base import host
+from sglang_harness._base.secrets import Redactor
 from sglang_harness.errors import HarnessError, SpecError, TelemetryError
 from sglang_harness.memory.gpu.driver import Driver
 from sglang_harness.memory.gpu.selection import select
@@ -122,6 +123,7 @@ class RunRecord:
         Args:
             because: the check whose failure is the reason; ``None``: the reason is another one.
         """
+        reason = self.redactor.text(reason)
         result = CheckResult(
             id=check_id, outcome=Outcome.NOT_RUN, seconds=0, message=reason, because=because
         )
@@ -130,7 +132,31 @@ class RunRecord:
 
     def leave_out(self, check_id: str, reason: str) -> None:
         """The target lacks what the check needs."""
-        self.outside.append(Outside(id=check_id, reason=reason))
+        self.outside.append(Outside(id=check_id, reason=self.redactor.text(reason)))
+
+    def died(self, check_id: str, how: str) -> None:
+        """The server ended by itself after a check that had passed: that is no pass."""
+        last = self.results[-1]
+        if last.id == check_id and last.outcome in (Outcome.PASS, Outcome.FIXED):
+            message = self.redactor.text(f"the server died after this check: {how}")
+            update = {"outcome": Outcome.FAIL, "message": message, "known_defect": None}
+            self.results[-1] = last.model_copy(update=update)
+            self.say(self.results[-1])
+
+    def fails(self, error: BaseException) -> None:
+        """The harness itself did something wrong."""
+        told = f"{type(error).__name__} in {place(error)}: {error}"
+        self.failure = self.redactor.text(told)
+
+    @property
+    def redactor(self) -> Redactor:
+        """Knows the secrets of every server of this run."""
+        servers = [*self.servers, *([self.shown] if self.shown else [])]
+        return self.spec.redactor(*(server.running.api_key for server in servers))
+
+    def log(self) -> str:
+        """All logs as they are written down."""
+        return self.redactor.text("\n".join(self.logs))
 
     @property
     def state(self) -> Literal["pass", "fail", "error"]:
@@ -151,7 +177,7 @@ class RunRecord:
         state, reason = self._overall()
         device = server.device if server else "unknown"
         spec = server.spec if server else self.spec
-        redactor = server.redactor if server else spec.redactor(None)
+        redactor = self.redactor
         phases = (
             [PhaseTime(name=p.name, seconds=p.seconds) for p in server.report.phases]
             if server and self.started_here
