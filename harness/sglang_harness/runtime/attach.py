@@ -3,16 +3,17 @@ its log is not accessible."""
 
 from __future__ import annotations
 
-import shutil
 import socket
 import threading
 import uuid
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.runtime import Order, Sidecar, Started
@@ -69,13 +70,17 @@ class SharedFolder:
 
     def unshare(self, inside: PurePosixPath) -> None:
         """See :class:`sglang_harness.runtime.Reach`."""
-        if (copy := self.copies.pop(inside, None)) is not None:
+        if (copy := self.copies.get(inside)) is not None:
             remove_copy(copy)
+            del self.copies[inside]
 
-    def clear(self) -> None:
-        """Removes what :meth:`share` has copied."""
-        while self.copies:
-            shutil.rmtree(self.copies.popitem()[1], ignore_errors=True)
+    def clear(self) -> list[str]:
+        """Removes what :meth:`share` has copied; returns what could not be removed, with why."""
+        with Teardown() as down:
+            while self.copies:
+                copy = self.copies.popitem()[1]
+                down.step(str(copy), partial(remove_copy, copy))
+        return down.failures
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ class AttachedServer:
         self.api_key = attachment.api_key
         self._attachment = attachment
         self._model_path = model_path
+        self._left: list[str] = []
         self._over = threading.Event()
         self.watch = DeathWatch(self._wait_for_death)
 
@@ -273,8 +279,8 @@ class AttachedServer:
         self.watch.expected = True
         self._over.set()
         if self._attachment.shared is not None:
-            self._attachment.shared.clear()
+            self._left += self._attachment.shared.clear()
         return None
 
     def left_behind(self) -> list[str]:
-        return []
+        return self._left

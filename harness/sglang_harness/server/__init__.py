@@ -314,12 +314,13 @@ def _guard(spec: ServerSpec, running: Running, say: Say) -> Guard | None:
     guard = Guard(spec.gpus, run_id=running.run_id)
     try:
         guard.open(purpose=f"a server with {spec.model}", timeout=spec.limits.gpus, say=say)
+        for warning in guard.warnings:
+            say(warning)
     except BaseException:
         with Teardown() as down:
+            down.step("GPUs", guard.close)
             down.step("server", running.end)
         raise
-    for warning in guard.warnings:
-        say(warning)
     return guard
 
 

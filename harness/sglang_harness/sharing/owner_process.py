@@ -76,7 +76,8 @@ class OwnerProcess:
                 start_new_session=True,
             )
         told = {
-            "path": sys.path,
+            # Python itself passes over anything else in it.
+            "path": [each for each in sys.path if isinstance(each, str)],
             "descriptor": self._listener.fileno(),
             "key": self.client.key,
             "folder": str(self.folder),

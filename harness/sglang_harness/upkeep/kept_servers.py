@@ -63,16 +63,17 @@ def hold(server: Server) -> Held:
         model=None if server.model is None else str(server.model),
         engine=_engine(),
     )
+    new = held.file.with_suffix(f".{os.getpid()}")
     try:
         held.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        new = held.file.with_suffix(f".{os.getpid()}")
         new.touch(mode=0o600)
         new.write_text(held.model_dump_json(), encoding="utf-8")
         new.replace(held.file)
         if shared is not None:
             temporary.keep(shared, held.run_id)
     except BaseException:
-        held.file.unlink(missing_ok=True)
+        for written in (new, held.file):
+            written.unlink(missing_ok=True)
         raise
     server.running.watch.expected = True
     return held

@@ -174,8 +174,8 @@ def make_kept(recipe: Recipe, image: str, *, run_id: str, idle: float) -> tuple[
         EngineError: the engine refused, or SGLang could not be imported.
     """
     name = new_name()
-    folders = _folders(new_root())
     client = engine.connect()
+    folders = _folders(new_root())
     try:
         folders.make()
         how = _how(recipe, image, folders, labels=engine.labels(run_id, held=True))
