@@ -110,12 +110,12 @@ class ServerSpec(_Strict):
     def redactor(self, *api_keys: str | None) -> Redactor:
         """Removes what the server gets and nothing may write down: its key, every value of
         ``pass_environment``, and variables and flags whose names say that they are secret."""
-        flags = {n: str(v) for n, v in self.server_args.items() if re.search(SECRET_FLAG, n)}
+        flags = [v for n, v in self.server_args.items() if re.search(SECRET_FLAG, n)]
         return Redactor(
             *(key or "" for key in api_keys),
             *named_as_secrets(self.environment),
             *passed_through(self.pass_environment),
-            *flags.values(),
+            *(str(each) for v in flags for each in (v if isinstance(v, list) else [v])),
         )
 
     @field_validator("server_args", mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from scripted_runtime import ScriptedRunning, ScriptedRuntime
@@ -28,6 +30,7 @@ from test_qualification import (
 )
 
 from sglang_harness._base import paths, temporary
+from sglang_harness._base.secrets import Redactor
 from sglang_harness.errors import EngineError, Interrupted, Unreachable
 from sglang_harness.runtime import Order
 from sglang_harness.runtime.attach import SharedFolder
@@ -545,3 +548,16 @@ def test_a_secret_in_the_last_words_of_a_process_is_not_told(monkeypatch, tmp_pa
         server.end(at_once=True)
     assert death is not None
     assert SECRET not in f"{death.sentence()} {death.advice()}"
+
+
+@pytest.mark.parametrize("written_as", [str, repr, json.dumps, quote, str.strip])
+def test_a_secret_is_known_however_it_is_written(written_as):
+    secret = ' it\'s "a" se\\cret-ü '
+    assert "cret" not in Redactor(secret).text(f"x={written_as(secret)}")
+
+
+def test_each_value_of_a_secret_flag_is_a_secret():
+    spec = ServerSpec.make(server_args={"hub-token": [SECRET, SECRET[::-1]]})
+    shown = str(spec.redactor(None).data(spec.model_dump(mode="json")))
+    assert SECRET not in shown
+    assert SECRET[::-1] not in shown

@@ -6,12 +6,14 @@ from a server is cleaned before it reaches a log, a verdict or a terminal.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets as stdlib_secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 REDACTED = "<redacted>"
 
@@ -49,6 +51,9 @@ class Redactor:
 
     def __init__(self, *known: str) -> None:
         values = {*known, *(os.environ.get(name, "") for name in SECRET_VARIABLES)}
+        # As they may be written: without blanks around them, in JSON or Python, in a URL.
+        values |= {value.strip() for value in values}
+        values |= {w for v in values for w in (json.dumps(v)[1:-1], repr(v)[1:-1], quote(v, ""))}
         # A short value would black out ordinary words.
         self._values = sorted((v for v in values if len(v) >= 8), key=len, reverse=True)
 
