@@ -561,3 +561,18 @@ def test_each_value_of_a_secret_flag_is_a_secret():
     shown = str(spec.redactor(None).data(spec.model_dump(mode="json")))
     assert SECRET not in shown
     assert SECRET[::-1] not in shown
+
+
+def test_how_a_server_ends_is_not_judged_where_it_was_killed_to_be_replaced(run):
+    def killed(running: ScriptedRunning) -> None:
+        end = running.end
+        running.end = lambda *, at_once=False: end(at_once=at_once) or (137 if at_once else 0)
+
+    runtime = ScriptedRuntime(killed, EngineError("no engine"))
+    verdict = run(
+        check("a/one", changes_later, changes=True),
+        check("a/stop", after_stop=True),
+        runtime=runtime,
+    )
+    assert outcomes(verdict) == {"a/one": "pass", "a/stop": "not-run"}
+    assert verdict.verdict == "error"

@@ -220,7 +220,7 @@ def test_a_desktop_is_no_reason_where_the_machine_says_so(driver: Scenario, monk
     monkeypatch.setenv("SGLANG_HARNESS_GPU_IDLE_BELOW", "800")
     guard().open(purpose="x", timeout=0).close()
     monkeypatch.setenv("SGLANG_HARNESS_GPU_IDLE_BELOW", "lots")
-    with pytest.raises(SpecError, match="no number of MiB"):
+    with pytest.raises(SpecError, match="not a number of MiB"):
         guard().open(purpose="x", timeout=0)
 
 

@@ -55,7 +55,7 @@ class Nowhere(Parent):
         raise AssertionError("no server is started here")
 
     address_words = address = temporary = cores = share_model = reach = _unused
-    host_pids = beside = peers_left = about = _unused
+    host_pids = start_sidecar = peers_left = about = _unused
 
 
 class Made:

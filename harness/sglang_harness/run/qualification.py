@@ -401,7 +401,7 @@ class Qualification:
         for check in (c for c in self._checks if c.after_stop and c.id not in filed):
             if reason := self._lacking(check, server):
                 record.leave_out(check.id, reason)
-            elif self._closed_gate and (blocked := self._cannot_ask()):
+            elif (self._closed_gate or self._main.unusable) and (blocked := self._cannot_ask()):
                 record.not_run(check.id, *blocked)
             elif server.stopped.exit_code is None:
                 record.not_run(check.id, "how the server ended is not known")
