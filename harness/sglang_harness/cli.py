@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -422,4 +423,6 @@ def main() -> None:
                 line = f"[bold red]sglang-harness:[/bold red] {escape(message)}"
                 errors.print(line, highlight=False, soft_wrap=True)
             sys.exit(2)
-        raise
+        # Python's own exit code for it, 1, would say that the server has failed.
+        traceback.print_exc()
+        sys.exit(2)

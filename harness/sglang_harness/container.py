@@ -62,6 +62,7 @@ class AnswersGeneration(WaitStrategy):
             limit=container.spec.limits.start,
             started=container.started_at,
             last_log_line=lambda: container.logs(tail=1).strip(),
+            redactor=container.spec.redactor(container.api_key),
         )
         if self.then is not None:
             self.then.wait_until_ready(container)

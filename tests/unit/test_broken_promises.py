@@ -29,6 +29,7 @@ from test_qualification import (
     written,
 )
 
+from sglang_harness import cli, container
 from sglang_harness._base import paths, temporary
 from sglang_harness._base.secrets import Redactor
 from sglang_harness.errors import EngineError, Interrupted, Unreachable
@@ -576,3 +577,25 @@ def test_how_a_server_ends_is_not_judged_where_it_was_killed_to_be_replaced(run)
     )
     assert outcomes(verdict) == {"a/one": "pass", "a/stop": "not-run"}
     assert verdict.verdict == "error"
+
+
+def test_a_slip_of_the_command_is_not_the_exit_code_of_a_server_that_failed(monkeypatch, capsys):
+    def slips(**_: Any) -> None:
+        raise KeyError("a slip of ours")
+
+    monkeypatch.setattr(cli, "app", slips)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "a slip of ours" in capsys.readouterr().err
+
+
+def test_the_last_log_line_of_a_container_that_is_waited_for_hides_what_its_spec_hides(monkeypatch):
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(container, "wait_until_ready", lambda *_, **how: told.update(how))
+    monkeypatch.setenv("ACME_LICENCE", SECRET)
+    waited: Any = container.SGLangServerContainer.__new__(container.SGLangServerContainer)
+    waited.spec = ServerSpec(pass_environment=["ACME_LICENCE"])
+    waited._address, waited.api_key, waited._watch, waited.started_at = "http://x", "k", object(), 0
+    container.AnswersGeneration().wait_until_ready(waited)
+    assert SECRET not in told["redactor"].text(SECRET)
