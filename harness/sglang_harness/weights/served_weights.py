@@ -80,7 +80,10 @@ class ServedWeights:
         from sglang_harness import oracle as oracles
 
         if self._pushed is not None and self._pushed[0] == self.folder:
-            return self._pushed[1]  # its folder may be gone
+            folder, oracle = self._pushed
+            if folder.exists():
+                oracle.follow(folder)  # another push of the same files made it, in its own folder
+            return oracle
         return oracles.for_folder(self.folder) if self.folder else None
 
     def arrived(self, now: Checksums | None) -> None:
