@@ -26,11 +26,13 @@ class Lies:
     Attributes:
         weights: its files with the tensors.
         indices: which tensor is in which of them, for readers that go by it.
+        alone: the folder has no other files of their kind, which a reader would take for more.
     """
 
     folder: Path
     weights: tuple[Path, ...]
     indices: tuple[Path, ...]
+    alone: bool
 
 
 def as_it_lies(source: Source, *, any_dtype: bool = False) -> Lies | None:
@@ -66,7 +68,8 @@ def _lies(source: Source, layout: str, suffix: str, *, any_dtype: bool) -> Lies 
         return None
     if any(file.suffix != suffix for file in files):
         return None
-    return Lies(folder, tuple(files), tuple(sorted(folder.glob(f"*{suffix}.index.json"))))
+    alone = set(files) == set(folder.glob(f"*{suffix}"))
+    return Lies(folder, tuple(files), tuple(sorted(folder.glob(f"*{suffix}.index.json"))), alone)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def stage(source: Source, running: Running, *, reader: Literal["server", "peer"]
     shared, reach = running.shared_folder, running.reach
     try:
         # What lies in the shared folder already is read from there.
-        if lies and (shared is None or lies.folder.is_relative_to(shared)):
+        if lies and lies.alone and (shared is None or lies.folder.is_relative_to(shared)):
             return Staged(reach.share(lies.folder), reach)
         return _write(source, reach, lies, shared)
     except OSError as error:
@@ -134,7 +137,10 @@ def _write(source: Source, reach: Reach, lies: Lies | None, shared: Path | None)
         if lies is not None:
             # Weights alone: of the rest the server has its own.
             for file in (*lies.weights, *lies.indices):
-                _link_or_copy(file, room / file.name)
+                if shared is None:
+                    (room / file.name).symlink_to(file.resolve())
+                else:
+                    _link_or_copy(file, room / file.name)
         else:
             write_safetensors(room / "model.safetensors", source.tensors.values(), source.read)
         # Of the room alone: a link has the mode of the file that it is another name of.
