@@ -156,6 +156,7 @@ class WeightPusher:
             timeout=timeout or target.spec.limits.check,
             abort_all_requests=abort_all_requests,
             any_peer=self._any_peer,
+            dtype=served.dtype,
         )
         before, why_none = self._served.identify(about, served)
         bracket = chosen.needs_session and target.client.has_route("POST", "/begin_weight_update")
