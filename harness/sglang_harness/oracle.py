@@ -286,11 +286,17 @@ def _held(folder: Path, adapter: Path | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(folder, error) from None
+    model, told = loaded
+    if lacking := sorted(told["missing_keys"]):
+        # transformers fills these with noise.
+        more = f"it lacks {lacking[0]} ({len(lacking)} such weights)"
+        raise _cannot_load(folder, ValueError(more))
+    model.eval()
     _detach(model)
     return model if adapter is None else _adapted(model, adapter)
 
