@@ -351,7 +351,7 @@ class WeightPusher:
                 self._ask(push)
             else:
                 push.why_no_logprobs = "not asked for"
-            self._served.arrived(push.after)
+            self._served.arrived(push.after, is_scored=not push.why_no_logprobs)
         except Exception as error:
             push.error = _typed(error)
 

@@ -86,9 +86,15 @@ class ServedWeights:
             return oracle
         return oracles.for_folder(self.folder) if self.folder else None
 
-    def arrived(self, now: Checksums | None) -> None:
-        """A push went through, after which the server states these checksums."""
+    def arrived(self, now: Checksums | None, *, is_scored: bool) -> None:
+        """A push went through, after which the server states these checksums.
+
+        Args:
+            is_scored: :meth:`scored` was told which weights these are.
+        """
         self._last_checksums = now
+        if not is_scored:
+            self.folder = None
 
     def scored(self, folder: Path, oracle: Oracle, *, scratch: Path) -> None:
         """From here on these weights are what a next push replaces.
