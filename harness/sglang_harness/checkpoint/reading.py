@@ -162,7 +162,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         BrokenCheckpoint: cut short or damaged.
         ModelError: it does not exist, is not a checkpoint, or holds several.
     """
-    path = Path(path).expanduser().resolve()
+    given = Path(path).expanduser()
+    path = given.resolve()
+    if given.suffix and not path.suffix:
+        # A link into a hub's cache: the file that it leads to is named by its hash, and only the
+        # link says of which kind it is.
+        path = given.parent.resolve() / given.name
     try:
         if path.is_dir():
             return _open_folder(path)
