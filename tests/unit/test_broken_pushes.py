@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from model_server import ModelServer
+from scripted_server import Answer, ScriptedServer, event
 from test_adapter_pushes import LoraServer
 from weight_server import WeightServer
 
@@ -21,13 +23,19 @@ from sglang_harness.checkpoint import footprint
 from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_torch
+from sglang_harness.client import Client, RequestsTransport
 from sglang_harness.errors import CheckpointMismatch, ModelError
 from sglang_harness.oracle import Oracle
 from sglang_harness.peer.sender import Sender
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.suite import run_check
+from sglang_harness.suite.lib.prompts import greedy
+from sglang_harness.traffic import Traffic
+from sglang_harness.traffic.background import BackgroundStream
+from sglang_harness.traffic.base import together
 from sglang_harness.verdict import Outcome
 from sglang_harness.weights import pusher
+from sglang_harness.weights.adapters import finite_tensors
 from sglang_harness.weights.served_weights import ServedWeights
 from sglang_harness.weights.source.fitted import open_for
 from sglang_harness.weights.source.model_folder import model_folder
@@ -200,6 +208,23 @@ def test_a_copy_of_a_tied_weight_in_another_dtype_is_compared_as_it_is_served(
                 fitted.raise_if_unusable()
 
 
+def test_a_file_in_a_hubs_cache_is_what_its_link_says(old: Path, tmp_path: Path):
+    """The cache holds files by their hashes, without a suffix, and links to them by their names."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    shutil.copyfile(old / "model.safetensors", blobs / "0a1b2c")
+    safetensors.save_file({"lora_A": torch.ones(2, 3)}, blobs / "3d4e5f")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "model.safetensors").symlink_to(blobs / "0a1b2c")
+    (snapshot / "adapter_model.safetensors").symlink_to(blobs / "3d4e5f")
+    (snapshot / "adapter_config.json").write_text("{}")
+    (tmp_path / "newest").symlink_to(old / "model.safetensors")
+    for path in (snapshot, snapshot / "model.safetensors", tmp_path / "newest"):
+        assert open_checkpoint(path).layout == "safetensors"
+    assert [info.name for info in finite_tensors(snapshot)] == ["lora_A"]
+
+
 # --- what is known afterwards ------------------------------------------------------------------
 
 
@@ -284,3 +309,49 @@ def test_a_release_whose_answer_is_lost_is_taken_back(
         assert result.outcome is Outcome.ERROR
         assert double.asked("POST /resume_memory_occupation") == 1
         assert double.released == []
+
+
+def endless() -> ScriptedServer:
+    """Streams events until it is closed."""
+
+    def pieces() -> Iterator[bytes | float]:
+        while True:
+            yield event({"text": "x", "output_ids": [1], "meta_info": {}})
+            yield 0.05
+
+    return ScriptedServer(
+        {
+            "POST /generate": lambda _: Answer(pieces=pieces()),  # type: ignore[arg-type]
+            "POST /abort_request": Answer(body=""),
+        }
+    )
+
+
+def test_requests_do_not_run_on_where_not_all_of_them_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the machine has no more threads, or somebody interrupts."""
+    start, started = threading.Thread.start, []
+
+    def two_of_them(thread: threading.Thread) -> None:
+        if thread.name.startswith(("traffic-", "stream-")):
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    http = endless()
+    client = Client(RequestsTransport(http.url), timeout=5.0)
+    monkeypatch.setattr(threading.Thread, "start", two_of_them)
+    try:
+        with pytest.raises(RuntimeError), Traffic(client, [[1]], sampling=greedy(4), workers=4):
+            pass
+        assert not any(thread.is_alive() for thread in started)
+        started.clear()
+        streams = (BackgroundStream(client, "x", sampling=greedy(4)) for _ in range(4))
+        with pytest.raises(RuntimeError), together(streams):
+            pass
+        assert not any(thread.is_alive() for thread in started)
+    finally:
+        client.close()
+        http.close()
