@@ -7,14 +7,16 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_docker import FakeDocker, refusal
 from model_server import ModelServer
-from scripted_server import Answer, ScriptedServer, event
+from scripted_server import Answer, ScriptedServer, Seen, event
 from test_adapter_pushes import LoraServer
-from weight_server import WeightServer
+from weight_server import WeightServer, refused
 
 from sglang_harness import oracle as oracles
 from sglang_harness import suite
@@ -24,11 +26,12 @@ from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_torch
 from sglang_harness.client import Client, RequestsTransport
-from sglang_harness.errors import CheckpointMismatch, ModelError
+from sglang_harness.errors import CheckpointMismatch, EngineError, ModelError, PeerFailed
 from sglang_harness.oracle import Oracle
 from sglang_harness.peer.sender import Sender
-from sglang_harness.runtime.path_map import SameMachine
+from sglang_harness.runtime.path_map import EXCHANGE, SameMachine, VolumeReach
 from sglang_harness.suite import run_check
+from sglang_harness.suite.checks.weights.disk import pushed
 from sglang_harness.suite.lib.prompts import greedy
 from sglang_harness.traffic import Traffic
 from sglang_harness.traffic.background import BackgroundStream
@@ -312,16 +315,21 @@ def test_a_release_whose_answer_is_lost_is_taken_back(
 
 
 def endless() -> ScriptedServer:
-    """Streams events until it is closed."""
+    """Streams events until it is closed, and refuses what is not streamed."""
 
     def pieces() -> Iterator[bytes | float]:
         while True:
             yield event({"text": "x", "output_ids": [1], "meta_info": {}})
             yield 0.05
 
+    def generate(seen: Seen) -> Answer:
+        if not seen.json().get("stream"):
+            return refused("busy")
+        return Answer(pieces=pieces())  # type: ignore[arg-type]
+
     return ScriptedServer(
         {
-            "POST /generate": lambda _: Answer(pieces=pieces()),  # type: ignore[arg-type]
+            "POST /generate": generate,
             "POST /abort_request": Answer(body=""),
         }
     )
@@ -355,3 +363,53 @@ def test_requests_do_not_run_on_where_not_all_of_them_can_be_started(
     finally:
         client.close()
         http.close()
+
+
+@pytest.mark.parametrize("error", [refusal(500, "no space"), KeyboardInterrupt()])
+def test_a_part_of_a_copy_does_not_stay_in_a_volume(old: Path, error: BaseException) -> None:
+    docker = FakeDocker()
+    volume = VolumeReach(docker, "image", {})  # type: ignore[arg-type]
+    docker.refuses["container.put_archive"] = error
+    with pytest.raises(type(error)):
+        volume.share(old)
+    ((removed,),) = [ran["command"] for ran in docker.containers.ran]
+    assert PurePosixPath(removed).parent == EXCHANGE
+
+
+# --- who is blamed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [EngineError("no container"), PeerFailed("/dev/shm is full")])
+def test_a_peer_that_cannot_be_started_is_no_failure_of_the_server(
+    old: Path, new: Path, error: Exception
+) -> None:
+    def fails(_: str) -> Any:
+        raise error
+
+    with WeightServer(old) as double:
+        double.server.running.start_sidecar = fails  # type: ignore[method-assign]
+        with pytest.raises(type(error)):
+            pushed(double.server, new, route="shared-memory")
+        assert double.server.weights.unfit is None
+        double.spoil = lambda number, tensors: refused("no")
+        assert pushed(double.server, new).outcome == "failed"
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_what_the_kernel_keeps_of_names_is_given_back_as_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a large tree was read a container's group counts gigabytes of them."""
+    there = SimpleNamespace(available=64 << 30)
+    monkeypatch.setattr(headroom.psutil, "virtual_memory", lambda: there)
+    told = {
+        "memory.max": f"{8 << 30}",
+        "memory.current": f"{7 << 30}",
+        "memory.stat": f"inactive_file {1 << 30}\nactive_file 0\nslab_reclaimable {4 << 30}",
+    }
+    for name, text in told.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "groups").write_text("0::/\n")
+    assert headroom.memory(groups=tmp_path / "groups", mount=tmp_path).available == 6 << 30
