@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from weight_server import WeightServer, refused
 from sglang_harness import oracle as oracles
 from sglang_harness import suite
 from sglang_harness._base import headroom
+from sglang_harness._base.temporary import RECORD
 from sglang_harness.checkpoint import footprint
 from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
@@ -413,3 +416,24 @@ def test_what_the_kernel_keeps_of_names_is_given_back_as_files_are(
         (tmp_path / name).write_text(text)
     (tmp_path / "groups").write_text("0::/\n")
     assert headroom.memory(groups=tmp_path / "groups", mount=tmp_path).available == 6 << 30
+
+
+def test_a_disk_without_room_for_a_folder_does_not_blame_the_server(
+    old: Path, new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk may still make a folder, and takes no file in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    written = Path.write_text
+
+    def full(path: Path, *text: Any, **how: Any) -> int:
+        if path.name == RECORD:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, *text, **how)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with WeightServer(old) as double:
+        report = double.server.weights.push(new, logprobs=True)
+        assert report.outcome == "unproven"
+        assert "No space left" in report.logprobs.how
+        assert double.server.weights.unfit is None
+    assert list(tmp_path.iterdir()) == []

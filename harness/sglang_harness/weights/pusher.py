@@ -362,9 +362,10 @@ class WeightPusher:
         if model is None:
             push.why_no_logprobs = "the model's config and tokenizer are not on this machine"
             return
-        room = self._room()
-        folder = room / uuid.uuid4().hex[:8]
+        folder: Path | None = None
         try:
+            room = self._room()
+            folder = room / uuid.uuid4().hex[:8]
             model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
             push.tokens = ask_tokens(self._target.client, new, self._served.oracle())
@@ -378,7 +379,8 @@ class WeightPusher:
         else:
             self._served.scored(folder, new, scratch=room)
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _room(self) -> Path:
         if self._scratch is None:
