@@ -231,6 +231,23 @@ def test_a_file_in_a_hubs_cache_is_what_its_link_says(old: Path, tmp_path: Path)
     assert [info.name for info in finite_tensors(snapshot)] == ["lora_A"]
 
 
+@pytest.mark.parametrize("beside", ["consolidated", "model.fp16"])
+def test_the_index_that_servers_read_comes_before_others(old: Path, tmp_path: Path, beside: str):
+    """Mistral's models have the same weights under other names beside those of transformers."""
+    folder = tmp_path / "model"
+    shutil.copytree(old, folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    safetensors.save_file({"layers.0.wq": torch.ones(2)}, folder / f"{beside}.safetensors")
+    names = open_checkpoint(old).tensors
+    for stem, weights, file in (
+        ("model", names, "model-00001-of-00001.safetensors"),
+        (beside, ["layers.0.wq"], f"{beside}.safetensors"),
+    ):
+        index = {"weight_map": dict.fromkeys(weights, file)}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).tensors.keys() == names.keys()
+
+
 # --- what is known afterwards ------------------------------------------------------------------
 
 
