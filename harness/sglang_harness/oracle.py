@@ -131,6 +131,16 @@ class Oracle:
         with _computing:
             self._loaded = None
 
+    def follow(self, folder: Path) -> None:
+        """The same files are in ``folder`` too: from now on they are read there, where the folder
+        that they were read from is gone."""
+        with _computing:
+            if self.folder.exists():
+                return
+            self.folder = folder
+            if self._loaded is not None and any(p.is_meta for p in self._loaded.parameters()):
+                self._loaded = None  # it reads its weights by the names that are gone
+
     @property
     def parameters_bytes(self) -> int:
         """Size of the weights in float32."""
@@ -276,11 +286,17 @@ def _held(folder: Path, adapter: Path | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        ).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(folder, error) from None
+    model, told = loaded
+    if lacking := sorted(told["missing_keys"]):
+        # transformers fills these with noise.
+        more = f"it lacks {lacking[0]} ({len(lacking)} such weights)"
+        raise _cannot_load(folder, ValueError(more))
+    model.eval()
     _detach(model)
     return model if adapter is None else _adapted(model, adapter)
 
@@ -372,6 +388,7 @@ def for_folder(folder: Path) -> Oracle:
             if _content(folder) != content:
                 return oracle
             _known[content] = oracle
+        oracle.follow(folder)
         _kept[content] = oracle
         _kept.move_to_end(content)
         while len(_kept) > KEPT:

@@ -111,6 +111,7 @@ def _limit_and_use(folder: Path, is_v2: bool) -> tuple[int | None, int]:
         stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
         total = "" if is_v2 else "total_"
         cached = stat.get(f"{total}inactive_file", 0) + stat.get(f"{total}active_file", 0)
+        cached += stat.get("slab_reclaimable", 0)  # v2 alone tells it: names and places of files
         return int(limit), max(0, int(used) - cached)
     except (OSError, ValueError):
         return None, 0

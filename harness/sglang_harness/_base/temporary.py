@@ -41,7 +41,11 @@ _NAME = re.compile(rf"sglang-harness-({'|'.join(get_args(Purpose))})-[a-z0-9_]{{
 def temporary_folder(purpose: Purpose) -> Path:
     """A new folder that only this user may enter, recorded as this process's."""
     folder = Path(tempfile.mkdtemp(prefix=f"sglang-harness-{purpose}-"))
-    (folder / RECORD).write_text(f"{Owner.this_process()}\n", encoding="utf-8")
+    try:
+        (folder / RECORD).write_text(f"{Owner.this_process()}\n", encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # as on a full disk
+        raise
     return folder
 
 

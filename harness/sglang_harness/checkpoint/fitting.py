@@ -157,10 +157,16 @@ class Fit:
         """Copies of tied weights that differ from what they should be copies of. Two tensors
         are in memory at a time."""
         return {
-            copy: own
-            for copy, own in self._copies.items()
-            if not _equal(*(tensor for _, tensor in self.checkpoint.read([copy, own])))
+            copy: own for copy, own in self._copies.items() if not _equal(*self._tied(copy, own))
         }
+
+    def _tied(self, copy: str, own: str) -> Iterator[torch.Tensor]:
+        """Both as they are served: a trainer may keep one of them in another dtype."""
+        served = {self.sources[name]: self._dtypes[name] for name in self.sources}
+        dtype = served.get(own, self.checkpoint.tensors[own].dtype)
+        convertible = self.checkpoint.tensors[copy].dtype in CONVERTIBLE and dtype in CONVERTIBLE
+        dtypes = {own: dtype, copy: dtype} if convertible else {own: dtype}
+        return (tensor for _, tensor in self.checkpoint.read([copy, own], dtypes=dtypes))
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors one after another under the model's names and in its dtypes: contiguous, on

@@ -162,7 +162,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         BrokenCheckpoint: cut short or damaged.
         ModelError: it does not exist, is not a checkpoint, or holds several.
     """
-    path = Path(path).expanduser().resolve()
+    given = Path(path).expanduser()
+    path = given.resolve()
+    if given.suffix and not path.suffix:
+        # A link into a hub's cache: the file that it leads to is named by its hash, and only the
+        # link says of which kind it is.
+        path = given.parent.resolve() / given.name
     try:
         if path.is_dir():
             return _open_folder(path)
@@ -179,7 +184,9 @@ def _open_folder(path: Path) -> Checkpoint:
         return _made(path, "distributed checkpoint", found, notes)
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         if indices := sorted(path.glob(f"{pattern}.index.json")):
-            return _open_indexed(path, indices[0])
+            named = [index for index in indices if index.name.split(".")[0] in _WHOLE]
+            plain = [index for index in named if index.name.count(".") == 3]
+            return _open_indexed(path, [*plain, *named, *indices][0])
         files = [f for f in sorted(path.glob(pattern)) if not _BESIDE.match(f.name)]
         if files:
             return _open_files(path, _one_set(path, files))
@@ -191,6 +198,9 @@ def _open_folder(path: Path) -> Checkpoint:
         else "Give the folder or file that the weights are in.",
     )
 
+
+#: How transformers and SGLang call the weights, whatever lies beside them.
+_WHOLE = ("model", "pytorch_model")
 
 #: What trainers save next to the weights, in files of the same kind.
 _BESIDE = re.compile(
@@ -208,7 +218,7 @@ def _one_set(path: Path, files: list[Path]) -> list[Path]:
     """
     if len(files) == 1 and not _SHARD.match(files[0].name):
         return files
-    if whole := [file for file in files if file.stem in ("model", "pytorch_model")]:
+    if whole := [file for file in files if file.stem in _WHOLE]:
         return whole
     shards: dict[tuple[str, int], dict[int, Path]] = {}
     for file in files:

@@ -173,7 +173,13 @@ class VolumeReach:
     def share(self, path: Path) -> PurePosixPath:
         inside = PurePosixPath(f"{path.name}-{uuid.uuid4().hex[:6]}")
         self._copies.add(EXCHANGE / inside)
-        return self.upload(path, inside)
+        try:
+            return self.upload(path, inside)
+        except BaseException:
+            # The engine may have written a part of it.
+            with suppress(EngineError):
+                self.unshare(EXCHANGE / inside)
+            raise
 
     def unshare(self, inside: PurePosixPath) -> None:
         """See :class:`sglang_harness.runtime.Reach`. Takes a container's start: the engine's API

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
@@ -50,9 +50,13 @@ class Background(ABC):
 
     def start(self: B) -> B:
         """Starts the threads; does nothing where they were started."""
-        for thread in self._threads:
-            if thread.ident is None:
-                thread.start()
+        try:
+            for thread in self._threads:
+                if thread.ident is None:
+                    thread.start()
+        except BaseException:
+            self.cancel()  # no block is entered that would end those that run
+            raise
         return self
 
     def __enter__(self: B) -> B:
@@ -142,11 +146,14 @@ def cancel(backgrounds: Sequence[Background]) -> None:
 
 
 @contextmanager
-def together(backgrounds: Sequence[B]) -> Iterator[Sequence[B]]:
-    """Starts all of them, and cancels what still runs at the end of the ``with`` block."""
+def together(backgrounds: Iterable[B]) -> Iterator[Sequence[B]]:
+    """Starts all of them, and cancels what still runs at the end of the ``with`` block, or where
+    making or starting one of them fails."""
+    started: list[B] = []
     try:
         for each in backgrounds:
+            started.append(each)
             each.start()
-        yield backgrounds
+        yield started
     finally:
-        cancel(backgrounds)
+        cancel(started)

@@ -203,20 +203,23 @@ class AdapterPusher:
         one may not be served for the other."""
         from sglang_harness import oracle as oracles
 
-        why = ""
-        if base is None:
-            why = "it is not known which base weights the server has"
-        else:
+        why, client = "it is not known which base weights the server has", self._target.client
+        asked: list[Token] | None = None
+        if base is not None:
             try:
                 with_it, without = oracles.Oracle(base, adapter=folder), oracles.for_folder(base)
+                asked = ask_tokens(client, with_it, without, lora_path=name)
+                others = ask_tokens(client, without, with_it)
             except (MissingExtra, ModelError) as error:
-                why = error.message
-        if why:
+                asked, why = None, error.message
+            except HarnessError:
+                raise  # of the server
+            except Exception as error:
+                # It says nothing about the server.
+                asked, why = None, f"the reference model failed: {type(error).__name__}: {error}"
+        if asked is None:
             silent = Witness.silent("log-probabilities", why)
             return [], silent, silent
-        client = self._target.client
-        asked = ask_tokens(client, with_it, without, lora_path=name)
-        others = ask_tokens(client, without, with_it)
         applied = judge_logprobs(
             asked, dtype, same_weights=False, new="the adapter", old="the base model"
         )

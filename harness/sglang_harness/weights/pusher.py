@@ -156,6 +156,7 @@ class WeightPusher:
             timeout=timeout or target.spec.limits.check,
             abort_all_requests=abort_all_requests,
             any_peer=self._any_peer,
+            dtype=served.dtype,
         )
         before, why_none = self._served.identify(about, served)
         bracket = chosen.needs_session and target.client.has_route("POST", "/begin_weight_update")
@@ -350,7 +351,7 @@ class WeightPusher:
                 self._ask(push)
             else:
                 push.why_no_logprobs = "not asked for"
-            self._served.arrived(push.after)
+            self._served.arrived(push.after, is_scored=not push.why_no_logprobs)
         except Exception as error:
             push.error = _typed(error)
 
@@ -361,9 +362,10 @@ class WeightPusher:
         if model is None:
             push.why_no_logprobs = "the model's config and tokenizer are not on this machine"
             return
-        room = self._room()
-        folder = room / uuid.uuid4().hex[:8]
+        folder: Path | None = None
         try:
+            room = self._room()
+            folder = room / uuid.uuid4().hex[:8]
             model_folder(push.job.source, model, folder)
             new = oracles.for_folder(folder)
             push.tokens = ask_tokens(self._target.client, new, self._served.oracle())
@@ -377,7 +379,8 @@ class WeightPusher:
         else:
             self._served.scored(folder, new, scratch=room)
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _room(self) -> Path:
         if self._scratch is None:

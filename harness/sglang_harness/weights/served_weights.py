@@ -80,12 +80,21 @@ class ServedWeights:
         from sglang_harness import oracle as oracles
 
         if self._pushed is not None and self._pushed[0] == self.folder:
-            return self._pushed[1]  # its folder may be gone
+            folder, oracle = self._pushed
+            if folder.exists():
+                oracle.follow(folder)  # another push of the same files made it, in its own folder
+            return oracle
         return oracles.for_folder(self.folder) if self.folder else None
 
-    def arrived(self, now: Checksums | None) -> None:
-        """A push went through, after which the server states these checksums."""
+    def arrived(self, now: Checksums | None, *, is_scored: bool) -> None:
+        """A push went through, after which the server states these checksums.
+
+        Args:
+            is_scored: :meth:`scored` was told which weights these are.
+        """
         self._last_checksums = now
+        if not is_scored:
+            self.folder = None
 
     def scored(self, folder: Path, oracle: Oracle, *, scratch: Path) -> None:
         """From here on these weights are what a next push replaces.

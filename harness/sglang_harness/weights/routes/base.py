@@ -26,6 +26,7 @@ class Job:
     Attributes:
         target: the server that the weights go to.
         ranks: tensor-parallel ranks of the server: each gets an entry of its own.
+        dtype: what the server holds floating-point weights in; ``None``: it is not known.
         version: the label that goes with every bucket.
         timeout: seconds for the server's answer to one bucket.
         any_peer: the peer next to the server, started for the first push that asks for it.
@@ -42,6 +43,7 @@ class Job:
     timeout: float
     abort_all_requests: bool
     any_peer: Callable[[], Peer]
+    dtype: str | None = None
     peer_used: Peer | None = None
     seconds_staged: float = 0.0
     staged: list[Staged] = field(default_factory=list)
@@ -53,7 +55,7 @@ class Job:
         Raises what :func:`.staging.stage` raises.
         """
         started = time.monotonic()
-        staged = stage(self.source, self.target.running, reader=reader)
+        staged = stage(self.source, self.target.running, reader=reader, dtype=self.dtype)
         self.staged.append(staged)
         self.seconds_staged += time.monotonic() - started
         return staged.inside

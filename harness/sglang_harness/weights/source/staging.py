@@ -26,37 +26,44 @@ class Lies:
     Attributes:
         weights: its files with the tensors.
         indices: which tensor is in which of them, for readers that go by it.
+        alone: the folder has no other files of their kind, which a reader would take for more.
     """
 
     folder: Path
     weights: tuple[Path, ...]
     indices: tuple[Path, ...]
+    alone: bool
 
 
-def as_it_lies(source: Source, *, any_dtype: bool = False) -> Lies | None:
+def as_it_lies(source: Source, *, any_dtype: bool = False, dtype: str | None = None) -> Lies | None:
     """The checkpoint's folder, if its safetensors hold just these tensors under these names;
     ``None`` where they have to be written anew.
 
     Args:
         any_dtype: for a reader that converts what it reads. Otherwise the files have to hold the
             very bytes: float16 read as bfloat16 has the right size and the wrong values.
+        dtype: what that reader converts to, where it is known. Where the served model has another
+            one, its values are rounded to that first, and the reader has to get those.
     """
-    return _lies(source, "safetensors", ".safetensors", any_dtype=any_dtype)
+    return _lies(source, "safetensors", ".safetensors", any_dtype=any_dtype, dtype=dtype)
 
 
-def torch_files(source: Source) -> Lies | None:
+def torch_files(source: Source, *, dtype: str | None = None) -> Lies | None:
     """The checkpoint's folder, if its ``*.bin`` files hold just these tensors under these names;
-    SGLang reads such files too, and converts what it reads."""
-    return _lies(source, "torch", ".bin", any_dtype=True)
+    SGLang reads such files too, and converts what it reads to ``dtype``."""
+    return _lies(source, "torch", ".bin", any_dtype=True, dtype=dtype)
 
 
-def _lies(source: Source, layout: str, suffix: str, *, any_dtype: bool) -> Lies | None:
+def _lies(
+    source: Source, layout: str, suffix: str, *, any_dtype: bool, dtype: str | None
+) -> Lies | None:
     folder = source.path
     if not folder.is_dir():
         return None
     found = open_checkpoint(folder)
-    same = found.tensors.keys() == source.tensors.keys() and (
-        any_dtype or all(found.tensors[name] == info for name, info in source.tensors.items())
+    same = found.tensors.keys() == source.tensors.keys() and all(
+        found.tensors[name] == info or (any_dtype and dtype in (None, info.dtype))
+        for name, info in source.tensors.items()
     )
     renamed = any(name != own for name, own in found.saved_as.items())
     # Readers other than this project's do not look below a key of their own.
@@ -66,7 +73,8 @@ def _lies(source: Source, layout: str, suffix: str, *, any_dtype: bool) -> Lies 
         return None
     if any(file.suffix != suffix for file in files):
         return None
-    return Lies(folder, tuple(files), tuple(sorted(folder.glob(f"*{suffix}.index.json"))))
+    alone = set(files) == set(folder.glob(f"*{suffix}"))
+    return Lies(folder, tuple(files), tuple(sorted(folder.glob(f"*{suffix}.index.json"))), alone)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,13 @@ class Staged:
         self._reach.unshare(self.inside)
 
 
-def stage(source: Source, running: Running, *, reader: Literal["server", "peer"]) -> Staged:
+def stage(
+    source: Source,
+    running: Running,
+    *,
+    reader: Literal["server", "peer"],
+    dtype: str | None = None,
+) -> Staged:
     """Makes the checkpoint readable for ``reader``; the caller removes the copy.
 
     Files that the reader takes as they are are shared, or linked; anything else is written anew,
@@ -102,19 +116,20 @@ def stage(source: Source, running: Running, *, reader: Literal["server", "peer"]
     Args:
         reader: a server converts dtypes and reads ``*.bin`` as well; a peer sends the bytes of
             safetensors.
+        dtype: what the server converts to, where it is known.
 
     Raises:
         ModelError: safetensors has no such dtype.
         NotPrepared: it cannot be written, as on a full disk. Nothing of it is left.
         EngineError: the server's engine did not take it.
     """
-    lies = as_it_lies(source, any_dtype=reader == "server")
+    lies = as_it_lies(source, any_dtype=reader == "server", dtype=dtype)
     if lies is None and reader == "server":
-        lies = torch_files(source)
+        lies = torch_files(source, dtype=dtype)
     shared, reach = running.shared_folder, running.reach
     try:
         # What lies in the shared folder already is read from there.
-        if lies and (shared is None or lies.folder.is_relative_to(shared)):
+        if lies and lies.alone and (shared is None or lies.folder.is_relative_to(shared)):
             return Staged(reach.share(lies.folder), reach)
         return _write(source, reach, lies, shared)
     except OSError as error:
@@ -134,7 +149,10 @@ def _write(source: Source, reach: Reach, lies: Lies | None, shared: Path | None)
         if lies is not None:
             # Weights alone: of the rest the server has its own.
             for file in (*lies.weights, *lies.indices):
-                _link_or_copy(file, room / file.name)
+                if shared is None:
+                    (room / file.name).symlink_to(file.resolve())
+                else:
+                    _link_or_copy(file, room / file.name)
         else:
             write_safetensors(room / "model.safetensors", source.tensors.values(), source.read)
         # Of the room alone: a link has the mode of the file that it is another name of.

@@ -30,6 +30,7 @@ from sglang_harness.suite.checks.memory.release import (
     devices_of,
     fallen,
     reader_of,
+    release,
     resumed_afterwards,
     scored_by,
     until,
@@ -100,8 +101,7 @@ class ColocatedOrder(Check[Colocated]):
         with first_weights_afterwards(context), resumed_afterwards(server) as still:
             client.flush_cache()
             steps["before"] = read()[1]
-            client.release_memory(ALL_TAGS)
-            still += ALL_TAGS
+            release(server, still, ALL_TAGS)
             freed = weights + kv_cache
 
             def at_rest() -> dict[str, int]:
@@ -204,8 +204,7 @@ class CyclesDoNotGrow(Check[Cycles]):
             for number in range(WARM_UP + CYCLES):
                 began = time.monotonic()
                 client.flush_cache()
-                client.release_memory(ALL_TAGS)
-                still += ALL_TAGS
+                release(server, still, ALL_TAGS)
                 client.resume_memory(["weights"])
                 still.remove("weights")
                 update_from_disk(context, old if number % 2 else new.inside, f"cycle-{number}")

@@ -16,7 +16,7 @@ from sglang_harness.checkpoint.footprint import Size
 from sglang_harness.checkpoint.made.perturb import perturbed
 from sglang_harness.checkpoint.writing import disk_may_be_full
 from sglang_harness.client import Update
-from sglang_harness.errors import Refused
+from sglang_harness.errors import EngineError, PeerFailed, Refused
 from sglang_harness.oracle import Oracle
 from sglang_harness.suite.check import (
     Check,
@@ -174,12 +174,17 @@ def first_weights_afterwards(context: Context) -> Iterator[str]:
 
 def pushed(server: Server, checkpoint: Path, **options: Any) -> PushReport:
     """The report of a push, by default by the route ``tensor`` and without the reference model. A
-    push that failed has a report too; where the server died of it, ``ServerDied`` is raised."""
+    push that failed has a report too; where the server died of it, ``ServerDied`` is raised, and
+    where nothing was sent because of an engine or a peer, their error: it says nothing of the
+    server."""
     usual = {"route": "tensor", "version": NEW_VERSION, "logprobs": False}
     try:
         return server.weights.push(checkpoint, **{**usual, **options})
     except PushFailed as error:
         server.raise_if_dead()
+        cause, sent = error.__cause__, {bucket.outcome for bucket in error.report.buckets}
+        if isinstance(cause, EngineError | PeerFailed) and sent <= {"not sent"}:
+            raise cause from None
         return error.report
 
 

@@ -219,10 +219,9 @@ class _PushUnderLoad(Check[UnderLoad]):
         with (
             first_weights_afterwards(context),
             together(
-                [
-                    BackgroundStream(server.client, ids, sampling=greedy(length), logprobs=True)
-                    for ids in prompts
-                ]
+                # One by one: they run as soon as they are made.
+                BackgroundStream(server.client, ids, sampling=greedy(length), logprobs=True)
+                for ids in prompts
             ) as streams,
         ):
             for stream in streams:
