@@ -121,8 +121,14 @@ def qualify(
         strict_known=strict_known,
     )
     run = Qualification(request, view)
+    unwritten: SpecError | None = None
     try:
         verdict = run.run()
+    except SpecError as error:
+        if run.verdict is None:
+            raise
+        # The run is over and judged: it is shown although a file of it could not be written.
+        unwritten, verdict = error, run.verdict
     finally:
         view.close()
         if junit_file is not None and run.verdict is not None:
@@ -135,6 +141,8 @@ def qualify(
     )
     if run.kept is not None:
         _show_held(run.kept)
+    if unwritten is not None:
+        raise unwritten
     raise typer.Exit(verdict.exit_code)
 
 

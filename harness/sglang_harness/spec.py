@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sglang_harness._base.secrets import Redactor, named_as_secrets, passed_through
+from sglang_harness._base.secrets import (
+    REDACTED,
+    SECRET_VARIABLE,
+    Redactor,
+    named_as_secrets,
+    passed_through,
+)
 from sglang_harness.errors import SpecError
 
 Argument = bool | int | float | str | list[str]
@@ -106,6 +112,17 @@ class ServerSpec(_Strict):
     already, which takes some 2 s in place of 10; refused where that cannot be. ``auto``: warm
     where a parent is there or more servers are to come, else cold, and the reason is told."""
     limits: Limits = Field(default_factory=Limits)
+
+    def written(self) -> dict[str, Any]:
+        """The fields as they may be written down: values whose names say that they are secret are
+        masked, however short they are."""
+        told = self.model_dump(mode="json")
+        for field, secret in (("environment", SECRET_VARIABLE), ("server_args", SECRET_FLAG)):
+            told[field] = {
+                name: REDACTED if re.search(secret, name) else value
+                for name, value in told[field].items()
+            }
+        return told
 
     def redactor(self, *api_keys: str | None) -> Redactor:
         """Removes what the server gets and nothing may write down: its key, every value of

@@ -22,6 +22,7 @@ from sglang_harness.errors import (
     ModelError,
     NotProvided,
     Refused,
+    SpecError,
     TimeIsOver,
     Unresponsive,
 )
@@ -584,3 +585,19 @@ def test_a_secret_passed_by_the_environment_is_in_no_file_of_the_run(
         assert secret not in (tmp_path / name).read_text()
     assert "licence <redacted>" in (tmp_path / "server.log").read_text()
     assert json.loads((tmp_path / "verdict.json").read_text())["checks"][0]["outcome"] == "fail"
+
+
+def test_a_verdict_that_cannot_be_written_any_more_is_not_lost(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any) -> None:
+        raise SpecError("verdict.json cannot be written: No space left on device.")
+
+    monkeypatch.setattr(qualification.suite, "select", lambda *_: [check("a/one")])
+    monkeypatch.setattr(qualification.report, "write_all", full)
+    request = Request(ServerSpec(), tmp_path, ScriptedRuntime())  # type: ignore[arg-type]
+    asked = Qualification(request, Silent())
+    with pytest.raises(SpecError):
+        asked.run()
+    assert asked.verdict is not None
+    assert asked.verdict.verdict == "pass"

@@ -99,3 +99,13 @@ def test_a_spec_knows_every_secret_that_its_server_gets(monkeypatch: pytest.Monk
     shown = [str(tmp_path), "INFO-0123456789", "tokenizer-0123456789"]
     cleaned = spec.redactor(KEY).text(" ".join([*hidden, *shown]))
     assert cleaned == " ".join([REDACTED] * len(hidden) + shown)
+
+
+def test_what_is_named_as_a_secret_is_masked_in_the_spec_however_short_it_is():
+    spec = ServerSpec.make(
+        environment={"DB_PASSWORD": "hunter2", "TOKENIZERS_PARALLELISM": "false"},
+        server_args={"ssl-keyfile-password": "abc", "tp-size": 2},
+    )
+    told = spec.written()
+    assert told["environment"] == {"DB_PASSWORD": REDACTED, "TOKENIZERS_PARALLELISM": "false"}
+    assert told["server_args"] == {"ssl-keyfile-password": REDACTED, "tp-size": 2}

@@ -21,6 +21,11 @@ REDACTED = "<redacted>"
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY")
 
 
+#: Names of variables whose value is a secret even where it is too short to be searched for.
+#: ``TOKENIZERS_PARALLELISM`` is not one.
+SECRET_VARIABLE = r"(?i)(TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL)S?$|SECRET|PASSWORD|CREDENTIAL"  # noqa: S105
+
+
 def new_api_key() -> str:
     """A fresh key for one server: 64 hexadecimal digits, 256 bits.
 

@@ -357,7 +357,8 @@ def raise_if_not_finite(path: Path, tensors: Iterable[tuple[str, torch.Tensor]])
         raise CheckpointMismatch(
             f"{path} has {len(found)} tensors with values that are not finite: {first}.",
             tuple(it.name for it in found),
-            advice="Check the training run: SGLang serves such weights without an error.",
+            advice="Check the training run: SGLang serves such weights without an error. To push "
+            "them on purpose: check_values=False.",
         )
 
 

@@ -66,8 +66,9 @@ def routes() -> Call[frozenset[tuple[str, str]]]:
 
     def read(reply: Reply) -> frozenset[tuple[str, str]]:
         paths = _object(reply)["paths"]
-        if not isinstance(paths, dict):
-            raise TypeError("'paths' is not an object")
+        if not isinstance(paths, dict) or not paths:
+            # A server without a single route has not answered this: a proxy has.
+            raise TypeError("'paths' lists no route")
         return frozenset((method.upper(), path) for path, ms in paths.items() for method in ms)
 
     return Call("GET", "/openapi.json", read)

@@ -215,7 +215,7 @@ class RunRecord:
             },
             device=about_device,
             runtime=self.runtime,
-            spec=redactor.data(spec.model_dump(mode="json")),
+            spec=redactor.data(spec.written()),
             seed=self.seed,
             checks=self.results,
             outside_profile=self.outside,
