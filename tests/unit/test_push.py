@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from scripted_server import Answer
 from weight_server import WeightServer, refused
 
-from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.errors import CheckpointMismatch, ReadOnly, SpecError
 from sglang_harness.weights import PushFailed, PushReport
@@ -24,20 +23,6 @@ pytest.importorskip("transformers")
 
 #: Cuts the tiny model's 2 MB into several buckets.
 SMALL = 300_000
-
-
-@pytest.fixture(scope="module")
-def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "old"
-    tiny.write(path, 0)
-    return path
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "new"
-    tiny.write(path, 7)
-    return path
 
 
 def push(double: WeightServer, path: Path, **options: Any) -> PushReport:

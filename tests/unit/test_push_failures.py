@@ -52,20 +52,6 @@ SMALL = 300_000
 NORM = "model.norm.weight"
 
 
-@pytest.fixture(scope="module")
-def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "old"
-    tiny.write(path, 0)
-    return path
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "new"
-    tiny.write(path, 7)
-    return path
-
-
 @pytest.fixture
 def altered(new: Path, tmp_path: Path) -> Any:
     """Makes a checkpoint with one tensor altered."""

@@ -25,7 +25,6 @@ from sglang_harness import suite
 from sglang_harness._base import headroom
 from sglang_harness._base.temporary import RECORD
 from sglang_harness.checkpoint import footprint
-from sglang_harness.checkpoint.made import tiny
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_torch
 from sglang_harness.client import Client, RequestsTransport
@@ -52,20 +51,6 @@ pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 PROMPT = [45, 74, 81, 81]
-
-
-@pytest.fixture(scope="module")
-def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "old"
-    tiny.write(path, 0)
-    return path
-
-
-@pytest.fixture(scope="module")
-def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "new"
-    tiny.write(path, 7)
-    return path
 
 
 # --- a reference model whose folder is gone ----------------------------------------------------
