@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sglang_harness import oracle as oracles
 from sglang_harness.client import Update
-from sglang_harness.errors import NoAnswerInTime, RequestFailed, ServerDied, TimeIsOver
+from sglang_harness.errors import NoAnswerInTime, Refused, RequestFailed, ServerDied, TimeIsOver
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation, dtype_of
 from sglang_harness.suite.lib.scored import Tokens, unequal
 
@@ -103,7 +103,7 @@ class Survives(Check[A]):
         except TimeIsOver:
             raise
         except RequestFailed as error:
-            seen.status = getattr(error, "status", None)
+            seen.status = error.status if isinstance(error, Refused) else None
             seen.note(error.message)
         settled = seen.status is not None and seen.status < 500
         if death := server.running.watch.wait(1.0 if settled else DIES_WITHIN):
