@@ -408,6 +408,26 @@ def test_the_log_is_read_when_the_other_checks_have_used_the_server(profile: str
     )
 
 
+PROVOKED = [
+    "[2026-11-28 00:30:02] check_weights see error: Torch not compiled with CUDA enabled",
+    "Traceback (most recent call last):",
+    '  File "weight_checker.py", line 125, in _compute_checksum',
+    "AssertionError: Torch not compiled with CUDA enabled",
+]
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["alone", "beside another"])
+def test_the_traceback_of_the_harness_own_question_is_not_laid_at_the_servers_door(
+    double: ModelServer, tmp_path: Path, more: bool
+) -> None:
+    """Whether checksums can be computed has to be tried (0.5.20 to 0.5.22 cannot on a CPU)."""
+    double.log += PROVOKED
+    if more:
+        double.log += ["POST /generate", "Traceback (most recent call last):"]
+    result = result_of("launch/log", double, tmp_path)
+    assert result.outcome is (Outcome.FAIL if more else Outcome.PASS), result.message
+
+
 # --- how a start is seen ----------------------------------------------------------------------
 
 TOKENS = {

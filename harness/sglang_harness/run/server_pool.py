@@ -168,7 +168,7 @@ class ServerPool:
             why = f"{type(error).__name__} in {place(error)}: {error}"
         else:
             return True
-        self.logs.append(f"--- a server of its own was not used again: {title(spec)} ---\n{why}")
+        self.logs.append(f"--- not used again, as it was not restored: {title(spec)} ---\n{why}")
         return False
 
     def _stop(self, spec: ServerSpec, server: Server) -> None:
