@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from commands import COMMAND_LIMIT, names_on_engine
 
@@ -25,6 +24,7 @@ from sglang_harness.errors import RequestFailed, ServerDied, ServerLost
 from sglang_harness.runtime.death import Death
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.process import ProcessRuntime
+from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.runtime.warm import kept_parents
 from sglang_harness.runtime.warm.server import WarmServer
 from sglang_harness.server import Server
@@ -139,7 +139,7 @@ def test_a_killed_process_is_told_takes_its_server_along_and_nobody_else(
             stopped = server.stop()
         assert stopped.left_behind == []
         assert stopped.exit_code == 137
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(lives_as(pid) for pid in pids)
         assert left(neighbour) == before, "no segment and no file of it"
         assert neighbour.running.watch.death is None
 
@@ -162,7 +162,7 @@ def test_a_killed_parent_is_told_as_that_and_everything_is_gone() -> None:
             with pytest.raises(ServerLost):
                 server.client.generate("Hello")
             assert server.stop().left_behind == []
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(lives_as(pid) for pid in pids)
         # The next one has another parent.
         with Server.start(spec, runtime=runtime) as third:
             assert third.running.started.how == "warm"
@@ -344,7 +344,7 @@ def test_a_process_forks_as_a_container_does() -> None:
                 else:
                     assert death(server).exit_code == 128 + signal.SIGKILL
                 assert server.stop().left_behind == []
-            assert not any(psutil.pid_exists(pid) for pid in pids)
+            assert not any(lives_as(pid) for pid in pids)
 
 
 # --- kept for a person --------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_runs_find_a_kept_parent_share_it_and_a_killed_one_leaves_it_clean(
     assert killed.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in re.findall(r"pids (.+)", killed.stdout)[0].split()]
     wait_until(
-        lambda: not any(psutil.pid_exists(pid) for pid in pids),
+        lambda: not any(lives_as(pid) for pid in pids),
         "the server of the run that was killed to end",
     )
     assert kept.name in command("doctor").stdout
@@ -433,7 +433,7 @@ def test_a_killed_run_takes_its_own_parent_along(command: Run, tmp_path: Path) -
     (name,) = re.findall(r"container (sglang-harness-parent-\S+)", killed.stdout)
     pids = [int(pid) for pid in re.findall(r"pids (.+)", killed.stdout)[0].split()]
     wait_until(lambda: name not in names_on_engine(), "the parent's container to be gone")
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(lives_as(pid) for pid in pids)
     folder = Path(re.findall(r"folder (\S+)", killed.stdout)[0])
     assert folder.exists()
     assert f"removed {folder}" in command("sweep").stdout
