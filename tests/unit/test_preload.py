@@ -14,6 +14,7 @@ import imitated_sglang
 import psutil
 import pytest
 
+from sglang_harness._base.temporary import remove
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime.warm import parent_process
 from sglang_harness.runtime.warm.parent_process import ProcessParent
@@ -312,6 +313,8 @@ def kept(site: Path) -> Iterator[tuple[str, Path]]:
     wait_until(lambda: finder.preloaded.gone, "the kept parent to end")
     finder.end()
     wait_until(lambda: gone(pid), "the kept parent to be gone")
+    # Whoever has it on record removes its folder.
+    assert remove(folders.root) == []
 
 
 def test_two_runs_share_a_kept_parent_and_each_ends_its_own(
@@ -342,3 +345,4 @@ def test_a_kept_parent_that_nobody_uses_ends_by_itself(site: Path) -> None:
     wait_until(lambda: gone(pid), "the kept parent to end for want of use")
     with pytest.raises(EngineError, match="No preloaded parent listens"):
         parent_process.find(name, folders.root, recipe)
+    assert remove(folders.root) == []
