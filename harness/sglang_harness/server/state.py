@@ -41,16 +41,24 @@ def lacks_checksums(server: Server) -> str | None:
     """Why the server cannot compute checksums of its weights; ``None``: it can. Asked once a
     server: 0.5.20 has the route, but needs CUDA to answer it."""
     if "checksums" not in server.lacks:
-        reason = None
-        if not server.client.has_route("POST", "/weights_checker"):
-            reason = "this SGLang has no POST /weights_checker"
-        else:
-            try:
-                server.client.checksums()
-            except Refused as error:
-                reason = f"this SGLang cannot compute checksums here ({error.reason})"
-        server.lacks["checksums"] = reason
+        _checksums(server)
     return server.lacks["checksums"]
+
+
+def _checksums(server: Server) -> Checksums | None:
+    """As the server computes them now; ``None`` where it cannot, which is noted the first time."""
+    if "checksums" in server.lacks:
+        return server.client.checksums() if server.lacks["checksums"] is None else None
+    found, reason = None, None
+    if not server.client.has_route("POST", "/weights_checker"):
+        reason = "this SGLang has no POST /weights_checker"
+    else:
+        try:
+            found = server.client.checksums()
+        except Refused as error:
+            reason = f"this SGLang cannot compute checksums here ({error.reason})"
+    server.lacks["checksums"] = reason
+    return found
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,9 @@ class State:
         """Asks ``server``, which must not be paused."""
         client = server.client
         told = client.model_info()
-        checksums: Checksums | None = None
+        checksums = _checksums(server)
         fingerprint: tuple[float, ...] = ()
-        if lacks_checksums(server) is None:
-            checksums = client.checksums()
-        else:
+        if checksums is None:
             client.flush_cache()
             fingerprint = client.generate(
                 list(FINGERPRINT_IDS),
