@@ -7,12 +7,15 @@ import uuid
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Writes ``text`` as UTF-8 to ``path``, and makes its folder where that is missing.
 
     A file that was there is replaced in one step, once the new one is complete: a reader, or a
     run that is killed halfway, finds the old file or the new one. Half characters (lone
     surrogates) become ``?``.
+
+    Args:
+        mode: permissions of the new file, less the umask.
 
     Raises:
         OSError: it cannot be written; a file that was there is unchanged.
@@ -26,7 +29,7 @@ def write_whole(path: Path, text: str) -> None:
     # In the same folder, because only a rename within a file system is one step.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with part.open("xb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

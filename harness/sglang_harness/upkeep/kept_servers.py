@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_harness._base import paths, temporary
+from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import engine
 from sglang_harness.server import Server
@@ -63,17 +64,13 @@ def hold(server: Server) -> Held:
         model=None if server.model is None else str(server.model),
         engine=_engine(),
     )
-    new = held.file.with_suffix(f".{os.getpid()}")
     try:
         held.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        new.touch(mode=0o600)
-        new.write_text(held.model_dump_json(), encoding="utf-8")
-        new.replace(held.file)
+        write_whole(held.file, held.model_dump_json(), mode=0o600)
         if shared is not None:
             temporary.keep(shared, held.run_id)
     except BaseException:
-        for written in (new, held.file):
-            written.unlink(missing_ok=True)
+        held.file.unlink(missing_ok=True)
         raise
     server.running.watch.expected = True
     return held

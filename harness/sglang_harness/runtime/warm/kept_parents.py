@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_harness._base import paths, temporary
 from sglang_harness._base.teardown import Teardown
+from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime.process_family import until_gone
 from sglang_harness.runtime.warm import parent_container, parent_process
@@ -125,10 +125,7 @@ def _record(
     )
     try:
         kept.file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        beside = kept.file.with_suffix(f".{os.getpid()}")
-        beside.touch(mode=0o600)
-        beside.write_text(kept.model_dump_json(), encoding="utf-8")
-        beside.replace(kept.file)
+        write_whole(kept.file, kept.model_dump_json(), mode=0o600)
         temporary.keep(folders.root, run_id)
     except BaseException:
         end(kept)  # nothing else would ever find it
