@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
-
 from sglang_harness.client import calls
 from sglang_harness.client.call import Call
+from sglang_harness.client.methods import Sender
 from sglang_harness.errors import BadAnswer, Refused
-
-T = TypeVar("T")
 
 #: Methods that HTTP defines as safe and that no route of SGLang has. FastAPI and axum answer 405
 #: where the path is known and 404 where it is not, and run nothing (seen with FastAPI 0.165;
@@ -22,10 +19,6 @@ UNKNOWN_PATH = "/sglang-harness/no-such-route"
 #: Statuses that say nothing about a route: a wrong key, too many requests, a gateway without its
 #: server, a server that is starting or shutting down.
 SAY_NOTHING = frozenset({401, 429, 502, 503, 504})
-
-
-class Sender(Protocol):
-    def send(self, call: Call[T]) -> T: ...
 
 
 class OfferedRoutes:

@@ -4,7 +4,7 @@ check that modifies it, restored where it differs, replaced where that fails."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import (
@@ -125,8 +125,7 @@ class MainServer:
             return False
         ended = server.running.watch.ended
         if isinstance(ended, Death):
-            self.because = check.id
-            self.deaths[check.id] = ended.sentence()
+            self._note_death(check, ended.sentence())
             return self._replace(server, f"died under {check.id}")
         if ended is not None:
             return self._replace(server, f"was lost under {check.id} ({ended.reason})")
@@ -137,10 +136,13 @@ class MainServer:
         try:
             wrong = self._differs_for_good(server, check)
         except ServerDied as error:
-            self.because = check.id
-            self.deaths[check.id] = error.message
+            self._note_death(check, error.message)
             return self._replace(server, f"died after {check.id}, while it was restored")
         return self._replace(server, wrong) if wrong else False
+
+    def _note_death(self, check: Check[Any], how: str) -> None:
+        self.because = check.id
+        self.deaths[check.id] = how
 
     def _differs_for_good(self, server: Server, check: Check[Any]) -> str:
         """Why the server cannot be used any more; empty: it is as at its start (again)."""
@@ -172,8 +174,7 @@ class MainServer:
         elif self._left() <= 0:
             self.unusable = f"the server {why}, and the run's limit was over"
         if self.unusable:
-            self.caveats.append(f"{self.unusable[0].upper()}{self.unusable[1:]}.")
-            return False
+            return self._give_up()
         self._replaced += 1
         self._say(f"The server {why}. Starting another for the remaining checks")
         self.stop(server)
@@ -189,7 +190,10 @@ class MainServer:
             self.caveats.append(f"The server {why} and was replaced.")
             self.because = None
             return True
-        self.caveats.append(f"{self.unusable[0].upper()}{self.unusable[1:]}")
+        return self._give_up()
+
+    def _give_up(self) -> Literal[False]:
+        self.caveats.append(f"{self.unusable[0].upper()}{self.unusable[1:].rstrip('.')}.")
         return False
 
     def give_back(self, server: Server) -> None:

@@ -7,7 +7,6 @@ import tempfile
 import traceback
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +49,8 @@ MISTAKES = (SpecError, ModelError, MissingExtra)
 
 #: What a server's start fails with where the server itself is at fault.
 NEVER_CAME_UP = (ServerDied, StartTimeout, DidNotComeUp, Unresponsive)
+
+NOT_REMOVED = "could not be ended or removed: {}"
 
 #: The file beside the reports: what the servers wrote.
 LOG = "server.log"
@@ -170,7 +171,8 @@ class Qualification:
                 # extension modules in Rust panic.
                 self._failed(error)
             finally:
-                temporary.remove(self._scratch)
+                left = temporary.remove(self._scratch)
+                self._record.caveats += [NOT_REMOVED.format(line) for line in left]
             self._record.interrupted = signals.seen is not None
             verdict = self._write()
         if signals.seen is not None:
@@ -325,8 +327,6 @@ class Qualification:
             down.step("the server", self._end_main)
             down.step("the questions after the stop", self._ask_after_stop)
             down.step("the reference models", oracle.forget)
-            if self._scratch is not None:
-                down.collect("the scratch folder", partial(temporary.remove, self._scratch))
             record.servers = main.servers
             if not record.interrupted and main.servers:
                 self._note_unasked(down.failures)
@@ -335,7 +335,7 @@ class Qualification:
             record.caveats += [
                 *([self._request.runtime.caveat] if self._request.runtime.caveat else []),
                 *main.caveats,
-                *(f"could not be ended or removed: {line}" for line in [*down.failures, *left]),
+                *(NOT_REMOVED.format(line) for line in [*down.failures, *left]),
             ]
 
     def _note_unasked(self, failures: list[str]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sglang_harness.errors import Interrupted, MissingExtra, SpecError, TimeIsOver
+from sglang_harness.errors import Interrupted, SpecError, TimeIsOver
 from sglang_harness.errors import NotProvided as NotProvided  # part of this module's interface
 from sglang_harness.server.state import unresponsive
 from sglang_harness.suite.blame import blame, place
@@ -115,7 +115,8 @@ class Context:
         """The reference for the served model.
 
         Raises:
-            NotProvided: torch is missing, or the model is not on this machine.
+            MissingExtra: torch is missing.
+            NotProvided: the model is not on this machine.
         """
         from sglang_harness import oracle
 
@@ -124,10 +125,7 @@ class Context:
                 f"The oracle cannot read {self.server.spec.model}: it is on the hub, not here.",
                 advice="Give the model as a folder.",
             )
-        try:
-            return oracle.for_folder(self.server.model)
-        except MissingExtra as error:
-            raise NotProvided(str(error)) from None
+        return oracle.for_folder(self.server.model)
 
     @staticmethod
     def oracle_of(server: Server, *, adapter: Path | None = None) -> Oracle:
@@ -137,23 +135,19 @@ class Context:
             adapter: a LoRA adapter on this machine that it answers with.
 
         Raises:
-            NotProvided: torch, transformers or PEFT is missing, or the model is not here.
+            MissingExtra: torch, transformers or PEFT is missing.
+            NotProvided: the model is not on this machine.
         """
         from sglang_harness import oracle
 
         if server.model is None:
             raise NotProvided(f"The oracle cannot read {server.spec.model}: it is not here.")
-        try:
-            return oracle.Oracle(server.model, adapter=adapter)
-        except MissingExtra as error:
-            raise NotProvided(str(error)) from None
+        return oracle.Oracle(server.model, adapter=adapter)
 
-    @property
+    @cached_property
     def dtype(self) -> str:
         """The dtype that the server computes in, as its launch configuration states it."""
-        if not hasattr(self, "_dtype"):
-            self._dtype = dtype_of(self.server)
-        return self._dtype
+        return dtype_of(self.server)
 
     def empty_prefix_cache(self) -> None:
         """Before an answer that must not come out of the cache. A server that is only looked

@@ -73,7 +73,8 @@ def variant(context: Context) -> Variant:
     links to it, so that it takes its disk once.
 
     Raises:
-        NotProvided: torch is missing, or the model is not on this machine.
+        MissingExtra: torch is missing.
+        NotProvided: the model is not on this machine.
         NotEnoughRoom: the disk or the memory does not suffice for it or for its reference model.
             Nothing of it stays.
     """
