@@ -23,6 +23,7 @@ ORDER = (
     ("suite", "sharing", "container"),
     ("upkeep",),
     ("run", "options"),
+    ("gpu_check",),
     ("pytest_plugin", "cli"),
 )
 

@@ -6,14 +6,11 @@ memory limits, users) is not isolated here, and the verdict says so.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
-import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from sglang_harness._base import assets, temporary
+from sglang_harness._base.descent import ending_with_parent
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
@@ -40,8 +38,6 @@ from sglang_harness.runtime.warm.parents import Parents
 from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.runtime.warm.server import WarmServer, alike, warm_or
 from sglang_harness.spec import ServerSpec, command_line
-
-_PR_SET_PDEATHSIG = 1
 
 
 class SGLangProcess:
@@ -130,7 +126,7 @@ class SGLangProcess:
                     cwd=self._folder,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=_ends_with_parent(),
+                    preexec_fn=ending_with_parent(),
                 )
         except OSError as error:
             self._port.release()
@@ -163,7 +159,7 @@ class SGLangProcess:
             name=f"{self.name}-peer",
             environment={**self._environment(), "GLOO_SOCKET_IFNAME": "lo"},
             folder=self._folder,
-            before=_ends_with_parent(),
+            before=ending_with_parent(),
         )
         self._beside.append(made)
         return made
@@ -375,17 +371,6 @@ def environment_of(
         **basics, **devices, **cpu, **offline, **passed, **spec.environment,
         "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-
-
-def _ends_with_parent() -> Callable[[], None]:
-    """Called in a child before it becomes another program: it ends when this process does."""
-    libc = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
-
-    def end_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    return end_with_parent
 
 
 def _remove_shared_memory(pids: Iterable[int]) -> None:
