@@ -24,6 +24,7 @@ ORDER = (
     ("upkeep",),
     ("run", "options"),
     ("pytest_plugin", "cli"),
+    ("__main__",),
 )
 
 #: What 'import sglang_harness' offers; a name is imported when it is first used.
