@@ -20,7 +20,7 @@ ORDER = (
     ("client", "peer"),
     ("traffic", "weights"),
     ("server",),
-    ("suite", "sharing", "container"),
+    ("suite", "sharing", "container", "kit"),
     ("upkeep",),
     ("run", "options"),
     ("pytest_plugin", "cli"),
