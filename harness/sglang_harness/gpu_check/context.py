@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_harness.errors import HarnessError
-from sglang_harness.gpu_check.part import NotHere, Topic
+from sglang_harness.gpu_check.outcomes import NotHere, Topic
 from sglang_harness.gpu_check.results import plain
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.spec import Argument, ServerSpec

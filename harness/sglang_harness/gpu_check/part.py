@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from sglang_harness.gpu_check.context import Context
+from sglang_harness.gpu_check.context import Context
+from sglang_harness.gpu_check.outcomes import TOPICS, NotHere, Outcome, Topic
 
-Outcome = Literal["held", "failed", "not run"]
+__all__ = ["TOPICS", "Context", "Need", "NotHere", "Outcome", "Part", "Scope", "Topic"]
 
 #: What a part needs; where it is missing the part is ``not run``, and is not started.
 #:
@@ -41,16 +41,6 @@ Need = Literal["cuda", "release", "two gpus"]
 #: When a part runs. ``once``: before all others, without a release. ``release``: for each release,
 #: all parts of one before those of the next. ``last``: for each release, when all others have run.
 Scope = Literal["once", "release", "last"]
-
-#: Subjects of the summary, in its order.
-Topic = Literal[
-    "device", "serving", "kernels", "weights", "tolerances", "memory", "death", "second GPU"
-]
-TOPICS: tuple[Topic, ...] = get_args(Topic)
-
-
-class NotHere(Exception):
-    """What the part needs is missing on this machine. The message says what."""
 
 
 @dataclass(frozen=True)

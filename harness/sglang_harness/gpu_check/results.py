@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sglang_harness.gpu_check.part import Outcome, Topic
+from sglang_harness.gpu_check.outcomes import Outcome, Topic
 
 SCHEMA = 1
 

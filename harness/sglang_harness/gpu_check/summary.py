@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_harness.gpu_check.part import TOPICS
+from sglang_harness.gpu_check.outcomes import TOPICS
 from sglang_harness.gpu_check.results import PartResult, Results
 
 WIDTH = 120

@@ -39,6 +39,10 @@ from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.runtime.warm.server import WarmServer, alike, warm_or
 from sglang_harness.spec import ServerSpec, command_line
 
+NO_CONTAINER = (
+    "No container: the server ran as a process of this machine, with the rights of the harness."
+)
+
 
 class SGLangProcess:
     """One SGLang server as a child process, on loopback, with a key of its own.
@@ -255,18 +259,19 @@ class ProcessRuntime:
     Args:
         python: one that can import sglang, such as a GPU installation of the user's own;
             ``None``: SGLang's CPU stack, made in the cache by ``docker/embedded.sh``.
+
+    Raises:
+        SpecError: see :func:`caveats_of`.
     """
 
     name = "process"
     starts = True
     decides_gpus = False
     decides_model = False
-    caveat: str | None = (
-        "No container: the server ran as a process of this machine, with the rights of the harness."
-    )
 
     def __init__(self, python: Path | None = None) -> None:
         self._python = python
+        self.caveats: tuple[str, ...] = (NO_CONTAINER, *caveats_of(python))
         self._parents = Parents(
             lambda recipe: kept_parents.find("process", recipe),
             lambda recipe, _, say: parent_process.make(recipe, say=say),
@@ -326,6 +331,30 @@ class ProcessRuntime:
             runtime=self.name,
             device=device,
         )
+
+
+def caveats_of(python: Path | None) -> tuple[str, ...]:
+    """What whoever made a Python says that a verdict on its servers cannot vouch for: stand-ins in
+    it, kernels of another version. It is in the file ``<python>.caveats``, one sentence a line.
+
+    Raises:
+        SpecError: the file is there and cannot be read: a verdict without it would claim too much.
+    """
+    if python is None:
+        return ()
+    file = python.with_name(f"{python.name}.caveats")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError(
+            f"{file} cannot be read ({why}). It says what verdicts on servers of this Python "
+            "cannot vouch for.",
+            advice="Make it readable; for a kit, unpack it again.",
+        ) from None
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 KIND = Kind(

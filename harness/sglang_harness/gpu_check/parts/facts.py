@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_harness._base import host
-from sglang_harness.gpu_check.context import Context
-from sglang_harness.gpu_check.part import Part
+from sglang_harness.gpu_check.part import Context, Part
 
 
 def run(context: Context) -> dict[str, Any]:
