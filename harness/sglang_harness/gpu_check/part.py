@@ -33,7 +33,7 @@ __all__ = ["TOPICS", "Context", "Need", "NotHere", "Outcome", "Part", "Scope", "
 
 #: What a part needs; where it is missing the part is ``not run``, and is not started.
 #:
-#: ``cuda``: a GPU that torch can use (never in a rehearsal on the CPU).
+#: ``cuda``: a GPU; never in a rehearsal. Whether torch can use it, Context.torch() finds out.
 #: ``release``: an SGLang to start servers with.
 #: ``two gpus``: a second GPU.
 Need = Literal["cuda", "release", "two gpus"]

@@ -7,6 +7,12 @@ them runs: this table is read by the process that must not initialise CUDA.
 from __future__ import annotations
 
 from sglang_harness.gpu_check.part import Part
-from sglang_harness.gpu_check.parts import facts
+from sglang_harness.gpu_check.parts import driver_figures, facts, ipc, leases, mock_driver
 
-PARTS: tuple[Part, ...] = (facts.PART,)
+PARTS: tuple[Part, ...] = (
+    facts.PART,
+    *driver_figures.PARTS,
+    ipc.PART,
+    leases.PART,
+    mock_driver.PART,
+)
