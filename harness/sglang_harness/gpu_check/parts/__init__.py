@@ -7,6 +7,26 @@ them runs: this table is read by the process that must not initialise CUDA.
 from __future__ import annotations
 
 from sglang_harness.gpu_check.part import Part
-from sglang_harness.gpu_check.parts import facts
+from sglang_harness.gpu_check.parts import (
+    cycles,
+    death,
+    facts,
+    fused_layout,
+    occupancy,
+    planted_leak,
+    pushes,
+    releases,
+    second_gpu,
+)
 
-PARTS: tuple[Part, ...] = (facts.PART,)
+PARTS: tuple[Part, ...] = (
+    facts.PART,
+    fused_layout.PART,
+    pushes.PART,
+    releases.PART,
+    cycles.PART,
+    planted_leak.PART,
+    occupancy.PART,
+    death.PART,
+    second_gpu.PART,
+)
