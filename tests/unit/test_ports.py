@@ -146,9 +146,7 @@ def prepared(tmp_path: Path, metadata: str, **fields: Any) -> tuple[SGLangProces
 def test_a_high_port_that_this_sglang_cannot_start_at_is_a_mistake_in_the_spec(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(
-        SpecError, match="Port 60000 cannot be used: SGLang 0.5.15 .* 70000"
-    ) as told:
+    with pytest.raises(SpecError, match="Port 60000 cannot be used: SGLang 0") as told:
         prepared(tmp_path, "echo 0.5.15", port=60000)
     assert "70000" in told.value.message
     assert "\n" not in told.value.message
