@@ -269,6 +269,56 @@ def doctor() -> None:
     raise typer.Exit(2 if any(f.state == "bad" for f in findings) else 0)
 
 
+@app.command("gpu-check")
+@_with_options("server-arg")
+def gpu_check(
+    given: dict[str, Any],
+    device: Annotated[
+        str, typer.Option(help="gpu, or cpu for a rehearsal in which no GPU is seen.")
+    ] = "gpu",
+    kit: Annotated[Path | None, typer.Option(help="Folder of an unpacked kit.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Runtime process: a Python that has SGLang.")
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="process or docker.")] = "process",
+    image: Annotated[str | None, typer.Option(help="Runtime docker: the image.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 3600.0,
+    slow: Annotated[float, typer.Option(help="Factor of every time limit.")] = 1.0,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part. Repeatable.")] = None,
+    release: Annotated[
+        list[str] | None, typer.Option(help="Only this version of SGLang. Repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results: new, or empty.")] = None,
+) -> None:
+    """Find out what only a GPU can show. Exit code 0 all held, 1 one failed, 3 not all was run."""
+    from sglang_harness.gpu_check import request
+    from sglang_harness.gpu_check.machine import NotRun
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    try:
+        asked = request.from_words(
+            device=device,
+            kit=kit,
+            python=python,
+            runtime=runtime,
+            image=image,
+            budget=budget,
+            slow=slow,
+            parts=part or [],
+            releases=release or [],
+            server_args=given["server-arg"],
+            out=out,
+        )
+        results, folder = request.run(asked, say)
+    except NotRun as why:
+        say(f"not run: {why}")
+        raise typer.Exit(3) from None
+    say(f"Results in {folder}: summary.txt, results.json, results.tar.gz")
+    raise typer.Exit(results.exit_code)
+
+
 @app.command()
 def judge(
     out: Annotated[Path, typer.Argument(help="Folder of a saved run, or its verdict.json.")],

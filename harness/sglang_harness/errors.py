@@ -166,6 +166,10 @@ class MissingExtra(HarnessError):
         )
 
 
+class KitError(HarnessError):
+    """A kit for a host without network cannot be built, or is not what it should be."""
+
+
 class NotProvided(HarnessError):
     """The harness cannot provide what a check needs: the check is ``not-run``, and the run is
     not a pass."""

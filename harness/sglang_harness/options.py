@@ -73,7 +73,7 @@ COMMON = (
         "model",
         "A folder, a hub name, 'smollm2' (the default of the command line), 'tiny[:SEED]' (the "
         "default of pytest), or a tiny model of another architecture: tiny-qwen2, tiny-qwen3, "
-        "tiny-qwen3-moe, tiny-mixtral.",
+        "tiny-qwen3-moe, tiny-mixtral; or a random Llama in bfloat16: random-1.2b, random-3b.",
         starts=False,
     ),
     Option("device", "auto, cpu or gpu."),

@@ -80,7 +80,8 @@ class ServerSpec(_Strict):
     model: str = "smollm2"
     """``smollm2`` (SmolLM2-135M-Instruct), ``tiny`` or ``tiny:SEED`` (a seeded random Llama,
     0.5 M parameters), ``tiny-qwen2``, ``tiny-qwen3``, ``tiny-qwen3-moe`` or ``tiny-mixtral``
-    (the same for other architectures), a folder with a checkpoint, or a name on the hub."""
+    (the same for other architectures), ``random-1.2b`` or ``random-3b`` (a seeded random Llama in
+    bfloat16), a folder with a checkpoint, or a name on the hub."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     gpus: str = "all"
     """``all``, or indices or UUIDs joined by commas, as ``docker run --gpus device=`` takes;

@@ -245,7 +245,7 @@ class ProxyRuntime:
     starts = True
     decides_gpus = False
     decides_model = True
-    caveat: str | None = None
+    caveats: tuple[str, ...] = ()
 
     def __init__(
         self, real: Server, scenario: Scenario, conduct: Conduct, *, host_memory: bool = False

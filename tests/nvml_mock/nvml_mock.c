@@ -11,6 +11,7 @@
  *   gpu UUID TOTAL RESERVED BASE NAME     a device; BASE bytes are in use by nobody
  *   mig PARENT UUID TOTAL RESERVED BASE NAME
  *   process UUID PID BYTES [KIND]         compute (default), graphics or mps; BYTES -1: untold
+ *   capability UUID MAJOR MINOR           CUDA's compute capability (default 9 0)
  *   lost UUID                             it fell off the bus
  *   fail CALL CODE [UUID]                 CALL answers CODE, for that device or for all
  *   slow CALL MILLISECONDS [UUID]         CALL takes that long
@@ -58,7 +59,7 @@ const unsigned int nvml_mock_memory_v2 = MEMORY_V2;
 typedef struct {
     char uuid[UUID], parent[UUID], name[96];
     unsigned long long total, reserved, base;
-    int lost;
+    int lost, major, minor;
 } device;
 typedef struct { char uuid[UUID]; unsigned int pid; long long bytes; char kind[16]; } process;
 typedef struct { char call[64], uuid[UUID]; int value; } rule;
@@ -111,6 +112,7 @@ static void statement(const char *line) {
     if (now.devices < MANY && sscanf(line, "gpu %95s %llu %llu %llu", a, &t, &r, &u) == 4) {
         device *d = &now.device[now.devices++];
         memset(d, 0, sizeof *d);
+        d->major = 9;
         strcpy(d->uuid, a);
         d->total = t, d->reserved = r, d->base = u;
         rest_of(d->name, sizeof d->name, line, 5);
@@ -118,6 +120,7 @@ static void statement(const char *line) {
                sscanf(line, "mig %95s %95s %llu %llu %llu", a, b, &t, &r, &u) == 5) {
         device *d = &now.device[now.devices++];
         memset(d, 0, sizeof *d);
+        d->major = 9;
         strcpy(d->parent, a), strcpy(d->uuid, b);
         d->total = t, d->reserved = r, d->base = u;
         rest_of(d->name, sizeof d->name, line, 6);
@@ -126,6 +129,9 @@ static void statement(const char *line) {
         process *p = &now.process[now.processes++];
         strcpy(p->uuid, a), strcpy(p->kind, kind);
         p->pid = (unsigned int)number, p->bytes = n;
+    } else if (sscanf(line, "capability %95s %d", a, &number) == 2) {
+        device *d = find(a);
+        if (d) sscanf(line, "capability %*s %d %d", &d->major, &d->minor);
     } else if (sscanf(line, "lost %95s", a) == 1) {
         device *d = find(a);
         if (d) d->lost = 1;
@@ -276,6 +282,14 @@ int nvmlDeviceGetName(const char *handle, char *to, unsigned int size) {
     device *d;
     BEGIN(handle, &d);
     snprintf(to, size, "%s", d->name);
+    END(SUCCESS);
+}
+
+int nvmlDeviceGetCudaComputeCapability(const char *handle, int *major, int *minor) {
+    device *d;
+    BEGIN(handle, &d);
+    *major = d->major;
+    *minor = d->minor;
     END(SUCCESS);
 }
 

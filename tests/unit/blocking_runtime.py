@@ -33,7 +33,7 @@ class BlockingRuntime:
     starts = True
     decides_gpus = False
     decides_model = False
-    caveat = None
+    caveats = ()
 
     def __init__(self, *, building: bool) -> None:
         self.building = building

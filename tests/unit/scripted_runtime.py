@@ -197,12 +197,12 @@ class ScriptedRuntime:
         *prepared: Callable[[ScriptedRunning], object] | Exception,
         starts: bool = True,
         may_change: bool = True,
-        caveat: str | None = None,
+        caveats: tuple[str, ...] = (),
     ) -> None:
         self.prepared = list(prepared)
         self.starts = starts
         self.may_change = may_change
-        self.caveat = caveat
+        self.caveats = caveats
         self.running: list[ScriptedRunning] = []
         self.orders: list[Order] = []
         self.parents_kept = 0

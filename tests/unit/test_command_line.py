@@ -240,6 +240,17 @@ def test_the_installed_command_is_the_same_one(home: Path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
+def test_a_python_without_installed_scripts_has_it_as_a_module(home: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_harness", "version"],
+        capture_output=True,
+        text=True,
+        env=environment(home),
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
 def test_help_names_every_command(ended: Callable[[str], Ended]):
     end = ended("help")
     assert (end.code, end.error) == (0, "")

@@ -137,7 +137,7 @@ class TeapotRuntime:
     starts = True
     decides_gpus = False
     decides_model = False
-    caveat = "It was a teapot."
+    caveats = ("It was a teapot.",)
 
     def for_another_server(self) -> "TeapotRuntime":
         return self

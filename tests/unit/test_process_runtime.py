@@ -17,7 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_harness.runtime.process import SGLangProcess
+from sglang_harness.errors import SpecError
+from sglang_harness.runtime import registry
+from sglang_harness.runtime.process import NO_CONTAINER, ProcessRuntime, SGLangProcess
 from sglang_harness.runtime.process_family import ProcessFamily, lives, lives_as, until_gone
 from sglang_harness.spec import ServerSpec
 
@@ -215,3 +217,35 @@ def test_shared_memory_of_a_killed_server_is_removed(start: Start):
     finally:
         for each in (theirs, others):
             each.unlink(missing_ok=True)
+
+
+# --- what a Python's maker says of it -------------------------------------------------------------
+
+
+def test_what_a_python_cannot_vouch_for_is_in_every_verdict_on_its_servers(tmp_path: Path):
+    python = tmp_path / "python-0.5.15"
+    (tmp_path / "python-0.5.15.caveats").write_text(
+        "IPython is a stand-in.\n\nKernels of sm90 only.\n", encoding="utf-8"
+    )
+    runtime = registry.choose("process", {"python": python})
+    assert runtime.caveats == (NO_CONTAINER, "IPython is a stand-in.", "Kernels of sm90 only.")
+
+
+def test_a_python_of_which_nothing_is_said_has_no_more_than_the_runtimes_own(tmp_path: Path):
+    assert ProcessRuntime(tmp_path / "python").caveats == (NO_CONTAINER,)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda file: file.mkdir(), "Is a directory"),
+        (lambda file: file.symlink_to(file), "Too many levels of symbolic links"),
+        (lambda file: file.write_bytes(b"\xff\xfe"), "it is not UTF-8 text"),
+    ],
+)
+def test_caveats_that_cannot_be_read_are_an_error_before_anything_starts(
+    make: Callable[[Path], object], why: str, tmp_path: Path
+):
+    make(tmp_path / "python.caveats")
+    with pytest.raises(SpecError, match=rf"python\.caveats cannot be read \({why}\)"):
+        ProcessRuntime(tmp_path / "python")

@@ -206,6 +206,12 @@ def test_where_every_check_has_its_own_server_no_other_is_started(run: Run):
     assert runtime.running[0].ends == 1
 
 
+def test_everything_that_a_runtime_cannot_vouch_for_is_in_the_verdict(run: Run):
+    told = ("IPython is a stand-in.", "Kernels of sm90 only.")
+    verdict = run(check("a/one", lambda _: None), runtime=ScriptedRuntime(caveats=told))
+    assert [c for c in verdict.caveats if c in told] == list(told)
+
+
 def test_beside_a_first_server_the_others_run_from_its_image(run: Run):
     runtime = ScriptedRuntime()
     verdict = run(

@@ -153,10 +153,12 @@ def test_from_an_address_no_other_server_can_be_had() -> None:
     ("allow", "words"), [(False, "Attached read-only"), (True, "with reversible changes")]
 )
 def test_what_a_verdict_cannot_vouch_for_is_the_runtimes_to_say(allow: bool, words: str) -> None:
-    assert words in Attachment("http://127.0.0.1:1", allow_changes=allow).caveat
-    assert "No container" in str(registry.choose("process").caveat)
-    assert registry.choose("docker").caveat is None
-    assert registry.choose("auto").caveat is None
+    (told,) = Attachment("http://127.0.0.1:1", allow_changes=allow).caveats
+    assert words in told
+    (told,) = registry.choose("process").caveats
+    assert "No container" in told
+    assert registry.choose("docker").caveats == ()
+    assert registry.choose("auto").caveats == ()
 
 
 # --- the same through xdist -----------------------------------------------------------------------
@@ -273,7 +275,7 @@ class Recorder:
     starts = True
     decides_gpus = False
     decides_model = False
-    caveat: str | None = None
+    caveats: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.orders: list[Order] = []

@@ -20,10 +20,12 @@ ORDER = (
     ("client", "peer"),
     ("traffic", "weights"),
     ("server",),
-    ("suite", "sharing", "container"),
+    ("suite", "sharing", "container", "kit"),
     ("upkeep",),
     ("run", "options"),
+    ("gpu_check",),
     ("pytest_plugin", "cli"),
+    ("__main__",),
 )
 
 #: What 'import sglang_harness' offers; a name is imported when it is first used.

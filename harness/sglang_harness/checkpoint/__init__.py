@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from sglang_harness.checkpoint.made import tiny
+from sglang_harness.checkpoint.made import random_llama, tiny
 from sglang_harness.errors import ModelError
 
 __all__ = ["check_folder", "locate"]
@@ -16,7 +16,8 @@ __all__ = ["check_folder", "locate"]
 def locate(model: str, say: Callable[[str], None]) -> Path | None:
     """The folder of the checkpoint that ``model`` names; ``None`` for a name on the hub.
 
-    ``smollm2`` and ``tiny[-ARCHITECTURE][:SEED]`` are made in the cache the first time.
+    ``smollm2``, ``tiny[-ARCHITECTURE][:SEED]`` and ``random-SIZE[:SEED]`` are made in the cache
+    the first time.
 
     Raises:
         ModelError: a path that does not exist or does not hold a checkpoint.
@@ -29,6 +30,8 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
     if meant := tiny.named(model):
         architecture, seed = meant
         return tiny.folder(seed, architecture)
+    if large := random_llama.named(model):
+        return random_llama.folder(*large, say)
     try:
         path = Path(model).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -50,7 +53,7 @@ def locate(model: str, say: Callable[[str], None]) -> Path | None:
         raise ModelError(
             f"The model {model} does not exist.",
             advice="Give a folder with config.json and weights, a hub name (owner/name), "
-            f"'smollm2', or one of {', '.join(tiny.NAMES)}.",
+            f"'smollm2', or one of {', '.join(tiny.NAMES + random_llama.NAMES)}.",
         )
     return None
 

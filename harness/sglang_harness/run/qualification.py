@@ -333,7 +333,7 @@ class Qualification:
             record.logs += [*main.logs, *(self._pool.logs if self._pool else [])]
             left = [*main.left_behind, *(self._pool.left_behind if self._pool else [])]
             record.caveats += [
-                *([self._request.runtime.caveat] if self._request.runtime.caveat else []),
+                *self._request.runtime.caveats,
                 *main.caveats,
                 *(NOT_REMOVED.format(line) for line in [*down.failures, *left]),
             ]

@@ -256,8 +256,8 @@ class Runtime(Protocol):
         counts only where it was set."""
 
     @property
-    def caveat(self) -> str | None:
-        """What a verdict on its servers cannot vouch for, as a sentence; ``None``: nothing."""
+    def caveats(self) -> tuple[str, ...]:
+        """What a verdict on its servers cannot vouch for, a sentence each."""
 
     def for_another_server(self) -> Runtime:
         """How a second server, with another model, is started in the same image.

@@ -112,10 +112,11 @@ class Attachment:
     decides_model = True
 
     @property
-    def caveat(self) -> str:
+    def caveats(self) -> tuple[str, ...]:
         how = "with reversible changes" if self.allow_changes else "read-only"
         return (
-            f"Attached {how} to an existing server: startup, shutdown and memory were not observed."
+            f"Attached {how} to an existing server: startup, shutdown and memory were not "
+            "observed.",
         )
 
     def for_another_server(self) -> Attachment:

@@ -343,7 +343,7 @@ class ComposeRuntime:
     name = "compose"
     starts = True
     decides_gpus = True
-    caveat: str | None = None
+    caveats: tuple[str, ...] = ()
 
     def __init__(self, file: Path | None = None, service: str | None = None) -> None:
         if file is None and service is not None:

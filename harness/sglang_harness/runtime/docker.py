@@ -307,7 +307,7 @@ class DockerRuntime:
     starts = True
     decides_gpus = False
     decides_model = False
-    caveat: str | None = None
+    caveats: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._images: dict[str, str] = {}

@@ -6,14 +6,11 @@ memory limits, users) is not isolated here, and the verdict says so.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
-import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from sglang_harness._base import assets, bounded, temporary
+from sglang_harness._base.descent import ending_with_parent
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
@@ -41,7 +39,9 @@ from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.runtime.warm.server import WarmServer, alike, warm_or
 from sglang_harness.spec import ServerSpec, command_line
 
-_PR_SET_PDEATHSIG = 1
+NO_CONTAINER = (
+    "No container: the server ran as a process of this machine, with the rights of the harness."
+)
 
 
 class SGLangProcess:
@@ -130,7 +130,7 @@ class SGLangProcess:
                     cwd=self._folder,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=_ends_with_parent(),
+                    preexec_fn=ending_with_parent(),
                 )
         except OSError as error:
             self._port.release()
@@ -163,7 +163,7 @@ class SGLangProcess:
             name=f"{self.name}-peer",
             environment={**self._environment(), "GLOO_SOCKET_IFNAME": "lo"},
             folder=self._folder,
-            before=_ends_with_parent(),
+            before=ending_with_parent(),
         )
         self._beside.append(made)
         return made
@@ -259,18 +259,19 @@ class ProcessRuntime:
     Args:
         python: one that can import sglang, such as a GPU installation of the user's own;
             ``None``: SGLang's CPU stack, made in the cache by ``docker/embedded.sh``.
+
+    Raises:
+        SpecError: see :func:`caveats_of`.
     """
 
     name = "process"
     starts = True
     decides_gpus = False
     decides_model = False
-    caveat: str | None = (
-        "No container: the server ran as a process of this machine, with the rights of the harness."
-    )
 
     def __init__(self, python: Path | None = None) -> None:
         self._python = python
+        self.caveats: tuple[str, ...] = (NO_CONTAINER, *caveats_of(python))
         self._parents = Parents(
             lambda recipe: kept_parents.find("process", recipe),
             lambda recipe, _, say: parent_process.make(recipe, say=say),
@@ -354,6 +355,30 @@ class ProcessRuntime:
             )
 
 
+def caveats_of(python: Path | None) -> tuple[str, ...]:
+    """What whoever made a Python says that a verdict on its servers cannot vouch for: stand-ins in
+    it, kernels of another version. It is in the file ``<python>.caveats``, one sentence a line.
+
+    Raises:
+        SpecError: the file is there and cannot be read: a verdict without it would claim too much.
+    """
+    if python is None:
+        return ()
+    file = python.with_name(f"{python.name}.caveats")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SpecError(
+            f"{file} cannot be read ({why}). It says what verdicts on servers of this Python "
+            "cannot vouch for.",
+            advice="Make it readable; for a kit, unpack it again.",
+        ) from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
 KIND = Kind(
     "process",
     lambda given: ProcessRuntime(Path(given["python"]) if "python" in given else None),
@@ -411,17 +436,6 @@ def environment_of(
         **basics, **devices, **cpu, **offline, **passed, **spec.environment,
         "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-
-
-def _ends_with_parent() -> Callable[[], None]:
-    """Called in a child before it becomes another program: it ends when this process does."""
-    libc = ctypes.CDLL(None, use_errno=True) if platform.system() == "Linux" else None
-
-    def end_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-    return end_with_parent
 
 
 def _remove_shared_memory(pids: Iterable[int]) -> None:

@@ -44,8 +44,8 @@ class AutoRuntime:
         return "auto" if self._chosen is None else self._chosen.name
 
     @property
-    def caveat(self) -> str | None:
-        return None if self._chosen is None else self._chosen.caveat
+    def caveats(self) -> tuple[str, ...]:
+        return () if self._chosen is None else self._chosen.caveats
 
     def for_another_server(self) -> AutoRuntime:
         return self

@@ -260,6 +260,11 @@ class Driver:
         told = self._ask(what, pynvml.nvmlDeviceGetMemoryInfo, handle)
         return GpuMemory(uuid, int(told.total), int(told.used), int(told.free), None, 1)
 
+    def capability(self, uuid: str) -> str:
+        """Compute capability such as ``9.0``; empty where the driver does not report it."""
+        told = self._optional(pynvml.nvmlDeviceGetCudaComputeCapability, self._handle(uuid))
+        return "" if told is None else f"{told[0]}.{told[1]}"
+
     def processes(self, uuid: str) -> tuple[ProcessUse, ...]:
         """The processes on the device (compute, graphics and MPS); each is listed once.
 

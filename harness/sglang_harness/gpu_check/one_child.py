@@ -1,0 +1,166 @@
+"""One child process of gpu-check: started, listened to, and ended with everything it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from sglang_harness.gpu_check.part_log import PartLogs
+from sglang_harness.gpu_check.settings import Job, Order
+from sglang_harness.runtime.process_family import lives, until_gone
+
+#: Seconds from SIGTERM to SIGKILL.
+ENDS_WITHIN = 5.0
+
+
+class Child:
+    """A process that runs parts of one group.
+
+    What it starts stays below this process in the tree of processes only inside
+    :func:`sglang_harness._base.descent.adopting_orphans`.
+
+    Args:
+        job: what it is told first.
+        logs: where its output goes.
+
+    Attributes:
+        reports: what it reports; ``None`` once it has closed its end, which it does by ending.
+    """
+
+    def __init__(self, job: Job, logs: PartLogs) -> None:
+        self._before = {p.pid for p in _descendants()}
+        reports, its_end = os.pipe()
+        self.reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sglang_harness.gpu_check.child", str(its_end)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(its_end,),
+                # Ctrl-C on a terminal goes to this process alone, which ends the child in order.
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(reports)
+            raise
+        finally:
+            os.close(its_end)
+        threading.Thread(target=self._listen, args=(reports,), daemon=True).start()
+        assert self._process.stdout is not None
+        self._output = logs.follow(self._process.stdout, job.border)
+        self._tell(job.model_dump_json())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _listen(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError):  # half a line, of one that was killed
+                    self.reports.put(json.loads(line))
+        self.reports.put(None)
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # It has ended: its reports say so.
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+
+    def order(self, order: Order) -> None:
+        """Tells it to run a part."""
+        self._tell(order.model_dump_json())
+
+    def no_more(self) -> None:
+        """Tells it that no more parts follow: it ends its server, then itself."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def how_it_ended(self) -> str:
+        """In words, such as ``was ended by SIGSEGV``; waits a moment for its exit code."""
+        try:
+            code = self._process.wait(timeout=ENDS_WITHIN)
+        except subprocess.TimeoutExpired:
+            return "closed its reports and did not end"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        try:
+            return f"was ended by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was ended by signal {-code}"
+
+    def end(self) -> list[str]:
+        """Ends it and everything that it started, also what has left its session: SIGTERM for the
+        child, which ends its server in order, then SIGKILL for all.
+
+        Returns:
+            what had to be killed although the child itself had ended, in words.
+        """
+        self.no_more()
+        orderly = self._process.poll() is not None
+        if not orderly:
+            with suppress(OSError):
+                self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=ENDS_WITHIN)
+            with suppress(OSError):
+                self._process.kill()
+        left = self._left()
+        told = [_words(each) for each in left]
+        until = time.monotonic() + ENDS_WITHIN
+        while left and time.monotonic() < until:
+            for each in left:
+                with suppress(psutil.Error):
+                    each.kill()
+            until_gone(left, 1.0)
+            left = self._left()  # what was forked meanwhile
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=ENDS_WITHIN)
+        self._reap()
+        self._output.join(timeout=ENDS_WITHIN)
+        return told if orderly else []
+
+    def _left(self) -> list[psutil.Process]:
+        own = self._process.pid
+        return [
+            each
+            for each in _descendants()
+            if each.pid not in self._before and each.pid != own and lives(each)
+        ]
+
+    def _reap(self) -> None:
+        """Takes the exit codes of adopted processes, which would stay as zombies."""
+        for each in _descendants():
+            if each.pid not in self._before and each.pid != self._process.pid:
+                with suppress(OSError):
+                    os.waitpid(each.pid, os.WNOHANG)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _words(process: psutil.Process) -> str:
+    try:
+        command = " ".join(process.cmdline())[:120] or process.name()
+    except psutil.Error:
+        command = "ended meanwhile"
+    return f"process {process.pid} ({command})"
+
+
+def new_border() -> str:
+    """Text that no output has by chance."""
+    return f"--- part {secrets.token_hex(8)} "

@@ -1,0 +1,131 @@
+"""The output of a child process, as one log for each part: without secrets, and not without end."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+#: Bytes of a part's output that are kept, from its beginning.
+KEPT = 8 << 20
+#: Bytes of its end that are kept beyond that.
+LAST = 256 << 10
+#: A longer line is cut into several, so that one without end is written too.
+LONGEST_LINE = 64 << 10
+
+
+class PartLogs:
+    """Logs of parts in one folder.
+
+    Args:
+        folder: made where it is missing.
+        redact: removes secrets from a text; called for each line.
+    """
+
+    def __init__(self, folder: Path, redact: Callable[[str], str]) -> None:
+        self._folder, self._redact = folder, redact
+
+    def file(self, key: str) -> Path:
+        """The log of the part ``key``; need not exist."""
+        return self._folder / f"{key}.log"
+
+    def last_line(self, key: str) -> str:
+        """The last line that is not blank; empty where there is none."""
+        try:
+            lines = self.file(key).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return ""
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def follow(self, stream: IO[bytes], border: str) -> threading.Thread:
+        """Starts a thread that writes ``stream`` to the log of the part that runs, until its end.
+
+        Args:
+            border: begins a line whose rest is the key of the part that follows.
+        """
+        follower = _Follower(self, stream, border.encode())
+        thread = threading.Thread(target=follower.run, daemon=True, name="part-log")
+        thread.start()
+        return thread
+
+    def redacted(self, line: bytes) -> bytes:
+        return self._redact(line.decode("utf-8", "replace")).encode()
+
+
+class _Follower:
+    def __init__(self, logs: PartLogs, stream: IO[bytes], border: bytes) -> None:
+        self._logs, self._stream, self._border = logs, stream, border
+        self._log: _BoundedLog | None = None
+        self._rest = b""
+
+    def run(self) -> None:
+        try:
+            descriptor = self._stream.fileno()
+            while True:
+                ready, _, _ = select.select([descriptor], [], [], 0.5)
+                # Half a line of a part that is silent is written all the same.
+                data = os.read(descriptor, 1 << 16) if ready else b""
+                if ready and not data:
+                    break
+                self._take(data, whole=not ready)
+            self._take(b"", whole=True)
+        except (OSError, ValueError):
+            return  # The disk is full, or the stream was closed: the part goes on.
+        finally:
+            self._close()
+            # Whoever still writes there ends of it, and is not held up by a pipe that is full.
+            with suppress(OSError):
+                self._stream.close()
+
+    def _take(self, data: bytes, *, whole: bool) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._line(line + b"\n")
+        if self._rest and (whole or len(self._rest) > LONGEST_LINE):
+            if whole and self._border.startswith(self._rest[: len(self._border)]):
+                return  # the beginning of a border, maybe
+            line, self._rest = self._rest, b""
+            self._line(line)
+
+    def _line(self, line: bytes) -> None:
+        if line.startswith(self._border):
+            self._close()
+            key = line[len(self._border) :].strip().decode()
+            self._log = _BoundedLog(self._logs.file(key)) if key else None
+        elif self._log is not None:
+            self._log.write(self._logs.redacted(line))
+
+    def _close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+class _BoundedLog:
+    """A file that keeps the beginning and the end of what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("wb", buffering=0)
+        self._written = self._left_out = 0
+        self._last = b""
+
+    def write(self, data: bytes) -> None:
+        if self._written < KEPT:
+            self._file.write(data)
+            self._written += len(data)
+            return
+        self._last += data
+        if len(self._last) > 2 * LAST:
+            self._left_out += len(self._last) - LAST
+            self._last = self._last[-LAST:]
+
+    def close(self) -> None:
+        with self._file:
+            if self._left_out:
+                self._file.write(f"\n--- {self._left_out} bytes are left out here ---\n".encode())
+            self._file.write(self._last)

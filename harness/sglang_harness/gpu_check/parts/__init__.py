@@ -1,0 +1,32 @@
+"""The parts of gpu-check in the order in which they run, most valuable first.
+
+A module here holds the parts of one subject, and imports neither torch nor SGLang before one of
+them runs: this table is read by the process that must not initialise CUDA.
+"""
+
+from __future__ import annotations
+
+from sglang_harness.gpu_check.part import Part
+from sglang_harness.gpu_check.parts import (
+    cycles,
+    death,
+    facts,
+    fused_layout,
+    occupancy,
+    planted_leak,
+    pushes,
+    releases,
+    second_gpu,
+)
+
+PARTS: tuple[Part, ...] = (
+    facts.PART,
+    fused_layout.PART,
+    pushes.PART,
+    releases.PART,
+    cycles.PART,
+    planted_leak.PART,
+    occupancy.PART,
+    death.PART,
+    second_gpu.PART,
+)
