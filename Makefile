@@ -70,6 +70,7 @@ bench:
 	.venv/bin/python bench/starts.py
 	.venv/bin/python bench/weights.py
 	.venv/bin/python bench/memory.py
+	.venv/bin/python bench/checksums.py
 
 clean:
 	rm -rf .venv out dist

@@ -7,7 +7,22 @@ them runs: this table is read by the process that must not initialise CUDA.
 from __future__ import annotations
 
 from sglang_harness.gpu_check.part import Part
-from sglang_harness.gpu_check.parts import driver_figures, facts, ipc, leases, mock_driver
+from sglang_harness.gpu_check.parts import (
+    cycles,
+    death,
+    driver_figures,
+    facts,
+    fused_layout,
+    imports,
+    ipc,
+    leases,
+    mock_driver,
+    occupancy,
+    planted_leak,
+    pushes,
+    releases,
+    second_gpu,
+)
 
 PARTS: tuple[Part, ...] = (
     facts.PART,
@@ -15,4 +30,13 @@ PARTS: tuple[Part, ...] = (
     ipc.PART,
     leases.PART,
     mock_driver.PART,
+    imports.PART,
+    fused_layout.PART,
+    pushes.PART,
+    releases.PART,
+    cycles.PART,
+    planted_leak.PART,
+    occupancy.PART,
+    death.PART,
+    second_gpu.PART,
 )

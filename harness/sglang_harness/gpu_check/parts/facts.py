@@ -49,9 +49,7 @@ def run(context: Context) -> dict[str, Any]:
     for gpu in nvml["gpus"]:
         held = gpu["memory"].get("second call") or gpu["memory"].get("first call") or {}
         if "used" in held:
-            context.note(
-                "memory", f"idle use of {gpu['name']}", f"{held['used'] / MIB:.1f} MiB"
-            )
+            context.note("memory", f"idle use of {gpu['name']}", f"{held['used'] / MIB:.1f} MiB")
     names = ", ".join(gpu["name"] for gpu in nvml["gpus"])
     context.headline(f"{names}, driver {nvml['driver']}, torch {torch['version']}")
     assert torch["cuda"] is None or torch["devices"], (
