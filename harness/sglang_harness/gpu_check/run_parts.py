@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from sglang_harness import __version__
-from sglang_harness._base import bounded, headroom, temporary
+from sglang_harness._base import bounded, headroom, paths, temporary
 from sglang_harness._base.descent import adopting_orphans
 from sglang_harness._base.signals import interruptions
 from sglang_harness._base.whole_file import write_whole
@@ -207,12 +207,16 @@ class Run:
         if step.release is None and (part.scope != "once" or "release" in part.needs):
             return "there is no SGLang here (--python names a Python that has it)"
         if part.disk_bytes:
-            room = headroom.disk(settings.models)
-            if room.free < part.disk_bytes:
-                return (
-                    f"needs {part.disk_bytes / 1e9:.1f} GB of disk, and {room.free / 1e9:.1f} GB "
-                    f"are free in {settings.models.parent} (TMPDIR names another place)"
-                )
+            for folder, variable in (
+                (paths.cache(), "SGLANG_HARNESS_CACHE"),
+                (settings.models.parent, "TMPDIR"),
+            ):
+                free = headroom.disk(folder).free
+                if free < part.disk_bytes:
+                    return (
+                        f"needs {part.disk_bytes / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB "
+                        f"are free in {folder} ({variable} names another place)"
+                    )
         if self._left() < part.fair_share() * settings.slow:
             return f"{self._left():.0f} s left"
         return ""
