@@ -291,7 +291,7 @@ def gpu_check(
     out: Annotated[Path | None, typer.Option(help="Folder for the results: new, or empty.")] = None,
 ) -> None:
     """Find out what only a GPU can show. Exit code 0 all held, 1 one failed, 3 not all was run."""
-    from sglang_harness.gpu_check import request
+    from sglang_harness.gpu_check import request, summary
     from sglang_harness.gpu_check.machine import NotRun
 
     def say(line: str) -> None:
@@ -315,6 +315,8 @@ def gpu_check(
     except NotRun as why:
         say(f"not run: {why}")
         raise typer.Exit(3) from None
+    for line in summary.findings(results):
+        say(line)
     say(f"Results in {folder}: summary.txt, results.json, results.tar.gz")
     raise typer.Exit(results.exit_code)
 

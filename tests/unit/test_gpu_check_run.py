@@ -18,13 +18,15 @@ import psutil
 import pytest
 
 import made_up_parts
+from sglang_harness._base.signals import interruptions
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
-from sglang_harness.gpu_check import record, run_parts, summary
+from sglang_harness.gpu_check import one_child, record, run_parts, summary
 from sglang_harness.gpu_check.part_log import KEPT, LAST
-from sglang_harness.gpu_check.results import PartResult, Results
+from sglang_harness.gpu_check.results import Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.runtime.process_family import lives_as, until_gone
+from sglang_harness.upkeep.sweep import Swept
 
 TESTS = Path(__file__).parents[1]
 
@@ -80,7 +82,8 @@ class Checked:
             say=heard,
             left_on_gpus=left_on_gpus,
         )
-        run.run()
+        with interruptions() as signals:
+            run.run(signals)
         return {f"{p.part} {p.release or ''}".strip(): p for p in self.results.parts}
 
     def saved(self) -> dict[str, Any]:
@@ -103,12 +106,13 @@ def test_each_way_to_end_has_its_outcome_and_its_message(checked: Checked):
         *("holds", "asserts", "asserts-nothing", "is-not-here", "breaks"),
         *("harness-error", "leaves-by-exit"),
     )
+    line = made_up_parts.asserts_nothing.__code__.co_firstlineno + 1
     assert {name: (p.outcome, p.message) for name, p in parts.items()} == {
         "holds": ("held", ""),
         "asserts": ("failed", "7 bytes are in use, expected 0"),
         "asserts-nothing": (
             "failed",
-            "an assertion without a message: asserts_nothing, line 36: "
+            f"an assertion without a message: asserts_nothing, line {line}: "
             "assert context.settings.slow > 100",
         ),
         "is-not-here": ("not run", "no second kitchen"),
@@ -155,7 +159,10 @@ def test_a_part_that_hangs_is_killed_with_all_that_it_started_and_keeps_its_figu
     assert after.outcome == "held"
 
 
-def test_a_part_that_hears_no_signal_is_killed_too(checked: Checked):
+def test_a_part_that_hears_no_signal_is_killed_too(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(one_child, "ENDS_WITHIN", 1.0)
     parts = checked.run("hangs-deaf")
     assert parts["hangs-deaf"].message == "did not end within 2 s (where it was is in its log)"
     assert "the last line before the silence" in checked.log("hangs-deaf")
@@ -213,6 +220,21 @@ def test_a_process_that_does_not_end_well_after_its_last_part_is_said(checked: C
     assert parts["dies-afterwards"].outcome == "held"
     assert checked.results.notes == [
         "After dies-afterwards: the child process ended with exit code 7 after its last part"
+    ]
+
+
+def test_containers_of_a_process_that_was_killed_are_removed(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+):
+    def sweep() -> Swept:
+        return Swept(removed=["container sglang-harness-1"], failed=["volume x: in use"])
+
+    monkeypatch.setattr(run_parts, "sweep", sweep)
+    parts = checked.run("is-killed", "after-crashes", runtime="docker")
+    assert [p.outcome for p in parts.values()] == ["failed", "held"]
+    assert checked.results.notes == [
+        "After is-killed: container sglang-harness-1 was left, and removed",
+        "After is-killed: not removed: volume x: in use",
     ]
 
 
@@ -466,7 +488,8 @@ def test_a_run_that_is_killed_leaves_whole_results_and_no_child(tmp_path: Path):
         text=True,
     )
     assert run.stdout is not None
-    assert run.stdout.readline().startswith("held     holds")
+    while not run.stdout.readline().startswith("held     holds"):
+        assert run.poll() is None, "it ended by itself"
     until = time.monotonic() + 30
     while not (family := psutil.Process(run.pid).children(recursive=True)):
         assert time.monotonic() < until, "no child was started"
@@ -520,7 +543,9 @@ def test_a_rehearsal_says_first_that_no_gpu_was_seen(tmp_path: Path):
     page = (tmp_path / "out" / "summary.txt").read_text()
     assert page.startswith("A REHEARSAL ON THE CPU: no GPU was seen")
     assert "42 MiB of 42" in page
-    assert "memory:\n  what was asked" in page
+    assert "memory:\n  what was asked  42 MiB" in page
+    # The figures are on the terminal too: a page that is not carried away is lost.
+    assert "what was asked  42 MiB" in done.stdout
 
 
 def test_the_process_that_runs_the_parts_imports_no_torch(tmp_path: Path):
@@ -551,4 +576,69 @@ def test_an_interruption_in_this_process_is_not_swallowed(checked: Checked):
     with pytest.raises(Interrupted):
         checked.run("holds", "pid", say=interrupt)
     assert [p.outcome for p in checked.results.parts] == ["held", "not run"]
-    assert made_up_parts.PARTS
+
+
+# --- the page that a person reads -----------------------------------------------------------------
+
+
+def results(**more: Any) -> Results:
+    known = {
+        "date": "2026-11-28T03:00:00+00:00",
+        "device": "gpu",
+        "harness": "0.1.0",
+        "budget_seconds": 480.0,
+        "machine": {"device": ["NVIDIA H100, 79.6 GiB", "NVIDIA H100, 79.6 GiB"], "driver": "570"},
+        "releases": {"0.5.15": ["kernels of sm90 only"], "0.5.23": []},
+        "parts": [
+            PartResult(part="figures", outcome="held", seconds=3.2, headline="off by 1 MiB"),
+            PartResult(
+                part="pushes",
+                release="0.5.15",
+                outcome="failed",
+                message="disk: the checksums\ndiffer",
+                notes=[Note(topic="weights", what="disk", value="1.2 GB/s")],
+            ),
+            PartResult(part="second-gpu", outcome="not run", message="one GPU"),
+        ],
+        "ended": "It ended after 300 s.",
+    }
+    return Results(**{**known, **more})
+
+
+def test_the_page_begins_with_what_failed():
+    lines = summary.page(results()).splitlines()
+    assert lines[0] == (
+        "gpu-check of 2026-11-28T03:00:00+00:00: 1 held, 1 failed, 1 not run. It ended after 300 s."
+    )
+    assert lines[1] == "  failed: pushes (0.5.15)"
+    text = "\n".join(lines)
+    assert "  device   NVIDIA H100, 79.6 GiB\n           NVIDIA H100, 79.6 GiB\n" in text
+    assert "  SGLang   0.5.15\n           caveat: kernels of sm90 only\n" in text
+    assert "failed   pushes (0.5.15)               0.0 s  disk: the checksums differ\n" in text
+    assert "\nweights:\n  disk (0.5.15)  1.2 GB/s" in text
+    assert "REHEARSAL" not in text
+
+
+def test_the_page_of_a_run_that_goes_on_says_so():
+    assert "It has not ended yet." in summary.page(results(ended=""))
+
+
+def test_a_long_message_is_cut_and_says_where_the_rest_is():
+    part = PartResult(part="pushes", outcome="failed", message="word " * 500)
+    told = summary.line(part)
+    assert len(told) < 500
+    assert told.endswith("... (the rest is in results.json)")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["held", "held"], 0),
+        (["held", "failed", "not run"], 1),
+        (["held", "not run"], 3),
+        ([], 3),
+    ],
+)
+def test_the_exit_code_is_that_of_the_worst_outcome(outcomes: list[Any], code: int):
+    parts = [PartResult(part=f"p{n}", outcome=each) for n, each in enumerate(outcomes)]
+    assert results(parts=parts).exit_code == code

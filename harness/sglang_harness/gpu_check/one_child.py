@@ -127,6 +127,9 @@ class Child:
             with suppress(OSError):
                 self._process.kill()
         left = self._left()
+        if orderly:
+            # What watches over a process, as Python's resource tracker, ends a moment after it.
+            left = until_gone(left, 1.0)
         told = [f"{_words(each)} was left, and killed" for each in left] if orderly else []
         until = time.monotonic() + ENDS_WITHIN
         while left and time.monotonic() < until:

@@ -18,7 +18,7 @@ from typing import Any
 from sglang_harness import __version__
 from sglang_harness._base import bounded, headroom, paths, temporary
 from sglang_harness._base.descent import adopting_orphans
-from sglang_harness._base.signals import interruptions
+from sglang_harness._base.signals import Interruptions
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
 from sglang_harness.gpu_check import record, summary
@@ -27,6 +27,7 @@ from sglang_harness.gpu_check.part import Part
 from sglang_harness.gpu_check.part_log import PartLogs
 from sglang_harness.gpu_check.results import PARTS, Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Job, Order, Release, Settings
+from sglang_harness.upkeep.sweep import sweep
 
 #: The module whose ``PARTS`` is the table of parts.
 TABLE = "sglang_harness.gpu_check.parts"
@@ -132,14 +133,17 @@ class Run:
         self._running: PartResult | None = None
         self._unwritten: HarnessError | None = None
 
-    def run(self) -> Results:
+    def run(self, signals: Interruptions) -> Results:
         """Runs every part that can be run.
+
+        Args:
+            signals: of the block that this is called in.
 
         Raises:
             Interrupted: by Ctrl-C or SIGTERM. The child is ended, and the results say so.
             HarnessError: the results could not be written at the end.
         """
-        with adopting_orphans(), interruptions() as signals:
+        with adopting_orphans():
             try:
                 self._write()
                 for _, steps in groupby(self._steps, key=lambda step: step.group):
@@ -251,6 +255,8 @@ class Run:
             for each in child.end():
                 self._saw(each, step)
             self._take_the_rest(child, step, result)
+            if self._settings.runtime == "docker":
+                self._remove_containers(step)
         if died:
             last = self._logs.last_line(step.key)
             result.message = f"its process {child.how_it_ended()}"
@@ -338,6 +344,14 @@ class Run:
         for each in self._left_on_gpus():
             self._saw(each, step)
         self._write()
+
+    def _remove_containers(self, step: Step) -> None:
+        """Those of a child that was killed are still there: they are not below this process."""
+        swept = sweep()
+        for each in swept.removed:
+            self._saw(f"{each} was left, and removed", step)
+        for each in swept.failed:
+            self._saw(f"not removed: {each}", step)
 
     def _saw(self, what: str, step: Step) -> None:
         note = f"After {step.key}: {what}"
