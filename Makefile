@@ -5,6 +5,7 @@
 #                   version of SGLang, each way to run a server
 # and one for a machine with a GPU, which needs neither Docker nor a network:
 #   make gpu-check  what only a GPU can show; exit code 3 where it did not run
+#   make gpu-kit    an archive with all of it for such a machine; 'sglang-harness kit --help'
 #
 # GPU_PYTHON                    a Python with torch and nvidia-ml-py, for gpu-check
 # ARGS                          more options, such as ARGS='--model tiny -k weights'
@@ -13,7 +14,7 @@
 #
 # Where no Docker engine can be had both go on without containers, and say so.
 # SGLANG_HARNESS_CACHE          where models and wheels are kept
-.PHONY: qualify test test-all fast lint types unit integration integration-all gpu-check bench clean
+.PHONY: qualify test test-all fast lint types unit integration integration-all gpu-check gpu-kit bench clean
 HARNESS = .venv/bin/sglang-harness
 PYTEST = .venv/bin/python -m pytest
 SLOWEST = --durations=25 --durations-min=1
@@ -60,6 +61,10 @@ GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 gpu-check:
 	@$(GPU_PYTHON) tests/gpu/check.py $(ARGS)
+
+gpu-kit:
+	@scripts/environment.sh qualify
+	@$(HARNESS) kit $(ARGS)
 
 bench:
 	@scripts/environment.sh test
