@@ -12,6 +12,7 @@ from sglang_harness.gpu_check.parts import (
     death,
     facts,
     fused_layout,
+    imports,
     occupancy,
     planted_leak,
     pushes,
@@ -21,6 +22,7 @@ from sglang_harness.gpu_check.parts import (
 
 PARTS: tuple[Part, ...] = (
     facts.PART,
+    imports.PART,
     fused_layout.PART,
     pushes.PART,
     releases.PART,
