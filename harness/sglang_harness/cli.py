@@ -289,14 +289,21 @@ def gpu_check(
         list[str] | None, typer.Option(help="Only this version of SGLang. Repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results: new, or empty.")] = None,
+    list_parts: Annotated[
+        bool, typer.Option("--list", help="List the parts with their time limits; run nothing.")
+    ] = False,
 ) -> None:
     """Find out what only a GPU can show. Exit code 0 all held, 1 one failed, 3 not all was run."""
-    from sglang_harness.gpu_check import request, summary
+    from sglang_harness.gpu_check import request, run_parts, summary
     from sglang_harness.gpu_check.machine import NotRun
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    if list_parts:
+        for each in run_parts.table():
+            say(f"{each.name:18} {each.seconds:5.0f} s  {each.asks}")
+        return
     try:
         asked = request.from_words(
             device=device,

@@ -196,6 +196,13 @@ def test_every_part_has_a_name_of_its_own_and_asks_one_question():
         assert " " not in part.name
 
 
+def test_the_command_lists_every_part():
+    done = run("--list")
+    assert done.returncode == 0
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == [part.name for part in PARTS]
+
+
 def test_the_table_is_read_without_torch():
     script = (
         "import sys; from sglang_harness.gpu_check import request, run_parts; run_parts.table(); "
