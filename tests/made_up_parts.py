@@ -102,6 +102,14 @@ def is_killed(context: Context) -> dict[str, Any]:
     return {}
 
 
+def is_killed_with_a_fork(context: Context) -> dict[str, Any]:
+    """A fork holds everything open that its parent had open."""
+    if not os.fork():
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
 def segfaults(context: Context) -> dict[str, Any]:
     context.put("before", 2)
     ctypes.string_at(0)
@@ -225,6 +233,7 @@ PARTS = (
     _part("hangs-deaf", hangs_deaf, 2.0, group="hang"),
     _part("leaves-a-process", leaves_a_process),
     _part("is-killed", is_killed, group="crash"),
+    _part("is-killed-with-a-fork", is_killed_with_a_fork, group="crash"),
     _part("segfaults", segfaults, group="crash"),
     _part("exits-at-once", exits_at_once, group="crash"),
     _part("after-crashes", pid, group="crash"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -298,7 +299,13 @@ def gpu_check(
     from sglang_harness.gpu_check.machine import NotRun
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            # Whoever read this has gone; the results are in files, and minutes of a GPU are dear.
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1)
+            os.close(nothing)
 
     if list_parts:
         for each in run_parts.table():

@@ -203,6 +203,41 @@ def test_a_crash_fails_its_part_alone_and_names_the_signal(checked: Checked):
     assert parts["exits-at-once"].message == "its process ended with exit code 0"
 
 
+def test_a_death_is_seen_although_a_fork_holds_the_pipes_open(checked: Checked):
+    (part,) = checked.run("is-killed-with-a-fork").values()
+    assert part.message == "its process was ended by SIGKILL"
+    assert part.seconds < 10
+    assert len(checked.results.notes) == 1
+    assert checked.results.notes[0].endswith("was left, and killed")
+
+
+def python_that(folder: Path, does: str) -> str:
+    made = folder / "python"
+    made.write_text(f"#!/bin/sh\n{does}\n")
+    made.chmod(0o755)
+    return str(made)
+
+
+def test_a_process_that_cannot_begin_says_why(
+    checked: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    broken = python_that(tmp_path, "echo \"No module named 'pydantic'\"; exit 1")
+    monkeypatch.setattr(sys, "executable", broken)
+    (part,) = checked.run("pid").values()
+    assert part.message == (
+        "its process ended with exit code 1; its last words: No module named 'pydantic'"
+    )
+
+
+def test_a_process_that_never_begins_is_ended_however_much_it_was_to_be_told(
+    checked: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What it is told first does not fit into a pipe."""
+    monkeypatch.setattr(sys, "executable", python_that(tmp_path, "exec sleep 600"))
+    (part,) = checked.run("hangs-deaf", server_args={"long": "x" * 300_000}).values()
+    assert part.message == "did not end within 2 s (where it was is in its log)"
+
+
 def test_a_process_that_ends_between_two_parts_costs_neither(checked: Checked):
     def wait_for_its_end(line: str) -> None:
         if line.startswith("held     dies-afterwards"):
@@ -249,6 +284,12 @@ def test_of_a_part_that_prints_without_end_the_beginning_and_the_end_are_kept(ch
     text = checked.log("talks")
     assert "bytes are left out here" in text
     assert text.rstrip().endswith("the last of many words")
+
+
+def test_a_log_that_cannot_be_written_fails_no_part(checked: Checked):
+    (checked.out / "parts" / "talks.log").mkdir(parents=True)
+    (part,) = checked.run("talks").values()
+    assert part.outcome == "held"
 
 
 def test_what_a_part_starts_cannot_take_the_orders_of_the_next(checked: Checked):
@@ -499,6 +540,25 @@ def test_a_run_that_is_killed_leaves_whole_results_and_no_child(tmp_path: Path):
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert [p["part"] for p in json.loads((out / "results.json").read_text())["parts"]] == ["holds"]
+
+
+def test_a_reader_that_goes_away_ends_no_run(tmp_path: Path):
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        command("--part", "holds", "--part", "pid", "--part", "pid-again", "--out", str(out)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("gpu-check on the CPU")
+    run.stdout.close()
+    assert run.wait(60) == 0
+    assert run.stderr is not None
+    assert run.stderr.read() == ""
+    results = json.loads((out / "results.json").read_text())
+    assert [p["outcome"] for p in results["parts"]] == ["held"] * 3
+    assert results["ended"]
 
 
 def said_by(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -123,7 +123,6 @@ def _run(job: Job, orders: TextIO, report: Reporter, servers: _Servers) -> None:
             }
         )
         earlier[wanted.part] = figures
-    _border(job.border, "")
 
 
 def _one(

@@ -7,7 +7,6 @@ with it, and no other part.
 from __future__ import annotations
 
 import importlib
-import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,7 +188,7 @@ class Run:
                 child.end()
 
     def _start(self, step: Step) -> Child:
-        """A child for the parts of the step's group."""
+        """A child for this part and those of its group that follow."""
         versions = ("", step.version)
         job = Job(
             settings=self._settings,
@@ -199,7 +198,7 @@ class Run:
             no_server=self._no_server.get(step.version, {}),
             border=new_border(),
         )
-        return Child(job, self._logs)
+        return Child(job, self._logs, step.key)
 
     def _why_not(self, step: Step) -> str:
         """Why a step is not started; empty where nothing is in its way."""
@@ -236,7 +235,7 @@ class Run:
         try:
             ended = self._listen(step, child, result, began + limit)
             died = not ended
-        except queue.Empty:
+        except TimeoutError:
             ended = False
             child.say_where()
             result.message = f"did not end within {limit:.0f} s (where it was is in its log)"
@@ -247,14 +246,18 @@ class Run:
         except Interrupted:
             result.seconds = round(time.monotonic() - began, 3)
             child.end()
-            self._take_the_rest(child, step, result)
+            for report in child.reports_left():
+                self._take(report, step, result)
             raise
         result.seconds = round(time.monotonic() - began, 3)
         if not ended:
             # Before the part counts as done: its log is complete then, and nothing of it runs.
             for each in child.end():
                 self._saw(each, step)
-            self._take_the_rest(child, step, result)
+            outcome, message = result.outcome, result.message
+            for report in child.reports_left():
+                self._take(report, step, result)
+            result.outcome, result.message = outcome, message
             if self._settings.runtime == "docker":
                 self._remove_containers(step)
         if died:
@@ -269,10 +272,10 @@ class Run:
         """Takes reports until the part has ended; false where the child has.
 
         Raises:
-            queue.Empty: neither has.
+            TimeoutError: neither has.
         """
         while True:
-            report = child.reports.get(timeout=max(0.0, until - time.monotonic()))
+            report = child.next_report(until - time.monotonic())
             if report is None:
                 return False
             if self._take(report, step, result):
@@ -305,25 +308,15 @@ class Run:
             return True
         return False
 
-    def _take_the_rest(self, child: Child, step: Step, result: PartResult) -> None:
-        """What a child that has been ended had reported by then."""
-        while True:
-            try:
-                report = child.reports.get_nowait()
-            except queue.Empty:
-                return
-            if report is not None and report["kind"] != "end":
-                self._take(report, step, result)
-
     def _close(self, child: Child, step: Step) -> None:
         """Lets the child end its server, then itself."""
         child.no_more()
         within = CLOSES_WITHIN * self._settings.slow
         until = time.monotonic() + within
         try:
-            while (report := child.reports.get(timeout=until - time.monotonic())) is not None:
+            while (report := child.next_report(until - time.monotonic())) is not None:
                 self._take(report, step, None)
-        except (queue.Empty, ValueError):
+        except TimeoutError:
             self._saw(f"its server was not ended within {within:.0f} s: killed", step)
         else:
             if (how := child.how_it_ended()) != bounded.ending(0):
