@@ -192,11 +192,11 @@ def test_a_server_that_does_not_end_is_killed_with_its_children_and_its_exit_cod
     child = int(server.logs().split("child ")[1].split()[0])
     pids = server.host_pids()
     assert child in pids
-    assert server.end() == -signal.SIGKILL
+    assert server.end() == 128 + signal.SIGKILL
     assert not any(lives_as(pid) for pid in pids)
     assert server.left_behind() == []
     assert "child" in server.logs()
-    assert server.end() == -signal.SIGKILL
+    assert server.end() == 128 + signal.SIGKILL
 
 
 def test_an_end_that_was_asked_for_has_its_exit_code(start: Start):
