@@ -4,9 +4,10 @@
 #   make test-all   the same and what proves it again: cold and warm beside each other, every
 #                   version of SGLang, each way to run a server
 # and one for a machine with a GPU, which needs neither Docker nor a network:
-#   make gpu-check  what only a GPU can show; exit code 3 where it did not run
+#   make gpu-check  what only a GPU can show; exit code 3 where not everything ran
+#                   (ARGS='--device cpu' rehearses it without a GPU)
 #
-# GPU_PYTHON                    a Python with torch and nvidia-ml-py, for gpu-check
+# GPU_PYTHON                    a Python with the harness's dependencies and torch, for gpu-check
 # ARGS                          more options, such as ARGS='--model tiny -k weights'
 # PYTHON                        the Python to make .venv with
 # SGLANG_HARNESS_INSTALL=never  never install or start anything outside .venv and the cache
@@ -59,7 +60,7 @@ integration-all:
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 gpu-check:
-	@$(GPU_PYTHON) tests/gpu/check.py $(ARGS)
+	@PYTHONPATH=harness $(GPU_PYTHON) -m sglang_harness gpu-check $(ARGS)
 
 bench:
 	@scripts/environment.sh test
