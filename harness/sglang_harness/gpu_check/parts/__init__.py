@@ -7,6 +7,15 @@ them runs: this table is read by the process that must not initialise CUDA.
 from __future__ import annotations
 
 from sglang_harness.gpu_check.part import Part
-from sglang_harness.gpu_check.parts import facts
+from sglang_harness.gpu_check.parts import facts, kernels, qualify, server_flags, tolerances
 
-PARTS: tuple[Part, ...] = (facts.PART,)
+PARTS: tuple[Part, ...] = (
+    facts.PART,
+    kernels.KERNELS,
+    kernels.MEMORY_SAVER,
+    server_flags.PART,
+    qualify.TINY,
+    qualify.LARGE,
+    tolerances.PART,
+    qualify.FULL,
+)
