@@ -176,5 +176,5 @@ def test_a_server_that_dies_under_a_test_is_told_and_replaced(pytester: pytest.P
     text = done.stdout.str()
     assert "ServerDied: The server ended (exit code 137)" in text
     assert "sglang: 2 servers started" in text
-    assert "sglang: a server was replaced: The server ended (exit code 137)" in text
+    assert "sglang: a server had to be replaced: The server ended (exit code 137)" in text
     assert "Traceback" not in text

@@ -41,7 +41,6 @@ def context(
             "releases": [release],
             "ends_at": time.time() + seconds,
             "models": out,
-            "model_layers": 2,
             **settings,
         }
     )

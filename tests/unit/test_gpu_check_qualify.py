@@ -12,8 +12,6 @@ from scripted_runtime import ScriptedRuntime
 from test_reports import result, verdict_of
 
 from sglang_harness import suite
-from sglang_harness.checkpoint import check_folder
-from sglang_harness.gpu_check.bf16_models import bf16_model
 from sglang_harness.gpu_check.part import NotHere
 from sglang_harness.gpu_check.parts import qualify as part
 from sglang_harness.gpu_check.parts.qualify import Told, cut_short, groups
@@ -172,20 +170,3 @@ def test_servers_of_the_suite_leave_room_for_one_another_on_a_gpu(tmp_path: Path
     assert part._spec(given, 60.0).server_args["mem-fraction-static"] == 0.7
     given, _ = context(tmp_path)
     assert "mem-fraction-static" not in part._spec(given, 60.0).server_args
-
-
-# --- the model ------------------------------------------------------------------------------------
-
-
-def test_the_larger_model_is_made_once_for_all_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("SGLANG_HARNESS_CACHE", str(tmp_path / "cache"))
-    given, _ = context(tmp_path)
-    folder = bf16_model(given, 0)
-    check_folder(folder)
-    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
-    weights = (folder / "model.safetensors").stat()
-    assert bf16_model(given, 0) == folder
-    assert (folder / "model.safetensors").stat() == weights
-    assert bf16_model(given, 1) != folder

@@ -244,7 +244,6 @@ def one_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             return [measured(off, condition=each) for each in conditions]
 
         monkeypatch.setattr(part, "_of_one_server", of_one_server)
-        monkeypatch.setattr(part, "bf16_model", lambda *_: tmp_path)
         return context(tmp_path / "out", seconds=seconds)
 
     return prepared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,3 +98,51 @@ def test_a_folder_in_a_tmpfs_is_in_memory(
     ]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
     assert headroom.disk(tmp_path / "a").in_memory is expected
+
+
+# --- computing time -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+
+def quota(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_max", ".max").replace("cpu_cfs", "cpu.cfs")).write_text(text)
+
+
+def cores(tmp_path: Path, groups: str) -> int:
+    (tmp_path / "groups").write_text(groups)
+    return headroom.cores(groups=tmp_path / "groups", mount=tmp_path / "cgroup")
+
+
+@pytest.mark.usefixtures("sixteen_cores")
+def test_cores_are_those_that_the_process_is_bound_to_where_no_group_limits_its_time(
+    tmp_path: Path,
+):
+    assert headroom.cores(groups=tmp_path / "none", mount=tmp_path) == 16
+    quota(tmp_path / "cgroup" / "job", cpu_max="max 100000\n")
+    assert cores(tmp_path, "0::/job\n") == 16
+    quota(tmp_path / "cgroup" / "job", cpu_max="what\n")
+    assert cores(tmp_path, "0::/job\n") == 16
+
+
+@pytest.mark.usefixtures("sixteen_cores")
+def test_a_containers_share_of_a_large_machine_counts_and_is_rounded_up(tmp_path: Path):
+    quota(tmp_path / "cgroup" / "job", cpu_max="250000 100000\n")
+    quota(tmp_path / "cgroup" / "job" / "step", cpu_max="max 100000\n")
+    assert cores(tmp_path, "0::/job/step\n") == 3
+    quota(tmp_path / "cgroup" / "job" / "step", cpu_max="50000 100000\n")
+    assert cores(tmp_path, "0::/job/step\n") == 1
+
+
+@pytest.mark.usefixtures("sixteen_cores")
+def test_the_first_version_of_control_groups_limits_time_in_two_files(tmp_path: Path):
+    folder = tmp_path / "cgroup" / "cpu" / "job"
+    quota(folder, cpu_cfs_quota_us="400000\n", cpu_cfs_period_us="100000\n")
+    assert cores(tmp_path, "2:cpu,cpuacct:/job\n9:memory:/job\n") == 4
+    quota(folder, cpu_cfs_quota_us="-1\n")
+    assert cores(tmp_path, "2:cpu,cpuacct:/job\n") == 16

@@ -28,7 +28,7 @@ from sglang_harness.errors import (
 )
 from sglang_harness.run import qualification
 from sglang_harness.run.qualification import Qualification, Request
-from sglang_harness.runtime.death import Unknown
+from sglang_harness.runtime.death import Death, Unknown
 from sglang_harness.server import state
 from sglang_harness.spec import ServerSpec
 from sglang_harness.suite.check import Check, Context, Mismatch, Observation
@@ -313,6 +313,43 @@ def test_an_image_that_is_gone_when_the_server_has_to_be_replaced(run: Run, tmp_
     assert verdict.verdict == "fail", "the server died; that the rest was not asked is no excuse"
     assert not any("was replaced" in caveat for caveat in verdict.caveats)
     assert written(tmp_path).verdict == "fail"
+
+
+def test_a_replacement_that_does_not_come_up_is_told_with_its_reason(run: Run, tmp_path: Path):
+    def dies_at_its_start(running: ScriptedRunning) -> None:
+        why = "ValueError: SGLANG_GRPC_PORT (65750) must be between 1 and 65535"
+        running.sglang.mortal.death = Death(1, False, "", why, (why,))
+        running.start = lambda: running.sglang.mortal.die()  # type: ignore[method-assign]
+
+    runtime = ScriptedRuntime(lambda _: None, dies_at_its_start)
+    verdict = run(check("a/one", dies), check("a/two"), runtime=runtime)
+    assert outcomes(verdict) == {"a/one": "fail", "a/two": "not-run"}
+    (caveat,) = [c for c in verdict.caveats if "a/one" in c]
+    for told in (caveat, messages(verdict)["a/two"]):
+        assert "died under a/one, and its replacement did not come up: The server ended" in told
+        assert "SGLANG_GRPC_PORT (65750)" in told
+        assert "was replaced" not in told
+    assert written(tmp_path).verdict == "fail"
+
+
+def test_a_replacement_that_dies_of_the_first_question_is_not_laid_at_the_next_checks_door(
+    run: Run, tmp_path: Path
+):
+    # The harness's own question for the state that later checks are to find again.
+    def dies_of_checksums(running: ScriptedRunning) -> None:
+        def answer(_: Any) -> Answer:
+            running.sglang.mortal.die()
+            return Answer(500, {})
+
+        running.sglang.http.script["POST /weights_checker"] = answer
+
+    runtime = ScriptedRuntime(lambda _: None, dies_of_checksums)
+    verdict = run(check("a/one", dies), check("a/two"), check("a/x"), runtime=runtime)
+    assert outcomes(verdict) == {"a/one": "fail", "a/two": "not-run", "a/x": "not-run"}
+    (caveat,) = [c for c in verdict.caveats if "a/one" in c]
+    assert "its replacement ended as soon as it had come up: The server ended" in caveat
+    assert [r.ends for r in runtime.running] == [1, 1]
+    assert "log of server 1" in (tmp_path / "server.log").read_text()
 
 
 def test_an_exception_of_the_harness_loses_nothing_that_was_seen(run: Run, tmp_path: Path):

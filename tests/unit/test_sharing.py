@@ -17,15 +17,17 @@ from typing import Any
 
 import psutil
 import pytest
+from scripted_runtime import ScriptedRuntime
 from scripted_server import BOUND
 
 from sglang_harness._base.file_lease import Lease
-from sglang_harness.errors import HarnessError, SpecError
+from sglang_harness.errors import EngineError, HarnessError, SpecError
 from sglang_harness.sharing import rpc, shared_server
 from sglang_harness.sharing.owner_process import OwnerProcess
 from sglang_harness.sharing.rpc import RpcClient, RpcServer
-from sglang_harness.sharing.shared_server import SessionServer
+from sglang_harness.sharing.shared_server import LocalKeeper, SessionServer
 from sglang_harness.sharing.tally import Tally
+from sglang_harness.spec import ServerSpec
 
 pytest_plugins = ["pytester"]
 
@@ -279,6 +281,21 @@ def test_a_controller_that_is_killed_takes_the_first_start_along(
 
 
 # --- one test at a time ---------------------------------------------------------------------------
+
+
+def test_a_replacement_that_does_not_come_up_is_told_beside_why_it_was_needed() -> None:
+    keeper = LocalKeeper(
+        ServerSpec.make(model="tiny"),
+        ScriptedRuntime(lambda _: None, EngineError("no port is free")),
+    )
+    first, _ = keeper.server()
+    keeper.replace(first, "It died.")
+    assert keeper.tally.no_replacement == []
+    for _ in range(2):  # it is tried once
+        with pytest.raises(EngineError, match="no port is free"):
+            keeper.server()
+    assert keeper.tally.replaced == ["It died."]
+    assert keeper.tally.no_replacement == ["no port is free"]
 
 
 class OneServer:

@@ -1,8 +1,10 @@
-"""How much memory and disk this process may still take: of the machine, of the control groups
-(containers, batch jobs, systemd units) that it runs in, and of a folder's file system."""
+"""How much memory, disk and computing time this process may take: of the machine, of the control
+groups (containers, batch jobs, systemd units) that it runs in, and of a folder's file system."""
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,11 +62,51 @@ def memory(
         mount: where the control groups' file systems are mounted.
     """
     least = Memory(psutil.virtual_memory().available, "this machine")
-    for folder, is_v2 in _around(groups, mount):
+    for folder, is_v2 in _around(groups, mount, "memory"):
         limit, used = _limit_and_use(folder, is_v2)
         if limit is not None and (left := max(0, limit - used)) < least.available:
             least = Memory(left, f"a memory limit of {limit / 1e9:.1f} GB (control group)")
     return least
+
+
+def cores(*, groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores' time this process may take, at least 1: more threads that compute than that
+    only take turns.
+
+    Of the cores that it is bound to, as many as the control groups around it give time for (v2:
+    ``cpu.max``, v1: ``cpu.cfs_quota_us`` of ``cpu.cfs_period_us``): a container that may use two
+    cores' time of a large machine sees all of its cores.
+
+    Args:
+        groups: as of :func:`memory`.
+        mount: as of :func:`memory`.
+    """
+    try:
+        most = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        most = os.cpu_count() or 1
+    for folder, is_v2 in _around(groups, mount, "cpu"):
+        share = _share(folder, is_v2)
+        if share is not None:
+            most = min(most, math.ceil(share))
+    return max(1, most)
+
+
+def _share(folder: Path, is_v2: bool) -> float | None:
+    """Cores' time that a group may take; ``None``: as much as there is."""
+    try:
+        if is_v2:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = (
+                (folder / name).read_text().strip() for name in ("cpu.cfs_quota_us", _PERIOD)
+            )
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+_PERIOD = "cpu.cfs_period_us"
 
 
 def disk(folder: Path) -> DiskRoom:
@@ -78,8 +120,9 @@ def disk(folder: Path) -> DiskRoom:
     return DiskRoom(folder, shutil.disk_usage(there).free, kind in _IN_MEMORY)
 
 
-def _around(groups: Path, mount: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders of the groups that the process is in, innermost first; and whether they are v2's."""
+def _around(groups: Path, mount: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of the groups of ``controller`` that the process is in, innermost first; and whether
+    they are v2's."""
     try:
         lines = groups.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -88,9 +131,9 @@ def _around(groups: Path, mount: Path) -> Iterator[tuple[Path, bool]]:
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         is_v2 = number == "0" and not controllers
-        if not is_v2 and "memory" not in controllers.split(","):
+        if not is_v2 and controller not in controllers.split(","):
             continue
-        roots = (mount, mount / "unified") if is_v2 else (mount / "memory", mount / controllers)
+        roots = (mount, mount / "unified") if is_v2 else (mount / controller, mount / controllers)
         inner = path.strip().lstrip("/")
         for root in roots:
             # In a container the path may be the host's, and the root the container's own group.

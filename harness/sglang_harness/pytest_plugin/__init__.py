@@ -542,7 +542,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
     for tally in tallies:
         for why in tally.replaced:
-            terminalreporter.write_line(f"sglang: a server was replaced: {why}")
+            terminalreporter.write_line(f"sglang: a server had to be replaced: {why}")
+        for why in tally.no_replacement:
+            terminalreporter.write_line(f"sglang: its replacement did not come up: {why}", red=True)
         for what in tally.left:
             terminalreporter.write_line(f"sglang: could not be removed: {what}", red=True)
 

@@ -89,7 +89,7 @@ class MainServer:
         spec = self._spec
         return self._start(spec.model_copy(update={"start": "cold"}) if self._ours else spec)
 
-    def _start(self, spec: ServerSpec) -> Server:
+    def _start(self, spec: ServerSpec, *, replaces: bool = False) -> Server:
         try:
             server = Server.start(
                 spec,
@@ -111,6 +111,9 @@ class MainServer:
             try:
                 self._baseline = State.of(server)
             except HarnessError as error:
+                if replaces:
+                    # No check has asked it anything: none is to be blamed.
+                    server.raise_if_dead()
                 # The checks will say what is wrong with it.
                 self._say(f"its state cannot be read: {error.message}")
         return server
@@ -179,9 +182,12 @@ class MainServer:
         self._say(f"The server {why}. Starting another for the remaining checks")
         self.stop(server)
         try:
-            self._start(self._spec)
+            before = len(self.servers)
+            self._start(self._spec, replaces=True)
         except (ServerDied, StartTimeout) as error:
-            self.unusable = f"the server {why}, and its replacement did not come up: {error}"
+            came_up = len(self.servers) > before
+            how = "ended as soon as it had come up" if came_up else "did not come up"
+            self.unusable = f"the server {why}, and its replacement {how}: {error}"
         except (SpecError, ModelError, MissingExtra) as error:
             self.unusable = f"the server {why}, and could not be started again: {error}"
         except HarnessError as error:

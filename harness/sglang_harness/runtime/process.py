@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import psutil
 
-from sglang_harness._base import assets, temporary
+from sglang_harness._base import assets, bounded, temporary
 from sglang_harness._base.descent import ending_with_parent
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
@@ -31,7 +31,7 @@ from sglang_harness.runtime.attached import AttachedProcess, remove_segments
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
-from sglang_harness.runtime.ports import Port, reserve
+from sglang_harness.runtime.ports import GRPC, HIGHEST, Port, reserve, why_unusable
 from sglang_harness.runtime.process_family import ProcessFamily, until_gone
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import Parents
@@ -317,6 +317,7 @@ class ProcessRuntime:
             )
         if self._python is not None and not os.access(self._python, os.X_OK):
             raise SpecError(f"{self._python} cannot be run.", advice="Give a Python with --python.")
+        self._port_fits(order)
         python = self._python or Path(
             images.run_script("embedded.sh", spec.sglang_version, order.say, within=spec.limits.run)
         )
@@ -331,6 +332,27 @@ class ProcessRuntime:
             runtime=self.name,
             device=device,
         )
+
+    def _port_fits(self, order: Order) -> None:
+        """Raises :class:`SpecError` where this SGLang cannot start at the port of the spec, and
+        tells where that cannot be known."""
+        spec = order.spec
+        if spec.port is None or spec.port + GRPC <= HIGHEST:
+            return
+        version = sglang_of(self._python) if self._python else pinned_version(spec)
+        if version is None:
+            order.say(
+                f"Which SGLang {self._python} has could not be read: 0.5.11 to 0.5.15 cannot start "
+                f"at a port above {HIGHEST - GRPC}"
+            )
+        if why := why_unusable(
+            spec.port, version, environment_of(spec, device="cpu", has_model=True)
+        ):
+            raise SpecError(
+                f"Port {spec.port} cannot be used: {why}.",
+                advice=f"Choose one of at most {HIGHEST - GRPC} with --port, or leave it out for a "
+                f"free one.",
+            )
 
 
 def caveats_of(python: Path | None) -> tuple[str, ...]:
@@ -367,8 +389,22 @@ KIND = Kind(
 def recipe_of(spec: ServerSpec, python: Path) -> Recipe:
     """What a parent of servers like this one is made from."""
     environment = environment_of(spec, device="cpu", has_model=True)
-    version = spec.sglang_version or assets.pins()["SGLANG_VERSION"]
-    return Recipe(runs=str(python), environment=alike(environment), version=version)
+    return Recipe(runs=str(python), environment=alike(environment), version=pinned_version(spec))
+
+
+def pinned_version(spec: ServerSpec) -> str:
+    """The version that is meant where the Python is not the user's own."""
+    return spec.sglang_version or assets.pins()["SGLANG_VERSION"]
+
+
+def sglang_of(python: Path) -> str | None:
+    """The version of SGLang that is installed for ``python``; ``None``: it does not say."""
+    words = [str(python), "-c", "import importlib.metadata as m; print(m.version('sglang'))"]
+    try:
+        told = bounded.run(words, within=30.0)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.output[-1].strip() if told.code == 0 and told.output else None
 
 
 def environment_of(

@@ -79,6 +79,9 @@ class LocalKeeper:
             except BaseException as error:
                 if isinstance(error, HarnessError):
                     self._failed = error
+                if self.tally.replaced:
+                    told = error.message if isinstance(error, HarnessError) else repr(error)
+                    self.tally.no_replacement.append(told)
                 self.tally.left += self.close()
                 raise
             self.tally.starts.append(time.monotonic() - began)

@@ -13,7 +13,8 @@ class Tally:
         starts: seconds of each start.
         warm: how many of these were warm.
         restored: seconds of each comparison with the first state after a test, restoring included.
-        replaced: why each server but the last had to go.
+        replaced: why each server that could not be used any more had to be replaced.
+        no_replacement: why the one after it did not come up, where that was tried.
         left: what of them could not be removed, with why.
     """
 
@@ -21,4 +22,5 @@ class Tally:
     warm: int = 0
     restored: list[float] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    no_replacement: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang_harness.gpu_check.bf16_models import DISK_BYTES, bf16_model
 from sglang_harness.gpu_check.part import NotHere, Part
+from sglang_harness.gpu_check.served import MODEL_BYTES, model
 from sglang_harness.run.qualification import TIME_IS_OVER
 from sglang_harness.verdict import CheckResult, Outcome, ProfileName, Verdict
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sglang_harness.gpu_check.context import Context
     from sglang_harness.spec import ServerSpec
     from sglang_harness.suite.check import Check
@@ -217,9 +215,9 @@ def _figures(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _quick(context: Context, name: str, model: str | Path, **server_args: Any) -> dict[str, Any]:
+def _quick(context: Context, name: str, served: str, **server_args: Any) -> dict[str, Any]:
     run = context.left() - KEPT * context.settings.slow
-    spec = _spec(context, run, model=model, server_args=server_args)
+    spec = _spec(context, run, model=served, server_args=server_args)
     verdict = qualify(context, name, spec)
     told = Told()
     told.add(verdict)
@@ -238,7 +236,7 @@ def tiny(context: Context) -> dict[str, Any]:
 
 def large(context: Context) -> dict[str, Any]:
     """The part ``qualify-large``: profile quick on the bf16 model that is made here."""
-    return _quick(context, "qualify-large", bf16_model(context, 0), dtype="bfloat16")
+    return _quick(context, "qualify-large", model(context), dtype="bfloat16")
 
 
 def full(context: Context) -> dict[str, Any]:
@@ -288,7 +286,7 @@ LARGE = Part(
     run=large,
     needs=frozenset({"release"}),
     scope="release",
-    disk_bytes=2 * DISK_BYTES,
+    disk_bytes=2 * MODEL_BYTES,
     least=90,
 )
 

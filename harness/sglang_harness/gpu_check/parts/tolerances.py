@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_harness.errors import HarnessError
 from sglang_harness.gpu_check import distances
-from sglang_harness.gpu_check.bf16_models import DISK_BYTES, bf16_model
 from sglang_harness.gpu_check.distances import Condition, Measured, Token
 from sglang_harness.gpu_check.part import NotHere, Part
+from sglang_harness.gpu_check.served import MODEL_BYTES, model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sglang_harness.client import Client, Generation
     from sglang_harness.gpu_check.context import Context
     from sglang_harness.oracle import Oracle, Scores
@@ -170,11 +168,7 @@ def measure(context: Context) -> dict[str, Any]:
     from sglang_harness import oracle
 
     rows: list[Measured] = []
-    models: dict[str, Path | str] = {
-        "tiny": "tiny",
-        "small": "random-small",
-        "large": bf16_model(context, 0),
-    }
+    models = {"tiny": "tiny", "small": "random-small", "large": model(context)}
     starts = STARTS[context.settings.device]
     for number, (name, dtype) in enumerate(starts):
         rounded = name == "tiny" and dtype != "float32"
@@ -206,7 +200,7 @@ def measure(context: Context) -> dict[str, Any]:
 
 
 def _of_one_server(
-    context: Context, model: Path | str, conditions: list[Condition], fair: float
+    context: Context, served: str, conditions: list[Condition], fair: float
 ) -> list[Measured]:
     """Args: fair: seconds that this server may take of the part's."""
     from sglang_harness import oracle
@@ -214,7 +208,7 @@ def _of_one_server(
     began, found = time.monotonic(), list[Measured]()
     dtype = conditions[0].dtype
     try:
-        server = context.server(model=model, server_args={"dtype": dtype})
+        server = context.server(model=served, server_args={"dtype": dtype})
     except (HarnessError, NotHere) as error:
         failed = isinstance(error, HarnessError)
         return [Measured(each, f"no server: {error}", failed=failed) for each in conditions]
@@ -268,6 +262,6 @@ PART = Part(
     run=measure,
     needs=frozenset({"release"}),
     scope="release",
-    disk_bytes=DISK_BYTES,
+    disk_bytes=MODEL_BYTES,
     least=60,
 )

@@ -32,9 +32,9 @@ from sglang_harness.runtime.warm.parents import (
 )
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, script
 
-#: Ports inside the container. Below the range that the kernel assigns to clients (32768), and
-#: far enough apart for the ports that SGLang derives from its own (+233 and on, 0.5.23).
-PORTS = tuple(range(20000, 28000, 500))
+#: Ports inside the container. As :data:`sglang_harness.runtime.ports.CANDIDATES`: with all that
+#: SGLang derives from them below the range that the kernel assigns to clients (32768), and apart.
+PORTS = tuple(range(12000, 20000, 500))
 
 #: Shared by all servers of a container: an upper bound, not a reservation.
 SHM_SIZE = "8g"

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sglang_harness._base import headroom
 from sglang_harness.errors import MissingExtra, ModelError
-from sglang_harness.weights.proof.fused_layout import MISSING, Layout, layout, unknown
-from sglang_harness.weights.proof.tensor_hash import checksum
+from sglang_harness.weights.proof.fused_layout import (
+    MISSING,
+    FusionRecipe,
+    Layout,
+    layout,
+    unknown,
+)
+from sglang_harness.weights.proof.tensor_hash import checksum_of
 from sglang_harness.weights.source.fitted import Source
+
+#: Bytes of tensors that each thread adds to what is held at a time. One parameter may take more,
+#: and is then computed alone.
+HELD_BY_A_THREAD = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -95,9 +107,16 @@ class ServedLayout:
         return layout(self.config, source.tensors, self.ranks)
 
 
-def expected_checksums(source: Source, served: ServedLayout) -> ExpectedChecksums:
-    """Reads the checkpoint once, one parameter at a time, and computes what the server must
+def expected_checksums(
+    source: Source, served: ServedLayout, *, threads: int | None = None
+) -> ExpectedChecksums:
+    """Reads the checkpoint once, parameter by parameter, and computes what the server must
     state. Only where ``served.unknown`` is ``None``.
+
+    Args:
+        threads: how many parameters are read, put together and hashed at a time at most; as many
+            as this process has cores, where not given. Together they hold the tensors of the
+            largest parameter, or :data:`HELD_BY_A_THREAD` for each of them where that is more.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -108,22 +127,60 @@ def expected_checksums(source: Source, served: ServedLayout) -> ExpectedChecksum
     except ImportError:
         raise MissingExtra("Computing checksums of weights", "torch") from None
 
-    how = served.layout(source)
+    recipes = served.layout(source).recipes
     dtype = getattr(torch, served.dtype)
-    ranks: tuple[dict[str, str], ...] = tuple({} for _ in range(served.ranks))
-    partly = set()
-    for parameter, recipe in how.recipes.items():
-        if MISSING in recipe.parts:
-            partly.add(parameter)
-            continue
+    threads = threads or headroom.cores()
+
+    def compute(recipe: FusionRecipe) -> list[str]:
         parts = [
             tensor.to(dtype) if tensor.is_floating_point() else tensor
             for _, tensor in source.read(recipe.parts)
         ]
-        for rank, sums in enumerate(ranks):
-            sums[parameter] = checksum(recipe.make(parts, rank), served.device)
-        del parts
-    return ExpectedChecksums(ranks, frozenset(partly))
+        return [
+            checksum_of(recipe.fuse(parts, rank).pieces, served.device, threads=threads)
+            for rank in range(served.ranks)
+        ]
+
+    whole = {name: recipe for name, recipe in recipes.items() if MISSING not in recipe.parts}
+    room = threads * HELD_BY_A_THREAD
+    started: dict[str, Future[list[str]]] = {}
+    held: dict[Future[list[str]], int] = {}
+    with ThreadPoolExecutor(threads, thread_name_prefix="checksums") as pool:
+        try:
+            for parameter, recipe in whole.items():
+                needs = _room_for(recipe, source, served)
+                while held and (len(held) >= threads or sum(held.values()) + needs > room):
+                    _forget_done(held)
+                started[parameter] = pool.submit(compute, recipe)
+                held[started[parameter]] = needs
+            while held:
+                _forget_done(held)
+        except BaseException:
+            # Also an interruption of this thread: what has begun ends within a parameter.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    sums = {parameter: future.result() for parameter, future in started.items()}
+    return ExpectedChecksums(
+        tuple({name: each[rank] for name, each in sums.items()} for rank in range(served.ranks)),
+        frozenset(recipes.keys() - whole.keys()),
+    )
+
+
+def _room_for(recipe: FusionRecipe, source: Source, served: ServedLayout) -> int:
+    """Bytes: what is read, and again where it is converted or a rank has columns of it."""
+    infos = [source.tensors[part] for part in recipe.parts]
+    read = sum(info.nbytes for info in infos)
+    as_read = served.ranks == 1 and all(
+        str(info.dtype).removeprefix("torch.") == served.dtype for info in infos
+    )
+    return read if as_read else 2 * read
+
+
+def _forget_done(held: dict[Future[list[str]], int]) -> None:
+    """Waits until one is done. Raises what it raised."""
+    for future in wait(held, return_when=FIRST_COMPLETED).done:
+        del held[future]
+        future.result()
 
 
 class Computed:

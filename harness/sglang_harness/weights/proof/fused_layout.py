@@ -9,7 +9,7 @@ layer.py`` and the models' ``load_weights``), without quantisation and expert pa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +30,42 @@ COMPUTED = ("cos_sin_cache", "cos_cache", "sin_cache", "inv_freq", "freqs_cis", 
 
 
 @dataclass(frozen=True)
+class Fused:
+    """One rank's share of a parameter, without a copy of it.
+
+    Attributes:
+        pieces: its elements are theirs, one piece after another, each row by row.
+        shape: of the whole.
+    """
+
+    pieces: tuple[torch.Tensor, ...]
+    shape: tuple[int, ...]
+
+    def tensor(self) -> torch.Tensor:
+        """All of it in one tensor."""
+        import torch
+
+        return torch.cat([piece.reshape(-1) for piece in self.pieces]).reshape(self.shape)
+
+
+Make = Callable[["list[torch.Tensor]", int], Fused]
+
+
+@dataclass(frozen=True)
 class FusionRecipe:
     """How one parameter is put together.
 
     Attributes:
         parts: the checkpoint's tensors that go into it, in their order.
-        make: from those tensors and a rank, that rank's piece, still in the checkpoint's dtype.
+        fuse: from those tensors and a rank, that rank's share, still in the checkpoint's dtype.
     """
 
     parts: tuple[str, ...]
-    make: Callable[[list[torch.Tensor], int], torch.Tensor]
+    fuse: Make
+
+    def make(self, parts: list[torch.Tensor], rank: int) -> torch.Tensor:
+        """:attr:`fuse`, in one tensor."""
+        return self.fuse(parts, rank).tensor()
 
 
 @dataclass(frozen=True)
@@ -98,20 +124,20 @@ def layout(config: Mapping[str, Any], names: Iterable[str], ranks: int) -> Layou
     for parameter, placed in parts.items():
         ordered = tuple(placed[key] for key in sorted(placed))
         if parameter.endswith("w13_weight"):
-            make = _gate_and_up_of_experts(ranks)
+            fuse = _gate_and_up_of_experts(ranks)
         elif parameter.endswith("w2_weight"):
-            make = _down_of_experts(ranks)
+            fuse = _down_of_experts(ranks)
         elif ".qkv_proj." in parameter:
-            make = _qkv(ranks, kv_heads)
+            fuse = _qkv(ranks, kv_heads)
         else:
-            make = _columns(ranks)
+            fuse = _columns(ranks)
         wanted = 3 if ".qkv_proj." in parameter else 1 if parameter.endswith("w2_weight") else 2
         experts = {expert for expert, _ in placed}
         if len(placed) == wanted * len(experts) and experts == set(range(len(experts))):
-            recipes[parameter] = FusionRecipe(ordered, make)
+            recipes[parameter] = FusionRecipe(ordered, fuse)
         else:
             # A part of it alone: known to be touched, not what it becomes.
-            recipes[parameter] = FusionRecipe((*ordered, MISSING), make)
+            recipes[parameter] = FusionRecipe((*ordered, MISSING), fuse)
     return Layout(recipes, tuple(ignored))
 
 
@@ -141,12 +167,20 @@ _EXPERTS = {
     "down_proj": ("w2", 0),
 }
 
-Make = Callable[["list[torch.Tensor]", int], "torch.Tensor"]
-
 
 def _share(tensor: torch.Tensor, dimension: int, rank: int, ranks: int) -> torch.Tensor:
     length = tensor.shape[dimension] // ranks
     return tensor.narrow(dimension, rank * length, length)
+
+
+def _one_after_another(pieces: Sequence[torch.Tensor]) -> Fused:
+    rows = sum(piece.shape[0] for piece in pieces)
+    return Fused(tuple(pieces), (rows, *pieces[0].shape[1:]))
+
+
+def _stacked(each: Sequence[Fused]) -> Fused:
+    pieces = tuple(piece for fused in each for piece in fused.pieces)
+    return Fused(pieces, (len(each), *each[0].shape))
 
 
 def _single(name: str, ranks: int) -> Make:
@@ -154,12 +188,16 @@ def _single(name: str, ranks: int) -> Make:
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         return _vocabulary(ranks)
     if re.fullmatch(r".+\.(o_proj|down_proj)\.weight", name):
-        return lambda parts, rank: _share(parts[0], 1, rank, ranks)
-    return lambda parts, _: parts[0]
+        return lambda parts, rank: _whole(_share(parts[0], 1, rank, ranks))
+    return lambda parts, _: _whole(parts[0])
+
+
+def _whole(tensor: torch.Tensor) -> Fused:
+    return Fused((tensor,), tuple(tensor.shape))
 
 
 def _vocabulary(ranks: int) -> Make:
-    def make(parts: list[torch.Tensor], rank: int) -> torch.Tensor:
+    def fuse(parts: list[torch.Tensor], rank: int) -> Fused:
         (tensor,) = parts
         words = tensor.shape[0]
         padded = -(-words // VOCABULARY_PADDING) * VOCABULARY_PADDING
@@ -167,29 +205,23 @@ def _vocabulary(ranks: int) -> Make:
         first = min(rank * each, words)
         own = tensor[first : min(first + each, words)]
         if len(own) == each:
-            return own
-        filled = tensor.new_zeros((each, *tensor.shape[1:]))
-        filled[: len(own)] = own
-        return filled
+            return _whole(own)
+        return _one_after_another([own, tensor.new_zeros((each - len(own), *tensor.shape[1:]))])
 
-    return make
+    return fuse
 
 
 def _columns(ranks: int) -> Make:
     """Each part split by rows of its own, the pieces one after another."""
 
-    def make(parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-        import torch
+    def fuse(parts: list[torch.Tensor], rank: int) -> Fused:
+        return _one_after_another([_share(part, 0, rank, ranks) for part in parts])
 
-        return torch.cat([_share(part, 0, rank, ranks) for part in parts])
-
-    return make
+    return fuse
 
 
 def _qkv(ranks: int, kv_heads: int) -> Make:
-    def make(parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-        import torch
-
+    def fuse(parts: list[torch.Tensor], rank: int) -> Fused:
         query, *others = parts
         pieces = [_share(query, 0, rank, ranks)]
         for part in others:
@@ -198,26 +230,22 @@ def _qkv(ranks: int, kv_heads: int) -> Make:
             else:
                 # Fewer heads than ranks: several ranks hold the same one.
                 pieces.append(_share(part, 0, rank // (ranks // kv_heads), kv_heads))
-        return torch.cat(pieces)
+        return _one_after_another(pieces)
 
-    return make
+    return fuse
 
 
 def _gate_and_up_of_experts(ranks: int) -> Make:
-    def make(parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-        import torch
-
-        fused = _columns(ranks)
+    def fuse(parts: list[torch.Tensor], rank: int) -> Fused:
+        of_one = _columns(ranks)
         pairs = zip(parts[::2], parts[1::2], strict=True)
-        return torch.stack([fused(list(pair), rank) for pair in pairs])
+        return _stacked([of_one(list(pair), rank) for pair in pairs])
 
-    return make
+    return fuse
 
 
 def _down_of_experts(ranks: int) -> Make:
-    def make(parts: list[torch.Tensor], rank: int) -> torch.Tensor:
-        import torch
+    def fuse(parts: list[torch.Tensor], rank: int) -> Fused:
+        return _stacked([_whole(_share(part, 1, rank, ranks)) for part in parts])
 
-        return torch.stack([_share(part, 1, rank, ranks) for part in parts])
-
-    return make
+    return fuse
