@@ -6,6 +6,7 @@
 # and one for a machine with a GPU, which needs neither Docker nor a network:
 #   make gpu-check  what only a GPU can show; exit code 3 where not everything ran
 #                   (ARGS='--device cpu' rehearses it without a GPU)
+#   make gpu-kit    an archive with all of it for such a machine; 'sglang-harness kit --help'
 #
 # GPU_PYTHON                    a Python with the harness's dependencies and torch, for gpu-check
 # ARGS                          more options, such as ARGS='--model tiny -k weights'
@@ -14,7 +15,7 @@
 #
 # Where no Docker engine can be had both go on without containers, and say so.
 # SGLANG_HARNESS_CACHE          where models and wheels are kept
-.PHONY: qualify test test-all fast lint types unit integration integration-all gpu-check bench clean
+.PHONY: qualify test test-all fast lint types unit integration integration-all gpu-check gpu-kit bench clean
 HARNESS = .venv/bin/sglang-harness
 PYTEST = .venv/bin/python -m pytest
 SLOWEST = --durations=25 --durations-min=1
@@ -61,6 +62,10 @@ GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 gpu-check:
 	@PYTHONPATH=harness $(GPU_PYTHON) -m sglang_harness gpu-check $(ARGS)
+
+gpu-kit:
+	@scripts/environment.sh qualify
+	@$(HARNESS) kit $(ARGS)
 
 bench:
 	@scripts/environment.sh test
