@@ -162,6 +162,20 @@ def test_where_only_torch_is_known_what_came_with_it_is_there(links: Path):
     assert ("psutil", "99.0") in placed(lock)
 
 
+def test_what_depends_on_torch_is_taken_in_the_version_for_the_targets_torch(links: Path):
+    sglang(links, "0.5.15", "torch==2.11.0", "sglang-kernel==0.4.4", "vision")
+    sglang(links, "0.5.23", "torch==2.14.1", "sglang-kernel==0.4.10", "vision")
+    make_wheel(links, "vision", "1.0", requires=["torch==2.11.0"])
+    make_wheel(links, "vision", "2.0", requires=["torch>=2.14"])
+    assert placed(locked(target()))["vision", "1.0"] == "site"
+
+
+def test_torchs_companions_are_not_looked_for_where_they_are_there(links: Path):
+    make_wheel(links, "torch", "2.11.0", requires=["triton==3.6.0", "nvidia-nccl-cu13==2.28"])
+    lock = locked(target(triton="3.6.0", **{"nvidia-nccl-cu13": "2.28"}), "0.5.15")
+    assert len(lock.packages) == 2
+
+
 def test_no_solution_is_said_in_one_line_with_what_is_in_the_way(links: Path):
     sglang(links, "0.5.15", "torch==2.11.0", "sglang-kernel==0.4.4", "alpha", "beta>=3")
     make_wheel(links, "alpha", "1.0", requires=["beta<3"])
