@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def resolve(
     """
     with within_temporary_folder("scratch") as folder:
         uv = _Uv(_program(), target, folder, index.pip_settings())
-        with_torch = _with_torch(uv) if set(target.packages) <= {"torch"} else {}
+        with_torch = _with_torch(uv) if set(target.packages) <= {"torch"} else set()
         target = with_packages(target, with_torch)
         uv = _Uv(uv.program, target, folder, uv.settings)
         chosen: dict[str, dict[str, Locked]] = {}
@@ -177,9 +177,9 @@ def rules(release: Release, catalogue: Catalogue, with_kernels: bool) -> Rules:
     return Rules(frozenset(dropped), frozenset(replaced))
 
 
-def with_packages(target: Target, more: Mapping[str, str | None]) -> Target:
-    """The same target with packages that its description does not list."""
-    return target.model_copy(update={"packages": {**more, **target.packages}})
+def with_packages(target: Target, more: Iterable[str]) -> Target:
+    """The same target with packages, in unknown versions, that its description does not list."""
+    return target.model_copy(update={"packages": {**dict.fromkeys(more), **target.packages}})
 
 
 def _one(
@@ -245,11 +245,13 @@ def _sglang(uv: _Uv, release: Release, say: Say) -> Package:
     return Package.of_wheel(wheels.fetch([package], uv.target, say)[package.sha256])
 
 
-def _with_torch(uv: _Uv) -> dict[str, str]:
-    """What pip installs with torch: it is there where torch is."""
+def _with_torch(uv: _Uv) -> set[str]:
+    """Names of what pip installs with torch: it is there where torch is."""
     wanted = [f"torch=={uv.target.torch_release}"]
     found = uv.versions(wanted, preferred={}, excluded=set())
-    return {name: version for name, version in found.items() if name != "torch"}
+    names = set(found) - {"torch"}
+    # Every torch with CUDA has its own triton; an index may have a torch without CUDA first.
+    return names if uv.target.cuda is None else names | {"triton"}
 
 
 def _program() -> str:
