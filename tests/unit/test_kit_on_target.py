@@ -33,6 +33,7 @@ ON_TARGET = Path(unpack.__file__).parent
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory_bytes": 80 << 30}
 A100 = {"name": "NVIDIA A100-SXM4-40GB", "capability": "8.0", "memory_bytes": 40 << 30}
+TOOLS = {"nvcc": "/usr/local/cuda/bin/nvcc", "c++": "/usr/bin/c++", "ninja": "/usr/bin/ninja"}
 #: Seconds for anything that takes a fraction of one.
 SOON = 60.0
 
@@ -433,7 +434,7 @@ def test_a_release_s_python_finds_the_libraries_of_nvidias_wheels_and_the_compil
 ):
     for name in ("cu13", "nccl"):
         (tmp_path / "path" / "nvidia" / name / "lib").mkdir(parents=True)
-    kit.host["tools"] = {"nvcc": "/opt/cuda/bin/nvcc"}
+    kit.host["tools"] = {**TOOLS, "nvcc": "/opt/cuda/bin/nvcc"}
     kit.started(PYTHONPATH=str(tmp_path / "path"))
     python = kit.folder / "unpacked" / "python-0.0.1"
     asks = "import os; print(os.environ[{!r}])"
@@ -444,11 +445,41 @@ def test_a_release_s_python_finds_the_libraries_of_nvidias_wheels_and_the_compil
     assert libraries[-1] == "/mine"
     path = told_by(python, asks.format("PATH")).split(":")
     assert path[-2:] == [str(Path(sys.executable).parent), "/opt/cuda/bin"]
-    assert "no nvcc" not in python.with_name("python-0.0.1.caveats").read_text()
+
+
+def test_a_toolkit_is_the_one_that_links_wherever_nvcc_is_a_link_to_it(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    toolkit = tmp_path / "cuda-13.0"
+    for file in ("bin/nvcc", "lib64/libcudart.so"):
+        (toolkit / file).parent.mkdir(parents=True)
+        (toolkit / file).touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
+    kit.host["tools"] = {**TOOLS, "nvcc": str(tmp_path / "bin" / "nvcc")}
+    kit.started()
+    python = kit.folder / "unpacked" / "python-0.0.1"
+    assert told_by(python, "import os; print(os.environ['CUDA_HOME'])") == str(toolkit)
+    assert "cannot be compiled" not in python.with_name("python-0.0.1.caveats").read_text()
+
+
+def test_what_is_missing_to_compile_with_is_named(kit: Kit, tmp_path: Path):
+    (tmp_path / "nvcc").touch()
+    kit.host["tools"] = {**TOOLS, "nvcc": str(tmp_path / "nvcc"), "ninja": None}
+    with_no_toolkit = (
+        ""
+        if Path("/usr/local/cuda/lib64/libcudart.so").exists()
+        else (", no libcudart.so beside nvcc")
+    )
+    kit.started()
+    caveats = (kit.folder / "unpacked" / "python-0.0.1.caveats").read_text()
+    assert f"There is no ninja{with_no_toolkit}: kernels that SGLang compiles" in caveats
 
 
 def test_caveats_are_a_sentence_a_line(kit: Kit):
-    kit.host["tools"] = {"nvcc": None}
+    kit.host["tools"] = {**TOOLS, "nvcc": None}
     kit.started()
     folder = kit.folder / "unpacked"
     assert (folder / "python-0.0.1.caveats").read_text().splitlines() == [
