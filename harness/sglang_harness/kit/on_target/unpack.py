@@ -561,6 +561,8 @@ def _wrapper(release: dict[str, Any], host: dict[str, Any], folder: Path) -> str
         "TRITON_CACHE_DIR": compiled / "triton",
         "TORCHINDUCTOR_CACHE_DIR": compiled / "inductor",
         "TORCH_EXTENSIONS_DIR": compiled / "torch-extensions",
+        "SGLANG_CACHE_DIR": compiled / "sglang",
+        "SGLANG_JIT_CACHE_DIR": compiled / "sglang" / "jit",  # SGLang 0.5.23's own, for tvm-ffi's
         **({"CUDA_HOME": home} if (home := _cuda_home(host)) else {}),
         **release["environment"],
     }
