@@ -86,7 +86,7 @@ class Kit:
                 {
                     "version": "0.0.2", "kernels": "sglang-kernel 0.4.4", "site": "site-0.0.2",
                     "server_args": {}, "environment": {}, "stand_ins": [],
-                    "caveats": ["It asks for other kernels."],
+                    "caveats": ["it asks for other kernels"],
                 },
             ],
         }  # fmt: skip
@@ -216,6 +216,10 @@ def a_payload_that_is_gone(kit: Kit) -> None:
     (kit.folder / "payload.tar.xz").unlink()
 
 
+def no_kernels(kit: Kit) -> None:
+    kit.record["made_for"] |= {"architectures": [], "cuda": None}
+
+
 def another_schema(kit: Kit) -> None:
     kit.record["schema"] = 2
 
@@ -236,6 +240,7 @@ def another_schema(kit: Kit) -> None:
         (little_disk, f"the kit needs {(1 << 30) + 512} MiB of disk in"),
         (a_damaged_payload, "payload.tar.xz is damaged (its SHA-256 differs): copy the kit again."),
         (a_payload_that_is_gone, "payload.tar.xz cannot be read (No such file or directory)."),
+        (no_kernels, "the kit has no kernels for GPUs: it is for a rehearsal, --device cpu."),
         (another_schema, "kit.json has the schema 2, and 1 was expected."),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -250,7 +255,7 @@ def test_a_host_that_it_was_not_made_for_is_one_line(
     assert left <= {unpack.LOCK}, "something was unpacked"
 
 
-@pytest.mark.parametrize("spoil", [no_gpu, another_gpu, another_cuda])
+@pytest.mark.parametrize("spoil", [no_gpu, another_gpu, another_cuda, no_kernels])
 def test_a_rehearsal_needs_no_gpu(spoil: Callable[[Kit], None], kit: Kit):
     spoil(kit)
     assert kit.started("--device", "cpu")["words"][-2:] == ["--device", "cpu"]
@@ -483,8 +488,7 @@ def test_caveats_are_a_sentence_a_line(kit: Kit):
     kit.started()
     folder = kit.folder / "unpacked"
     assert (folder / "python-0.0.1.caveats").read_text().splitlines() == [
-        "IPython is a stand-in: imported and never called.",
-        "SGLang's kernels are there for sm90 only (sglang-kernel 0.4.4).",
+        "A stand-in for IPython: imported and never called.",
         "There is no nvcc: kernels that SGLang compiles while it serves cannot be compiled.",
     ]
     assert (folder / "python-0.0.2.caveats").read_text().splitlines()[0] == (

@@ -182,6 +182,8 @@ def refuse(kit: dict[str, Any], host: dict[str, Any], device: str) -> None:
     """Raises :class:`NotRun` for a host that the kit was not made for. Cheapest questions first;
     nothing is written."""
     made = kit["made_for"]
+    if device == "gpu" and not made["architectures"]:
+        raise NotRun("the kit has no kernels for GPUs: it is for a rehearsal, --device cpu.")
     python = ".".join(host["python"].split(".")[:2])
     here = f"{host['implementation']} {python}"
     if here != f"cpython {made['python']}":
@@ -585,20 +587,19 @@ def _caveats(
     kit: dict[str, Any], release: dict[str, Any], host: dict[str, Any], device: str
 ) -> list[str]:
     """One sentence a line."""
-    told = [f"{s['name']} is a stand-in: {s['reason']}" for s in release["stand_ins"]]
+    told = [f"a stand-in for {s['name']}: {s['reason']}" for s in release["stand_ins"]]
     told += release["caveats"]
     if device == "cpu":
-        told.append("A rehearsal on the CPU: sgl_kernel is a stand-in, and no GPU was seen.")
+        told.append("a rehearsal on the CPU: sgl_kernel is a stand-in, and no GPU was seen")
     else:
-        generations = ", ".join(kit["made_for"]["architectures"])
-        told.append(f"SGLang's kernels are there for {generations} only ({release['kernels']}).")
-        told += [f"No kernels for {gpu}." for gpu in _without_kernels(kit["made_for"], host)]
+        told += [f"no kernels for {gpu}" for gpu in _without_kernels(kit["made_for"], host)]
         if lacks := _lacks_to_compile(host):
             told.append(
-                f"There is no {', no '.join(lacks)}: kernels that SGLang compiles while it serves "
-                "cannot be compiled."
+                f"there is no {', no '.join(lacks)}: kernels that SGLang compiles while it serves "
+                "cannot be compiled"
             )
-    return [" ".join(line.split()) + "\n" for line in told]
+    lines = [" ".join(line.split()) for line in told]
+    return [f"{line[:1].upper()}{line[1:].rstrip('.')}.\n" for line in lines]
 
 
 def _write(file: Path, text: str, *, mode: int = 0o644) -> None:
