@@ -4,16 +4,18 @@
 #   make test-all   the same and what proves it again: cold and warm beside each other, every
 #                   version of SGLang, each way to run a server
 # and one for a machine with a GPU, which needs neither Docker nor a network:
-#   make gpu-check  what only a GPU can show; exit code 3 where it did not run
+#   make gpu-check  what only a GPU can show; exit code 3 where not everything ran
+#                   (ARGS='--device cpu' rehearses it without a GPU)
+#   make gpu-kit    an archive with all of it for such a machine; 'sglang-harness kit --help'
 #
-# GPU_PYTHON                    a Python with torch and nvidia-ml-py, for gpu-check
+# GPU_PYTHON                    a Python with the harness's dependencies and torch, for gpu-check
 # ARGS                          more options, such as ARGS='--model tiny -k weights'
 # PYTHON                        the Python to make .venv with
 # SGLANG_HARNESS_INSTALL=never  never install or start anything outside .venv and the cache
 #
 # Where no Docker engine can be had both go on without containers, and say so.
 # SGLANG_HARNESS_CACHE          where models and wheels are kept
-.PHONY: qualify test test-all fast lint types unit integration integration-all gpu-check bench clean
+.PHONY: qualify test test-all fast lint types unit integration integration-all gpu-check gpu-kit bench clean
 HARNESS = .venv/bin/sglang-harness
 PYTEST = .venv/bin/python -m pytest
 SLOWEST = --durations=25 --durations-min=1
@@ -59,7 +61,11 @@ integration-all:
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 gpu-check:
-	@$(GPU_PYTHON) tests/gpu/check.py $(ARGS)
+	@PYTHONPATH=harness $(GPU_PYTHON) -m sglang_harness gpu-check $(ARGS)
+
+gpu-kit:
+	@scripts/environment.sh qualify
+	@$(HARNESS) kit $(ARGS)
 
 bench:
 	@scripts/environment.sh test

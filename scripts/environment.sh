@@ -41,6 +41,6 @@ say "installing the harness with torch and what '$purpose' needs into .venv (min
 group=
 [ "$purpose" != test ] || group="--group dev"
 # shellcheck disable=SC2086 -- two words on purpose
-.venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt $group --editable '.[torch,compose]'
+.venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt $group --editable '.[torch,compose,kit]'
 echo "$wanted" >.venv/.complete
 say "done"

@@ -418,6 +418,96 @@ def model(
     print(folder)
 
 
+kit_app = typer.Typer(
+    invoke_without_command=True,
+    no_args_is_help=False,
+    help="Build an archive for a GPU host without network and Docker: SGLang, the harness, and "
+    "what they miss there. On that host ./gpu-check in it is the one command.",
+)
+app.add_typer(kit_app, name="kit")
+
+
+@kit_app.callback()
+def kit(
+    context: typer.Context,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="A file that 'kit describe' wrote on the host, or a shipped target "
+            "(default: an H100 with Python 3.12, torch 2.11 and CUDA 13)."
+        ),
+    ] = None,
+    python_version: Annotated[
+        str | None, typer.Option(help="A host without a file: its Python, such as 3.12.")
+    ] = None,
+    torch: Annotated[str | None, typer.Option(help="And its torch, such as 2.11.0.")] = None,
+    cuda: Annotated[str | None, typer.Option(help="And torch's CUDA (default 13).")] = None,
+    installed: Annotated[
+        Path | None,
+        typer.Option(help="And what is there: a file with a name or name==version on each line."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU generation, such as sm90 or 9.0, in place of the target's own. "
+            "'none': without kernels, for a rehearsal on a CPU."
+        ),
+    ] = None,
+    sglang_version: Annotated[
+        list[str] | None,
+        typer.Option(help="SGLang to put in (default: the newest for that torch). Repeatable."),
+    ] = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(help="What to put in, from a kit built before: nothing is resolved."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The archive (default: by its name, in this folder).")
+    ] = None,
+    largest: Annotated[float, typer.Option(help="MiB that the archive may have.")] = 58.0,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    from sglang_harness.kit.build import build
+    from sglang_harness.kit.request import Host, request
+
+    wanted = request(
+        target=target,
+        host=Host(python_version, torch, cuda, installed),
+        gpu=gpu,
+        versions=sglang_version or [],
+        lock=lock,
+        out=out,
+        largest=largest,
+    )
+    view = terminal.Terminal(console)
+    try:
+        with interruptions():
+            built = build(wanted, view.say)
+    finally:
+        view.close()
+    for line in built.summary():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@kit_app.command("describe")
+def kit_describe(
+    python: Annotated[
+        Path | None, typer.Option(help="The Python that has torch (default: the harness's own).")
+    ] = None,
+    script: Annotated[
+        bool,
+        typer.Option(
+            "--script", help="Print the program that describes, to be carried to the host."
+        ),
+    ] = False,
+) -> None:
+    """Describe this host and a Python on it as JSON, for --target."""
+    from sglang_harness.kit import request
+
+    print(request.script() if script else request.described(python), end="" if script else "\n")
+
+
 @app.command()
 def version() -> None:
     """Print the version of the harness."""

@@ -101,8 +101,8 @@ def imported() -> dict[str, set[str]]:
     return found
 
 
-def declared() -> tuple[set[str], set[str]]:
-    """Modules of the package's own dependencies, and of its extra ``torch``."""
+def declared(extra: str = "torch") -> tuple[set[str], set[str]]:
+    """Modules of the package's own dependencies, and of an extra."""
     # pytest brings the one of older Pythons.
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
@@ -112,13 +112,15 @@ def declared() -> tuple[set[str], set[str]]:
         found = {name[0].lower() for name in names if name is not None}
         return {MODULES.get(name, name) for name in found}
 
-    return modules(project["dependencies"]), modules(project["optional-dependencies"]["torch"])
+    return modules(project["dependencies"]), modules(project["optional-dependencies"][extra])
 
 
 def test_every_import_is_of_something_that_is_installed_with_it():
     own, extra = declared()
+    _, kit = declared("kit")
     # tokenizers comes with transformers, which the extra names.
-    unknown = {m: files for m, files in imported().items() if m not in own | extra | {"tokenizers"}}
+    known = own | extra | kit | {"tokenizers"}
+    unknown = {m: files for m, files in imported().items() if m not in known}
     assert unknown == {}
 
 

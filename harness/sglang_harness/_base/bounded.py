@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import threading
 import time
@@ -102,6 +103,20 @@ def run(
         end(process)
         raise
     return Finished(code, said["output"], said["errors"])
+
+
+def ending(code: int) -> str:
+    """How a program ended, in words: ``was ended by SIGKILL``, ``ended with exit code 2``.
+
+    Args:
+        code: as ``subprocess`` gives it: negative is the signal that killed it.
+    """
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
 
 
 def _read(stream: IO[bytes], name: str, come: queue.Queue[tuple[str, str | None]]) -> None:

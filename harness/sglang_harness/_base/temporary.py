@@ -134,6 +134,21 @@ def found() -> list[Found]:
     return every
 
 
+def left_by(pid: int) -> list[Path]:
+    """The temporary folders of a process of this machine that has ended, by its number."""
+    mine = []
+    for path in sorted(Path(tempfile.gettempdir()).glob("sglang-harness-*")):
+        if not _NAME.fullmatch(path.name):
+            continue
+        try:
+            owner = Owner.parse((path / RECORD).read_text(encoding="utf-8").splitlines()[0])
+        except (OSError, ValueError, IndexError):
+            continue  # not one of these, or somebody else's
+        if owner is not None and owner.pid == pid and owner.is_gone():
+            mine.append(path)
+    return mine
+
+
 def _state(path: Path, about: os.stat_result) -> Literal["in use", "abandoned", "unknown"]:
     try:
         lines = (path / RECORD).read_text(encoding="utf-8").splitlines()

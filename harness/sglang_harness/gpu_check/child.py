@@ -4,11 +4,12 @@
 
 Its standard input has the job as one line of JSON, then a line for each part that it is to run; it
 is closed when there are no more. The child reports to file descriptor FD, one JSON object a line,
-with a ``kind`` each: ``begin``, ``put``, ``note``, ``headline``, ``secret``, ``no server``,
-``end``, and ``closed`` at the very end. What it prints is the log of the part that runs; the job's
-``border`` and a part's name on a line of its own tell where the next one's begins.
+with a ``kind`` each: ``put``, ``note``, ``headline``, ``secret``, ``no server``, ``saw``, and
+``end`` for each part. What it prints is the log of the part that runs; the job's ``border`` and the
+key of a part's log on a line of its own tell where the next one's begins.
 
-It ends with the process that started it. SIGTERM ends it in order: its server first.
+It ends with the process that started it. SIGTERM ends it in order: its server first. On SIGUSR1 it
+writes to its log where each of its threads is.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import faulthandler
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 from sglang_harness._base.descent import ending_with_parent
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import HarnessError, Interrupted
-from sglang_harness.gpu_check.context import Context, Servers
+from sglang_harness.gpu_check.context import Context
 from sglang_harness.gpu_check.part import NotHere, Outcome, Part
 from sglang_harness.gpu_check.results import plain
+from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Job, Order
 
 
@@ -51,30 +54,39 @@ class Reporter:
 
 def main() -> int:
     """Runs the job; returns the exit code."""
-    report = Reporter(int(sys.argv[1]))
-    job = Job.model_validate_json(sys.stdin.readline())
+    report, orders = Reporter(int(sys.argv[1])), _orders()
+    job = Job.model_validate_json(orders.readline())
     ending_with_parent()()
     faulthandler.enable()  # a crash in native code leaves its stack in the log
+    # In native code: also where a thread hangs and Python handles no signal.
+    faulthandler.register(signal.SIGUSR1)
     try:
         with interruptions() as signals:
             servers = Servers(job.settings, job.release, report, dict(job.no_server))
             try:
-                _run(job, report, servers)
+                _run(job, orders, report, servers)
             finally:
                 signals.calm()
                 servers.close()
     except Interrupted as error:
         return 128 + error.signal_number
-    report({"kind": "closed"})
     return 0
 
 
-def _run(job: Job, report: Reporter, servers: Servers) -> None:
+def _orders() -> TextIO:
+    """The standard input, taken away from what parts start: they could read it empty."""
+    own = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return os.fdopen(own, encoding="utf-8")
+
+
+def _run(job: Job, orders: TextIO, report: Reporter, servers: Servers) -> None:
     earlier = dict(job.earlier)
-    for line in sys.stdin:
+    for line in orders:
         wanted = Order.model_validate_json(line)
         _border(job.border, wanted.log)
-        report({"kind": "begin", "part": wanted.part})
         figures: dict[str, Any] = {}
         outcome, message = _one(job, wanted.part, wanted.seconds, report, servers, earlier, figures)
         _flush()

@@ -3,75 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sglang_harness.errors import HarnessError
-from sglang_harness.gpu_check.outcomes import NotHere, Topic
-from sglang_harness.gpu_check.results import plain
+from sglang_harness.gpu_check.outcomes import TOPICS, NotHere, Topic
+from sglang_harness.gpu_check.results import PARTS, plain
+from sglang_harness.gpu_check.servers import Report, Servers
 from sglang_harness.gpu_check.settings import Release, Settings
+from sglang_harness.runtime import Runtime
+from sglang_harness.server import Server
 from sglang_harness.spec import Argument, ServerSpec
-
-if TYPE_CHECKING:
-    from sglang_harness.runtime import Runtime
-    from sglang_harness.server import Server
-
-#: Reports something to the process that watches this one.
-Report = Callable[[dict[str, Any]], None]
-
-
-class Servers:
-    """The server that the parts of one child process share: one at a time.
-
-    Attributes:
-        failed: why a server did not start, by what was asked for.
-    """
-
-    def __init__(
-        self, settings: Settings, release: Release | None, report: Report, failed: dict[str, str]
-    ) -> None:
-        self._settings, self._release, self._report = settings, release, report
-        self.failed = failed
-        self._running: tuple[str, Server] | None = None
-
-    def runtime(self) -> Runtime:
-        from sglang_harness.runtime.docker import DockerRuntime
-        from sglang_harness.runtime.process import ProcessRuntime
-
-        if self._settings.runtime == "docker":
-            return DockerRuntime()
-        return ProcessRuntime(self._release.python if self._release else None)
-
-    def get(self, spec: ServerSpec, *, within: float, say: Callable[[str], None]) -> Server:
-        from sglang_harness.run.server_pool import title
-        from sglang_harness.server import Server
-
-        asked = spec.model_dump_json(exclude={"limits"})
-        if self._running is not None:
-            running, server = self._running
-            if running == asked and server.running.watch.ended is None:
-                return server
-            self.close()
-        if asked in self.failed:
-            raise NotHere(f"no server: {self.failed[asked]}")
-        try:
-            server = Server.start(spec, runtime=self.runtime(), say=say, within=within)
-        except HarnessError as error:
-            self.failed[asked] = error.message
-            self._report({"kind": "no server", "asked": asked, "why": error.message})
-            if error.log:
-                say(f"--- its log: {title(spec)} ---\n{error.log}\n--- end of its log ---")
-            raise
-        self._running = asked, server
-        self._report({"kind": "secret", "value": server.running.api_key or ""})
-        return server
-
-    def close(self) -> None:
-        """Ends the server, if one runs."""
-        if self._running is not None:
-            (_, server), self._running = self._running, None
-            server.stop(at_once=True)
 
 
 class Context:
@@ -107,7 +49,7 @@ class Context:
 
     @property
     def out(self) -> Path:
-        folder = self.settings.out / "parts" / self._key
+        folder = self.settings.out / PARTS / self._key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -130,11 +72,13 @@ class Context:
 
     def note(self, topic: Topic, what: str, value: str) -> None:
         """One line of the summary by topic, such as ``memory``, ``idle use``, ``3 MiB``."""
-        self._report({"kind": "note", "topic": topic, "what": what, "value": value})
+        if topic not in TOPICS:
+            raise ValueError(f"{topic!r} is not a topic of the summary: {', '.join(TOPICS)}")
+        self._report({"kind": "note", "topic": topic, "what": str(what), "value": str(value)})
 
     def headline(self, text: str) -> None:
         """The part's figures in one line, for the summary."""
-        self._report({"kind": "headline", "text": text})
+        self._report({"kind": "headline", "text": str(text)})
 
     def earlier(self, part: str) -> dict[str, Any]:
         """Figures of a part that ran before, of this release or of none; empty where it has none
@@ -225,7 +169,8 @@ class Context:
             NotHere: the same was asked for before, and did not start.
         """
         spec = self.spec(model=model, server_args=server_args, environment=environment, **fields)
-        return self._servers.get(spec, within=max(1.0, self.left() - 5.0), say=self.say)
+        within = max(1.0, self.left() - 5.0)
+        return self._servers.get(spec, key=self._key, within=within, say=self.say)
 
     def close_server(self) -> None:
         """Ends the shared server, for a part that starts its own or that has changed it."""

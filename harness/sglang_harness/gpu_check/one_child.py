@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from sglang_harness._base import bounded
 from sglang_harness.gpu_check.part_log import PartLogs
 from sglang_harness.gpu_check.settings import Job, Order
 from sglang_harness.runtime.process_family import lives, until_gone
@@ -57,7 +58,8 @@ class Child:
             raise
         finally:
             os.close(its_end)
-        threading.Thread(target=self._listen, args=(reports,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(reports,), daemon=True)
+        self._listener.start()
         assert self._process.stdout is not None
         self._output = logs.follow(self._process.stdout, job.border)
         self._tell(job.model_dump_json())
@@ -65,6 +67,10 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def _listen(self, descriptor: int) -> None:
         with os.fdopen(descriptor, encoding="utf-8", errors="replace") as lines:
@@ -89,25 +95,27 @@ class Child:
         with suppress(OSError):
             self._process.stdin.close()
 
+    def say_where(self) -> None:
+        """Has it write to its log where it is; waits a moment for that."""
+        with suppress(OSError, subprocess.TimeoutExpired):
+            self._process.send_signal(signal.SIGUSR1)
+            self._process.wait(timeout=0.3)
+
     def how_it_ended(self) -> str:
         """In words, such as ``was ended by SIGSEGV``; waits a moment for its exit code."""
         try:
             code = self._process.wait(timeout=ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             return "closed its reports and did not end"
-        if code >= 0:
-            return f"ended with exit code {code}"
-        try:
-            return f"was ended by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was ended by signal {-code}"
+        return bounded.ending(code)
 
     def end(self) -> list[str]:
         """Ends it and everything that it started, also what has left its session: SIGTERM for the
         child, which ends its server in order, then SIGKILL for all.
 
         Returns:
-            what had to be killed although the child itself had ended, in words.
+            a line for each process that the child had left when it had ended by itself, and for
+            each that cannot be killed.
         """
         self.no_more()
         orderly = self._process.poll() is not None
@@ -119,7 +127,7 @@ class Child:
             with suppress(OSError):
                 self._process.kill()
         left = self._left()
-        told = [_words(each) for each in left]
+        told = [f"{_words(each)} was left, and killed" for each in left] if orderly else []
         until = time.monotonic() + ENDS_WITHIN
         while left and time.monotonic() < until:
             for each in left:
@@ -127,11 +135,13 @@ class Child:
                     each.kill()
             until_gone(left, 1.0)
             left = self._left()  # what was forked meanwhile
+        told += [f"{_words(each)} cannot be killed" for each in left]
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=ENDS_WITHIN)
         self._reap()
-        self._output.join(timeout=ENDS_WITHIN)
-        return told if orderly else []
+        for thread in (self._listener, self._output):
+            thread.join(timeout=ENDS_WITHIN)
+        return told
 
     def _left(self) -> list[psutil.Process]:
         own = self._process.pid

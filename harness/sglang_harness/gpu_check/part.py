@@ -33,7 +33,7 @@ __all__ = ["TOPICS", "Context", "Need", "NotHere", "Outcome", "Part", "Scope", "
 
 #: What a part needs; where it is missing the part is ``not run``, and is not started.
 #:
-#: ``cuda``: a GPU that torch can use (never in a rehearsal on the CPU).
+#: ``cuda``: a GPU; never in a rehearsal. Whether torch can use it, Context.torch() finds out.
 #: ``release``: an SGLang to start servers with.
 #: ``two gpus``: a second GPU.
 Need = Literal["cuda", "release", "two gpus"]
@@ -56,8 +56,8 @@ class Part:
         group: consecutive parts of the same group (and release) run in one child process, and
             share its servers. Empty: a child process of its own.
         scope: when it runs.
-        disk_bytes: it writes at most so much into ``settings.models``; with less the part is
-            ``not run``.
+        disk_bytes: it needs so much disk in the harness's cache, where models are made, and in
+            ``settings.models``; with less the part is ``not run``.
         least: seconds without which starting it is no use; ``None``: a quarter of ``seconds``.
     """
 

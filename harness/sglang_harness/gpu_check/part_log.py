@@ -39,7 +39,9 @@ class PartLogs:
             lines = self.file(key).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return ""
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        told = (line.strip() for line in reversed(lines))
+        # The last line of what faulthandler writes names modules, and nothing of the crash.
+        return next((x for x in told if x and not x.startswith("Extension modules:")), "")
 
     def follow(self, stream: IO[bytes], border: str) -> threading.Thread:
         """Starts a thread that writes ``stream`` to the log of the part that runs, until its end.

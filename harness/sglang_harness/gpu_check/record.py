@@ -61,7 +61,7 @@ class Record:
     def _clean(self) -> None:
         """Removes secrets from the files that parts have written."""
         for path in self._files():
-            if path.suffix in CHECKPOINTS or path.stat().st_size > LARGEST:
+            if left_out(path):
                 continue
             data = path.read_bytes()
             text = data.decode("utf-8", "surrogateescape")
@@ -80,13 +80,17 @@ class Record:
         try:
             with tarfile.open(beside, "w:gz") as archive:
                 for path in [self.folder / RESULTS, self.folder / SUMMARY, *self._files()]:
-                    small = path.stat().st_size <= LARGEST
-                    if path != beside and path.suffix not in CHECKPOINTS and small:
+                    if path != beside and not left_out(path):
                         name = Path(self.folder.name) / path.relative_to(self.folder)
                         archive.add(path, str(name), recursive=False)
             beside.replace(self.folder / ARCHIVE)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def left_out(file: Path) -> bool:
+    """Whether a file is kept out of the archive."""
+    return file.suffix in CHECKPOINTS or file.stat().st_size > LARGEST
 
 
 def new_folder(wanted: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 import time
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sglang_harness._base import assets, bounded, temporary
+from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import SpecError
 from sglang_harness.gpu_check import machine, record, run_parts
 from sglang_harness.gpu_check.machine import Machine, NotRun
 from sglang_harness.gpu_check.results import Results
 from sglang_harness.gpu_check.settings import Release, Settings
+from sglang_harness.kit.record import KitRecord
 from sglang_harness.spec import Argument, from_options
 
 #: Seconds for a Python to say which SGLang it has.
@@ -39,7 +41,6 @@ class Request:
     releases: Sequence[str] = ()
     server_args: dict[str, Argument] = field(default_factory=dict)
     out: Path | None = None
-    table: str = run_parts.TABLE
 
 
 def from_words(
@@ -74,9 +75,14 @@ def from_words(
         runtime="docker" if runtime == "docker" else "process",
         budget=budget,
         slow=slow,
-        server_args=from_options(None, {}, server_args).server_args,
+        server_args=_arguments(server_args or []),
         **others,
     )
+
+
+def _arguments(words: list[str]) -> dict[str, Argument]:
+    """``name=value`` or ``name`` each, as ``--server-arg`` takes them."""
+    return from_options(None, {}, words).server_args
 
 
 def run(request: Request, say: Callable[[str], None]) -> tuple[Results, Path]:
@@ -88,12 +94,17 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[Results, Path]:
         Interrupted: by Ctrl-C or SIGTERM; the results are written.
     """
     ends_at = time.time() + request.budget
-    parts = run_parts.chosen(run_parts.table(request.table), request.parts)
+    with interruptions():
+        return _run(request, ends_at, say)
+
+
+def _run(request: Request, ends_at: float, say: Callable[[str], None]) -> tuple[Results, Path]:
+    parts = run_parts.chosen(run_parts.table(), request.parts)
     kit = _kit(request.kit)
-    releases = _releases(request, kit)
     here = machine.of_cpu() if request.device == "cpu" else machine.of_gpu()
     if kit is not None:
         _kernels_for(here, kit)
+    releases = _releases(request, kit)
     device = here.gpus[0].name if here.gpus else "cpu"
     folder = record.new_folder(request.out or record.default_folder(device, _checkout()))
     with temporary.within_temporary_folder("scratch") as models:
@@ -113,58 +124,62 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[Results, Path]:
             kit=request.kit,
             nvml_mock=_nvml_mock(request.kit),
         )
-        results = run_parts.results_of(settings, here.facts, kit)
+        results = run_parts.results_of(
+            settings, here.facts, kit.model_dump(by_alias=True, mode="json") if kit else None
+        )
         run = run_parts.Run(
             settings,
             parts,
             record.Record(folder),
             results,
             say=say,
-            leftovers=lambda: machine.still_in_use(here),
-            table=request.table,
+            left_on_gpus=here.left_on_gpus,
         )
         return run.run(), folder
 
 
-def _kit(folder: Path | None) -> dict[str, Any] | None:
-    """What an unpacked kit says of itself."""
+def _kit(folder: Path | None) -> KitRecord | None:
+    """What an unpacked kit says of itself: its record lies in the folder, or beside it."""
     if folder is None:
         return None
-    for file in (folder / "kit.json", folder.parent / "kit.json"):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            try:
-                told = json.loads(file.read_text(encoding="utf-8"))
-                assert isinstance(told, dict)
-                return told
-            except (OSError, ValueError, AssertionError):
-                raise SpecError(f"{file} is not what a kit says of itself.") from None
+    for file in (folder / "kit.json", folder.absolute().parent / "kit.json"):
+        if file.exists():
+            return KitRecord.read(file)
     raise SpecError(f"--kit {folder}: there is no kit.json in it or beside it.")
 
 
-def _releases(request: Request, kit: dict[str, Any] | None) -> list[Release]:
-    """The releases to start servers with; the primary one first."""
+def _releases(request: Request, kit: KitRecord | None) -> list[Release]:
+    """The releases to start servers with; the primary one first.
+
+    Raises:
+        SpecError: one that was asked for is not here.
+    """
+    pinned = (request.releases or [assets.pins()["SGLANG_VERSION"]])[0]
     if kit is not None and request.kit is not None:
+        folder = request.kit.absolute()
         found = [
             Release(
-                version=each["version"],
-                python=request.kit.absolute() / f"python-{each['version']}",
-                server_args=each.get("server_args", {}),
-                environment=each.get("environment", {}),
-                caveats=each.get("caveats", []),
+                version=each.version,
+                python=folder / f"python-{each.version}",
+                server_args=_arguments([f"{n}={v}" for n, v in each.server_args.items()]),
+                environment=each.environment,
+                caveats=each.caveats,
             )
-            for each in kit["releases"]
+            for each in kit.releases
         ]
-    elif request.runtime == "docker":
-        version = (request.releases or [assets.pins()["SGLANG_VERSION"]])[0]
-        found = [Release(version=version)]
+    elif request.image is not None:
+        # What is in it, its servers tell; its tag is a name that can be read and be a file's.
+        tag = re.sub(r"[^\w.]+", "-", request.image.rsplit("/", 1)[-1])
+        found = [Release(version=tag)]
+    elif request.runtime == "docker" or (request.device == "cpu" and request.python is None):
+        # What runs follows from the version: an image, or the Python that the harness makes for
+        # the CPU.
+        found = [Release(version=pinned)]
     elif request.python is not None:
         found = [Release(version=_version_of(request.python), python=request.python.absolute())]
-    elif request.device == "cpu":
-        # The harness makes its own Python with SGLang for the CPU.
-        found = [Release(version=(request.releases or [assets.pins()["SGLANG_VERSION"]])[0])]
     else:
+        own = Path(sys.executable)
         with suppress(SpecError):
-            own = Path(sys.executable)
             return [Release(version=_version_of(own), python=own)]
         return []
     known = [each.version for each in found]
@@ -196,18 +211,19 @@ def _version_of(python: Path) -> str:
     return done.output[-1].strip()
 
 
-def _kernels_for(here: Machine, kit: dict[str, Any]) -> None:
+def _kernels_for(here: Machine, kit: KitRecord) -> None:
     """
     Raises:
         NotRun: the kit has no kernels for a GPU of this machine.
     """
-    has = kit["made_for"]["architectures"]
+    has = kit.made_for.architectures
     for gpu in here.gpus:
         capability = here.capabilities.get(gpu.uuid)
-        if capability and f"sm{capability.replace('.', '')}" not in has:
+        needed = f"sm{capability.replace('.', '')}" if capability else ""
+        if needed and needed not in has:
             raise NotRun(
                 f"{gpu.name} has compute capability {capability}, and the kit has kernels for "
-                f"{', '.join(has)} alone: build one with --gpu sm{capability.replace('.', '')}"
+                f"{', '.join(has)} alone; build one with --gpu {needed}"
             )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import queue
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,21 +16,23 @@ from itertools import groupby
 from typing import Any
 
 from sglang_harness import __version__
+from sglang_harness._base import bounded, headroom, paths, temporary
 from sglang_harness._base.descent import adopting_orphans
 from sglang_harness._base.signals import interruptions
-from sglang_harness.errors import Interrupted, SpecError
-from sglang_harness.gpu_check import summary
+from sglang_harness._base.whole_file import write_whole
+from sglang_harness.errors import HarnessError, Interrupted, SpecError
+from sglang_harness.gpu_check import record, summary
 from sglang_harness.gpu_check.one_child import Child, new_border
 from sglang_harness.gpu_check.part import Part
 from sglang_harness.gpu_check.part_log import PartLogs
-from sglang_harness.gpu_check.record import Record
 from sglang_harness.gpu_check.results import PARTS, Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Job, Order, Release, Settings
 
+#: The module whose ``PARTS`` is the table of parts.
 TABLE = "sglang_harness.gpu_check.parts"
 
-#: Seconds that a child has for ending its server after its last part.
-CLOSES_WITHIN = 45.0
+#: Seconds that a child has for ending its server after its last part, before ``--slow``.
+CLOSES_WITHIN = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,40 @@ class Step:
     release: Release | None
 
     @property
+    def version(self) -> str:
+        """SGLang's; empty without a release."""
+        return self.release.version if self.release else ""
+
+    @property
     def key(self) -> str:
-        return (
-            self.part.name if self.release is None else f"{self.part.name}-{self.release.version}"
-        )
+        """Names its files."""
+        return f"{self.part.name}-{self.version}" if self.release else self.part.name
 
     @property
     def group(self) -> tuple[str, str]:
         """Steps in a row with the same share a child process."""
-        return self.part.group or f"={self.key}", self.release.version if self.release else ""
+        return self.part.group or f"={self.key}", self.version
+
+    def result(self, **known: Any) -> PartResult:
+        return PartResult(part=self.part.name, release=self.version or None, **known)
+
+
+def table() -> tuple[Part, ...]:
+    """The parts, in their order."""
+    return tuple(importlib.import_module(TABLE).PARTS)
+
+
+def chosen(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
+    """Those of the names, in the table's order; all without names.
+
+    Raises:
+        SpecError: there is no such part.
+    """
+    known = [part.name for part in parts]
+    for name in names:
+        if name not in known:
+            raise SpecError(f"--part {name!r} is not a part. The parts are {', '.join(known)}.")
+    return [part for part in parts if not names or part.name in names]
 
 
 def plan(parts: Sequence[Part], releases: Sequence[Release]) -> list[Step]:
@@ -62,22 +88,17 @@ def plan(parts: Sequence[Part], releases: Sequence[Release]) -> list[Step]:
     return steps
 
 
-def table(module: str = TABLE) -> tuple[Part, ...]:
-    """The parts of a table, in its order."""
-    return tuple(importlib.import_module(module).PARTS)
-
-
-def chosen(parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
-    """Those of the names, in the table's order; all without names.
-
-    Raises:
-        SpecError: there is no such part.
-    """
-    known = [part.name for part in parts]
-    for name in names or ():
-        if name not in known:
-            raise SpecError(f"--part {name!r} is not a part. The parts are {', '.join(known)}.")
-    return [part for part in parts if not names or part.name in names]
+def results_of(settings: Settings, machine: dict[str, Any], kit: dict[str, Any] | None) -> Results:
+    """The results before the first part."""
+    return Results(
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        device=settings.device,
+        harness=__version__,
+        machine=machine,
+        kit=kit,
+        releases={r.version: r.caveats for r in settings.releases},
+        budget_seconds=settings.budget_seconds,
+    )
 
 
 class Run:
@@ -86,37 +107,37 @@ class Run:
     Args:
         settings: what is to be done.
         parts: which parts, in their order.
-        record: where the results go.
+        into: where the results go.
         results: what is known of the run before its first part.
         say: told each line for the terminal.
-        leftovers: asked after each child process: what is still on a GPU, a sentence each.
+        left_on_gpus: asked after each child process: what is still on a GPU, a sentence each.
     """
 
     def __init__(
         self,
         settings: Settings,
         parts: Sequence[Part],
-        record: Record,
+        into: record.Record,
         results: Results,
         *,
         say: Callable[[str], None],
-        leftovers: Callable[[], list[str]] = list,
-        table: str = TABLE,
+        left_on_gpus: Callable[[], list[str]] = list,
     ) -> None:
-        self._settings, self._record, self.results = settings, record, results
-        self._say, self._leftovers, self._table = say, leftovers, table
+        self._settings, self._record, self._results = settings, into, results
+        self._say, self._left_on_gpus = say, left_on_gpus
         self._steps = plan(parts, settings.releases)
-        self._logs = PartLogs(record.folder / PARTS, record.redact)
-        self._figures: dict[str, dict[str, Any]] = {}
+        self._logs = PartLogs(into.folder / PARTS, into.redact)
+        self._figures: dict[tuple[str, str], dict[str, Any]] = {}
         self._no_server: dict[str, dict[str, str]] = {}
-        self._current: tuple[PartResult, float] | None = None
+        self._running: PartResult | None = None
+        self._unwritten: HarnessError | None = None
 
     def run(self) -> Results:
         """Runs every part that can be run.
 
         Raises:
-            Interrupted: by Ctrl-C or SIGTERM; the results say so.
-            HarnessError: the results cannot be written.
+            Interrupted: by Ctrl-C or SIGTERM. The child is ended, and the results say so.
+            HarnessError: the results could not be written at the end.
         """
         with adopting_orphans(), interruptions() as signals:
             try:
@@ -127,46 +148,51 @@ class Run:
                 signals.calm()
                 self._interrupted(error)
                 raise
-            self.results.ended = f"Ended after {self._passed():.0f} s."
+            self._results.ended = f"It ended after {self._passed():.0f} s."
             self._write()
-        return self.results
+        if self._unwritten is not None:
+            raise self._unwritten
+        return self._results
 
     def _passed(self) -> float:
         return time.time() - (self._settings.ends_at - self._settings.budget_seconds)
 
     def _left(self) -> float:
-        return self._settings.ends_at - time.time()
+        return max(0.0, self._settings.ends_at - time.time())
 
     def _run_group(self, steps: list[Step]) -> None:
         child: Child | None = None
+        step = steps[0]
         try:
             for step in steps:
                 if why := self._why_not(step):
-                    self._done(
-                        step, PartResult(part=step.part.name, outcome="not run", message=why)
-                    )
+                    self._done(step, step.result(outcome="not run", message=why))
                     continue
-                child = self._run_step(step, child or self._start(step))
+                if child is not None and child.has_ended:
+                    self._saw(f"the child process {child.how_it_ended()} between two parts", step)
+                    self._look_after(child, step)
+                    child = None
+                child = child or self._start(step)
+                if not self._run_step(step, child):
+                    self._look_after(child, step)
+                    child = None
             if child is not None:
-                self._close(child, steps[-1])
+                self._close(child, step)
+                self._look_after(child, step)
                 child = None
         finally:
             if child is not None:
                 child.end()
 
     def _start(self, step: Step) -> Child:
-        version = step.release.version if step.release else ""
-        suffix = f"-{version}"
-        earlier = {
-            key.removesuffix(suffix) if version else key: figures
-            for key, figures in self._figures.items()
-        }
+        """A child for the parts of the step's group."""
+        versions = ("", step.version)
         job = Job(
             settings=self._settings,
-            table=self._table,
+            table=TABLE,
             release=step.release,
-            earlier=earlier,
-            no_server=self._no_server.get(version, {}),
+            earlier={n: f for (n, version), f in self._figures.items() if version in versions},
+            no_server=self._no_server.get(step.version, {}),
             border=new_border(),
         )
         return Child(job, self._logs)
@@ -181,139 +207,177 @@ class Run:
         if step.release is None and (part.scope != "once" or "release" in part.needs):
             return "there is no SGLang here (--python names a Python that has it)"
         if part.disk_bytes:
-            free = shutil.disk_usage(settings.models).free
-            if free < part.disk_bytes:
-                return (
-                    f"needs {part.disk_bytes / 1e9:.1f} GB of disk in {settings.models}, and "
-                    f"{free / 1e9:.1f} GB are free (TMPDIR names another place)"
-                )
-        left = self._left()
-        if left < part.fair_share() * settings.slow:
-            return f"{max(0.0, left):.0f} s left"
+            for folder, variable in (
+                (paths.cache(), "SGLANG_HARNESS_CACHE"),
+                (settings.models.parent, "TMPDIR"),
+            ):
+                free = headroom.disk(folder).free
+                if free < part.disk_bytes:
+                    return (
+                        f"needs {part.disk_bytes / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB "
+                        f"are free in {folder} ({variable} names another place)"
+                    )
+        if self._left() < part.fair_share() * settings.slow:
+            return f"{self._left():.0f} s left"
         return ""
 
-    def _run_step(self, step: Step, child: Child) -> Child | None:
-        """Runs one part in ``child``; returns the child, unless it has ended."""
-        limit = min(step.part.seconds * self._settings.slow, self._left())
-        result = PartResult(
-            part=step.part.name,
-            release=step.release.version if step.release else None,
-            outcome="failed",
-            limit=round(limit, 1),
-        )
-        began = time.monotonic()
-        self._current = result, began
+    def _run_step(self, step: Step, child: Child) -> bool:
+        """Runs one part in ``child``; says whether the child can run another."""
+        full, left = step.part.seconds * self._settings.slow, self._left()
+        limit = min(full, left)
+        result = step.result(outcome="failed", limit=round(limit, 1))
+        self._running, began = result, time.monotonic()
         child.order(Order(part=step.part.name, seconds=limit, log=step.key))
-        until = began + limit
-        survives = self._listen(step, child, result, until)
-        result.seconds = round(time.monotonic() - began, 3)
-        if not survives:
+        died = False
+        try:
+            ended = self._listen(step, child, result, began + limit)
+            died = not ended
+        except queue.Empty:
+            ended = False
+            child.say_where()
+            result.message = f"did not end within {limit:.0f} s (where it was is in its log)"
+            if left < full:
+                # It had less time than it may take: that says nothing against it.
+                result.outcome = "not run"
+                result.message = f"did not end within the {left:.0f} s that were left"
+        except Interrupted:
+            result.seconds = round(time.monotonic() - began, 3)
             child.end()
-        self._current = None
+            self._take_the_rest(child, step, result)
+            raise
+        result.seconds = round(time.monotonic() - began, 3)
+        if not ended:
+            # Before the part counts as done: its log is complete then, and nothing of it runs.
+            for each in child.end():
+                self._saw(each, step)
+            self._take_the_rest(child, step, result)
+        if died:
+            last = self._logs.last_line(step.key)
+            result.message = f"its process {child.how_it_ended()}"
+            result.message += f"; its last words: {last[:300]}" if last else ""
+        self._running = None
         self._done(step, result)
-        if not survives:
-            self._look_at_gpus(step)
-        return child if survives else None
+        return ended
 
     def _listen(self, step: Step, child: Child, result: PartResult, until: float) -> bool:
-        """Takes reports until the part has ended; says whether the child lives on."""
+        """Takes reports until the part has ended; false where the child has.
+
+        Raises:
+            queue.Empty: neither has.
+        """
         while True:
-            try:
-                report = child.reports.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                result.message = (
-                    f"did not end within {result.limit:g} s; it and what it started were killed"
-                )
-                return False
+            report = child.reports.get(timeout=max(0.0, until - time.monotonic()))
             if report is None:
-                last = self._logs.last_line(step.key)
-                result.message = f"its process {child.how_it_ended()}"
-                result.message += f" (last line of its log: {last[:300]})" if last else ""
                 return False
             if self._take(report, step, result):
                 return True
 
-    def _take(self, report: dict[str, Any], step: Step, result: PartResult) -> bool:
-        """Takes one report; true for the one that ends the part."""
+    def _take(self, report: dict[str, Any], step: Step, result: PartResult | None) -> bool:
+        """Takes one report of a child; true for the one that ends the part.
+
+        Args:
+            result: of the part that runs; ``None`` after the last one.
+        """
         kind = report["kind"]
-        if kind == "put":
+        if kind == "secret":
+            self._record.keep_secret(report["value"])
+        elif kind == "no server":
+            self._no_server.setdefault(step.version, {})[report["asked"]] = report["why"]
+        elif kind == "saw":
+            self._saw(report["text"], step)
+        elif result is None:
+            pass  # A thread of a part that has ended.
+        elif kind == "put":
             result.figures[report["key"]] = report["value"]
         elif kind == "note":
             result.notes.append(Note.model_validate({k: report[k] for k in Note.model_fields}))
         elif kind == "headline":
             result.headline = report["text"]
-        elif kind == "secret":
-            self._record.keep_secret(report["value"])
-        elif kind == "no server":
-            version = step.release.version if step.release else ""
-            self._no_server.setdefault(version, {})[report["asked"]] = report["why"]
         elif kind == "end":
             result.outcome, result.message = report["outcome"], report["message"]
             result.figures |= report["figures"]
             return True
         return False
 
-    def _close(self, child: Child, step: Step) -> None:
-        """Lets the child end its server and itself."""
-        child.no_more()
-        until = time.monotonic() + CLOSES_WITHIN * self._settings.slow
+    def _take_the_rest(self, child: Child, step: Step, result: PartResult) -> None:
+        """What a child that has been ended had reported by then."""
         while True:
             try:
-                report = child.reports.get(timeout=max(0.0, until - time.monotonic()))
+                report = child.reports.get_nowait()
             except queue.Empty:
-                self.results.notes.append(
-                    f"After {step.key} the child process did not end its server within "
-                    f"{CLOSES_WITHIN * self._settings.slow:g} s: both were killed."
-                )
-                break
-            if report is None:
-                break
-        self.results.notes += [
-            f"After {step.key} {left} was left, and killed." for left in child.end()
-        ]
-        self._look_at_gpus(step)
+                return
+            if report is not None and report["kind"] != "end":
+                self._take(report, step, result)
 
-    def _look_at_gpus(self, step: Step) -> None:
-        self.results.notes += [f"After {step.key}: {told}" for told in self._leftovers()]
+    def _close(self, child: Child, step: Step) -> None:
+        """Lets the child end its server, then itself."""
+        child.no_more()
+        within = CLOSES_WITHIN * self._settings.slow
+        until = time.monotonic() + within
+        try:
+            while (report := child.reports.get(timeout=until - time.monotonic())) is not None:
+                self._take(report, step, None)
+        except (queue.Empty, ValueError):
+            self._saw(f"its server was not ended within {within:.0f} s: killed", step)
+        else:
+            if (how := child.how_it_ended()) != bounded.ending(0):
+                self._saw(f"the child process {how} after its last part", step)
+
+    def _look_after(self, child: Child, step: Step) -> None:
+        """Ends a child with everything of it, and sees to what it left."""
+        for each in child.end():
+            self._saw(each, step)
+        for folder in temporary.left_by(child.pid):
+            log = folder / "server.log"
+            if log.exists():
+                text = log.read_text(encoding="utf-8", errors="replace")
+                name = f"{step.key}-{folder.name.rsplit('-', 1)[-1]}-server.log"
+                write_whole(self._record.folder / PARTS / name, self._record.redact(text))
+            for each in temporary.remove(folder):
+                self._saw(each, step)
+        for each in self._left_on_gpus():
+            self._saw(each, step)
         self._write()
+
+    def _saw(self, what: str, step: Step) -> None:
+        note = f"After {step.key}: {what}"
+        if note not in self._results.notes:
+            self._results.notes.append(note)
+            self._say(f"         {note}")
 
     def _done(self, step: Step, result: PartResult) -> None:
-        result.release = step.release.version if step.release else None
-        log = self._logs.file(step.key)
-        if log.exists():
-            result.files.append(str(log.relative_to(self._record.folder)))
-        self._figures[step.key] = result.figures
-        self.results.parts.append(result)
-        self._say(summary.line(result))
+        parts = self._record.folder / PARTS
+        own = [self._logs.file(step.key), *parts.glob(f"{step.key}-server*.log")]
+        own += [each for each in (parts / step.key).rglob("*") if each.is_file()]
+        result.files = sorted(str(f.relative_to(self._record.folder)) for f in own if f.exists())
+        for file in own:
+            if file.exists() and record.left_out(file) and file.suffix not in record.CHECKPOINTS:
+                name = file.relative_to(self._record.folder)
+                self._saw(f"{name} has {file.stat().st_size >> 20} MiB: not in the archive", step)
+        self._figures[step.part.name, step.version] = result.figures
+        self._results.parts.append(result)
         self._write()
+        self._say(self._record.redact(summary.line(result)))
 
     def _interrupted(self, error: Interrupted) -> None:
-        why = str(error)
-        done = len(self.results.parts)
-        for number, step in enumerate(self._steps[done:]):
-            result = PartResult(part=step.part.name, outcome="not run", message=why)
-            if number == 0 and self._current is not None:
-                result, began = self._current
-                result.seconds = round(time.monotonic() - began, 3)
+        """Says of the part that ran and of those that were to come why there is no more of them."""
+        for step in self._steps[len(self._results.parts) :]:
+            result, self._running = self._running, None
+            if result is not None:
                 result.outcome = "not run"
-                result.message = f"{why} after {result.seconds:.1f} s"
-            result.release = step.release.version if step.release else None
-            self.results.parts.append(result)
-        self.results.ended = f"It was {why} after {self._passed():.0f} s."
+                result.message = f"{error} after {result.seconds:.1f} s"
+            self._done(step, result or step.result(outcome="not run", message=str(error)))
+        self._results.ended = f"It was {error} after {self._passed():.0f} s."
         self._write()
 
     def _write(self) -> None:
-        self._record.write(self.results, summary.page(self.results))
-
-
-def results_of(settings: Settings, machine: dict[str, Any], kit: dict[str, Any] | None) -> Results:
-    """The results before the first part."""
-    return Results(
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
-        device=settings.device,
-        harness=__version__,
-        machine=machine,
-        kit=kit,
-        releases={r.version: r.caveats for r in settings.releases},
-        budget_seconds=settings.budget_seconds,
-    )
+        """What cannot be written is said once, and tried again after the next part: the terminal
+        has a line of each part all the same."""
+        try:
+            self._record.write(self._results, summary.page(self._results))
+        except HarnessError as error:
+            if self._unwritten is None:
+                self._say(str(error))
+            self._unwritten = error
+        else:
+            self._unwritten = None

@@ -34,8 +34,8 @@ class MadeFor(_Record):
     """Its minor version, such as ``3.12``."""
     torch: str
     """Without the local part: ``2.11.0``."""
-    cuda: int
-    """The major version of torch's CUDA."""
+    cuda: int | None
+    """The major version of torch's CUDA; ``None``: a kit for a rehearsal on a CPU."""
     machine: str
     glibc: str
     """The lowest version that every wheel in the kit runs with, by the wheels' tags."""

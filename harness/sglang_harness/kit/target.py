@@ -100,7 +100,7 @@ class Target(BaseModel):
 
     @classmethod
     def from_options(
-        cls, *, python: str, torch: str, cuda: str, gpu: str, installed: Path | None
+        cls, *, python: str, torch: str, cuda: str, gpu: str | None, installed: Path | None
     ) -> Target:
         """A host that is known by what a person says of it.
 
@@ -108,7 +108,7 @@ class Target(BaseModel):
             python: such as ``3.12``.
             torch: such as ``2.11.0``.
             cuda: torch's CUDA: ``13`` or ``13.0``.
-            gpu: ``sm90``, or a compute capability: ``9.0``.
+            gpu: ``sm90``, or a compute capability: ``9.0``; ``None``: none.
             installed: a file with a line for each package that is there: its name, or
                 ``name==version`` as 'pip freeze' writes it; ``None``: nothing but torch.
 
@@ -120,7 +120,7 @@ class Target(BaseModel):
             "python": python,
             "torch": torch,
             "cuda": cuda,
-            "gpus": [{"capability": capability(gpu)}],
+            "gpus": [] if gpu is None else [{"capability": capability(gpu)}],
             "packages": {"torch": torch, **({} if installed is None else read_names(installed))},
         }
         try:
@@ -128,13 +128,14 @@ class Target(BaseModel):
         except ValidationError as error:
             raise KitError(f"This is no target: {one_line(error)}.") from None
 
-    def on(self, gpu: str) -> Target:
-        """The same host with another GPU.
+    def on(self, gpu: str | None) -> Target:
+        """The same host with another GPU, or with none.
 
         Raises:
             KitError: ``gpu`` is not a generation.
         """
-        return self.model_copy(update={"gpus": (Gpu(capability=capability(gpu)),)})
+        gpus = () if gpu is None else (Gpu(capability=capability(gpu)),)
+        return self.model_copy(update={"gpus": gpus})
 
 
 def shipped() -> list[str]:

@@ -10,9 +10,13 @@ from sglang_harness.gpu_check.part import Part
 from sglang_harness.gpu_check.parts import (
     cycles,
     death,
+    driver_figures,
     facts,
     fused_layout,
     imports,
+    ipc,
+    leases,
+    mock_driver,
     occupancy,
     planted_leak,
     pushes,
@@ -22,6 +26,10 @@ from sglang_harness.gpu_check.parts import (
 
 PARTS: tuple[Part, ...] = (
     facts.PART,
+    *driver_figures.PARTS,
+    ipc.PART,
+    leases.PART,
+    mock_driver.PART,
     imports.PART,
     fused_layout.PART,
     pushes.PART,

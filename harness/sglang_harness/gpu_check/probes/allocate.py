@@ -1,4 +1,7 @@
-"""Allocates bytes on the first GPU, and says what NVML and torch see of it. Sizes as arguments."""
+"""Allocates memory on the first GPU, and prints what NVML and torch see of it.
+
+allocate BYTES...
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import json
 import sys
 import time
 
-import bare
+import torch
 
-bare.prepare()
+from sglang_harness.memory.gpu.driver import Driver, gpus
 
-import torch  # noqa: E402
-
-from sglang_harness.memory.gpu.driver import Driver, gpus  # noqa: E402
+#: Bytes that stay free beside an allocation.
+SPARE = 1 << 30
 
 
 def uuid_of_first() -> str:
@@ -20,16 +22,24 @@ def uuid_of_first() -> str:
     told = getattr(torch.cuda.get_device_properties(0), "uuid", None)
     found = [g.uuid for g in gpus()[0] if not g.split]
     if told is not None:
-        return next(u for u in found if u.removeprefix("GPU-") == str(told).removeprefix("GPU-"))
-    assert len(found) == 1, "this torch names no UUIDs: leave one GPU by CUDA_VISIBLE_DEVICES"
+        bare = str(told).removeprefix("GPU-")
+        named = [u for u in found if u.removeprefix("GPU-").removeprefix("MIG-") == bare]
+        if not named:
+            sys.exit(f"torch's first device is {told}, and NVML knows {', '.join(found)}")
+        return named[0]
+    if len(found) != 1:
+        sys.exit("this torch names no UUIDs: leave one GPU by CUDA_VISIBLE_DEVICES")
     return found[0]
 
 
 def main() -> None:
+    """Each size in turn: allocated, measured, freed, measured."""
+    began = time.monotonic()
     torch.cuda.init()
     torch.zeros(1, device="cuda")  # the context, and whatever comes with it
     torch.cuda.synchronize()
-    rows = []
+    context_seconds = time.monotonic() - began
+    rows, left_out = [], []
     with Driver() as driver:
         uuid = uuid_of_first()
 
@@ -38,9 +48,11 @@ def main() -> None:
             time.sleep(0.2)
             return driver.memory(uuid).used, torch.cuda.mem_get_info(0)[0]
 
+        with_context = seen()[0]
         for size in map(int, sys.argv[1:]):
             used, free = seen()
-            if size > free - (1 << 30):
+            if size > free - SPARE:
+                left_out.append(size)
                 continue
             tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
             used_with, free_with = seen()
@@ -54,7 +66,15 @@ def main() -> None:
                     "kept": used_after - used,
                 }
             )
-    print(json.dumps({"uuid": uuid, "rows": rows}))
+    told = {
+        "uuid": uuid,
+        "with_context": with_context,
+        "context_seconds": context_seconds,
+        "rows": rows,
+        "did_not_fit": left_out,
+    }
+    print(json.dumps(told))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """One side of a hand-over of GPU tensors between two processes.
 
-ipc.py send PAYLOAD DONE    writes handles to PAYLOAD, lives until DONE exists
-ipc.py receive PAYLOAD      opens them, and says what it sees
+ipc send PAYLOAD DONE SECONDS   writes handles to PAYLOAD, lives until DONE exists
+ipc receive PAYLOAD             opens them, and prints what it sees
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-import bare
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
 
-bare.prepare()
-
-import torch  # noqa: E402
-from torch.multiprocessing.reductions import reduce_tensor  # noqa: E402
-
-from sglang_harness.memory.gpu.driver import Driver, gpus  # noqa: E402
+from sglang_harness.memory.gpu.driver import Driver, gpus
 
 #: Two tensors of 256 MiB and one small one, as a bucket of weights has them.
 SHAPES = ((8192, 8192), (16384, 4096), (128,))
 
 
-def send(payload: Path, done: Path) -> None:
+def send(payload: Path, done: Path, seconds: float) -> None:
+    """The side that has the tensors."""
     torch.manual_seed(0)
     tensors = [torch.randn(shape, device="cuda") for shape in SHAPES]
     torch.cuda.synchronize()
@@ -34,30 +31,38 @@ def send(payload: Path, done: Path) -> None:
     beside.replace(payload)
     size = sum(t.numel() * t.element_size() for t in tensors)
     print(json.dumps({"bytes": size, "sums": sums(tensors)}), flush=True)
-    until = time.monotonic() + 120
+    until = time.monotonic() + seconds
     while not done.exists() and time.monotonic() < until:
         time.sleep(0.05)
 
 
 def receive(payload: Path) -> None:
+    """The side that opens them."""
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     before = in_use()
-    rebuilt = [make(*words) for make, words in pickle.loads(payload.read_bytes())]
+    began = time.monotonic()
+    # The file is the other side's, in a folder that only this user can write to.
+    rebuilt = [make(*words) for make, words in pickle.loads(payload.read_bytes())]  # noqa: S301
     torch.cuda.synchronize()
-    print(json.dumps({"sums": sums(rebuilt), "added": in_use() - before}))
+    opened = time.monotonic() - began
+    added = in_use() - before
+    print(json.dumps({"sums": sums(rebuilt), "added": added, "open_seconds": opened}))
 
 
 def sums(tensors: list[torch.Tensor]) -> list[float]:
+    """The sum of each, computed on the CPU in float64."""
     return [float(t.double().cpu().sum()) for t in tensors]
 
 
 def in_use() -> int:
+    """Bytes in use on all devices, by NVML."""
     with Driver() as driver:
         return sum(driver.memory(g.uuid).used for g in gpus()[0] if not g.split)
 
 
-if sys.argv[1] == "send":
-    send(Path(sys.argv[2]), Path(sys.argv[3]))
-else:
-    receive(Path(sys.argv[2]))
+if __name__ == "__main__":
+    if sys.argv[1] == "send":
+        send(Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]))
+    else:
+        receive(Path(sys.argv[2]))
