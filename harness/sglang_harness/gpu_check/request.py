@@ -120,7 +120,6 @@ def _run(request: Request, ends_at: float, say: Callable[[str], None]) -> tuple[
             ends_at=ends_at,
             slow=request.slow,
             models=models,
-            model_layers=20 if request.device == "gpu" else 2,
             kit=request.kit,
             nvml_mock=_nvml_mock(request.kit),
         )
