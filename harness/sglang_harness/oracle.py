@@ -30,11 +30,41 @@ from sglang_harness.errors import BrokenCheckpoint, MissingExtra, ModelError
 if TYPE_CHECKING:
     import torch
 
-#: How far a served log-probability may be from the reference model's, in nats, by the server's
-#: dtype. float32: 3e-5 at most was measured over 32 tokens on a CPU (SGLang 0.5.23); the bound
-#: leaves room for other kernels and is far below 0.01. The half-precision bounds are the rounding
-#: of logits of size 20 and were not measured on a GPU yet.
-TOLERANCE = {"float32": 5e-4, "bfloat16": 0.12, "float16": 0.02}
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a served log-probability may be from the reference model's.
+
+    Attributes:
+        nats: the distance.
+        why: where the figure comes from.
+        device: on which it was measured; empty for one that follows from reasoning alone.
+        date: of the measurement, ISO 8601.
+        largest: distance that was measured, in nats.
+    """
+
+    nats: float
+    why: str
+    device: str = ""
+    date: str = ""
+    largest: float | None = None
+
+
+#: By the server's dtype. ``gpu-check --part tolerances`` measures and proposes: its figures go in
+#: here, with device and date, and everything that judges log-probabilities follows.
+BOUNDS = {
+    "float32": Bound(
+        5e-4,
+        "3e-5 at most over 32 tokens (SGLang 0.5.23), with room for other kernels",
+        device="a CPU",
+        largest=3e-5,
+    ),
+    "bfloat16": Bound(0.12, "the rounding of logits of size 20; not measured on a GPU"),
+    "float16": Bound(0.02, "the rounding of logits of size 20; not measured on a GPU"),
+}
+
+#: Nats by dtype.
+TOLERANCE = {dtype: bound.nats for dtype, bound in BOUNDS.items()}
 
 
 def tolerance(dtype: str) -> float:

@@ -18,6 +18,9 @@ from sglang_harness.spec import Argument
 #: Seconds for twenty cycles, and for one push: see :class:`sglang_harness.spec.Limits`.
 CHECK = 100.0
 
+#: Bytes of disk that one of these models takes on a GPU.
+MODEL_BYTES = 2_500_000_000
+
 #: Deviations that a part's message names.
 NAMED = 5
 

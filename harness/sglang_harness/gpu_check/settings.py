@@ -49,7 +49,6 @@ class Settings(_Data):
         ends_at: seconds since the epoch at which the budget is used up.
         slow: factor of every time limit.
         models: folder for models that parts make; removed after the run.
-        model_layers: of the bf16 model that parts make (20: 1.2 B parameters, 2.5 GB).
         kit: the unpacked kit that this runs from.
         nvml_mock: folder of the mock driver's source; ``None`` where it is not at hand.
     """
@@ -65,7 +64,6 @@ class Settings(_Data):
     ends_at: float
     slow: float = 1.0
     models: Path
-    model_layers: int = 20
     kit: Path | None = None
     nvml_mock: Path | None = None
 

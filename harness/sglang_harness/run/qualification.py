@@ -50,6 +50,9 @@ MISTAKES = (SpecError, ModelError, MissingExtra)
 #: What a server's start fails with where the server itself is at fault.
 NEVER_CAME_UP = (ServerDied, StartTimeout, DidNotComeUp, Unresponsive)
 
+#: Why a check was not asked any more. Argument: ``limits.run``.
+TIME_IS_OVER = "the run's limit of {:g} s was over"
+
 NOT_REMOVED = "could not be ended or removed: {}"
 
 #: The file beside the reports: what the servers wrote.
@@ -287,7 +290,7 @@ class Qualification:
         if self._main.unusable:
             return self._main.unusable, self._main.because
         if self._left() <= 0:
-            return f"the run's limit of {self._request.spec.limits.run:g} s was over", None
+            return TIME_IS_OVER.format(self._request.spec.limits.run), None
         return None
 
     def _left(self) -> float:

@@ -61,7 +61,7 @@ LIES = [
         "weights/disk",
         "the checksums changed, the old weights are served",
         put({"old_oracle_error": 2e-5}),
-        "distance to the old reference model: expected more than 0.005",
+        "distance to the old reference model: expected more than 0.0015",
     ),
     Alteration(
         "weights/disk",
@@ -206,6 +206,16 @@ HARMLESS = [
             do=lambda e: [
                 e[k].append("model.layers.0.self_attn.rotary_emb.cos_sin_cache")
                 for k in ("parameters", "unchanged")
+            ]
+        ),
+    ),
+    Alteration(
+        "weights/disk",
+        "bfloat16, which the noise on the weights moves by 0.68 nats",
+        at(
+            do=lambda e: [
+                e.update(old_oracle_error=0.68),
+                *[answer.update(tolerance=0.12) for answer in e["answers"]],
             ]
         ),
     ),

@@ -24,7 +24,7 @@ from sglang_harness.suite.check import (
     register,
 )
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
-from sglang_harness.suite.lib.scored import Scored, largest_error
+from sglang_harness.suite.lib.scored import APART, Scored, largest_error
 from sglang_harness.suite.lib.served import TOKENS, scored, wrong_answers
 from sglang_harness.suite.needs import route
 from sglang_harness.verdict import Figure
@@ -235,7 +235,7 @@ class _Adapter(Check[Adapted]):
         for step in seen.steps:
             wrong += wrong_answers(step.what, step.answers, len(ASKED))
             if step.off_others is not None and step.answers:
-                bound = 10 * step.answers[0].tolerance
+                bound = APART * step.answers[0].tolerance
                 if not step.off_others > bound:
                     wrong.append(
                         Mismatch(

@@ -29,6 +29,7 @@ from sglang_harness.suite.check import (
 )
 from sglang_harness.suite.lib.prompts import PROMPTS, greedy
 from sglang_harness.suite.lib.scored import (
+    APART,
     Scored,
     Tokens,
     largest_error,
@@ -264,7 +265,7 @@ class DiskUpdateIsServed(Check[NewWeights]):
             where = f"new weights, {answer.prompt!r}"
             wrong += not_greedy(where, answer)
             wrong += wrong_logprobs(where, answer)
-        bound = 10 * seen.answers[0].tolerance
+        bound = APART * seen.answers[0].tolerance
         if not seen.old_oracle_error > bound:
             wrong.append(
                 Mismatch(
