@@ -179,6 +179,8 @@ def test_the_releases_of_a_kit_are_those_of_its_record(tmp_path: Path):
     assert found[0].server_args == {"attention-backend": "triton", "disable-cuda-graph": True}
     assert found[0].environment == {"SOME": "thing"}
     assert found[1].caveats == ["made for 0.5.23"]
+    rehearsed = request._releases(Request(kit=folder, device="cpu"), kit)
+    assert [each.server_args for each in rehearsed] == [{}, {}], "no server has them on a CPU"
     one = request._releases(Request(kit=folder, releases=["0.5.23"]), kit)
     assert [each.version for each in one] == ["0.5.23"]
     with pytest.raises(SpecError, match=r"--release '0.5.99' is not here. The releases are 0.5.15"):

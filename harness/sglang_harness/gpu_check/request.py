@@ -164,7 +164,10 @@ def _releases(request: Request, kit: KitRecord | None) -> list[Release]:
             Release(
                 version=each.version,
                 python=folder / f"python-{each.version}",
-                server_args=_arguments([f"{n}={v}" for n, v in each.server_args.items()]),
+                # Flags of servers on a GPU: with triton's attention none comes up on a CPU.
+                server_args=_arguments([f"{n}={v}" for n, v in each.server_args.items()])
+                if request.device == "gpu"
+                else {},
                 environment=each.environment,
                 caveats=each.caveats,
             )
