@@ -44,6 +44,7 @@ from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, IDLE_BELOW
 from sglang_harness.memory.timeline import Sample
 from sglang_harness.suite.lib.scored import Scored
 from sglang_harness.verdict import CheckResult, Outcome
+from sglang_harness.weights import routes
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -475,11 +476,9 @@ def test_a_route_for_which_no_time_was_left_is_no_route_that_held():
     assert not pushes.told(late)["held"]
 
 
-def test_every_route_is_asked_but_the_one_that_takes_a_second_gpu():
-    from sglang_harness.weights import routes
-
-    assert sorted([*pushes.names(), *pushes.ELSEWHERE]) == routes.names()
-    assert set(pushes.FIRST) <= set(routes.names())
+def test_every_route_is_asked_and_those_first_whose_speed_a_gpu_is_for():
+    assert sorted(pushes.names()) == routes.names()
+    assert tuple(pushes.names()[: len(pushes.FIRST)]) == pushes.FIRST
 
 
 # --- the fused layout --------------------------------------------------------------------------

@@ -27,8 +27,6 @@ ROUND_TRIPS = 3
 LEAST_LIMIT = 15.0
 #: First those whose speed a GPU host is for. Others follow by name.
 FIRST = ("cuda-ipc", "disk", "tensor-bucket", "shared-memory", "tensor")
-#: Asked in a part of its own: NCCL sends from a GPU that the server is not on.
-ELSEWHERE = ("distributed",)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class RouteSeen:
 
 def names() -> list[str]:
     """The routes to be asked, those first that matter most on a GPU."""
-    known = [name for name in routes.names() if name not in ELSEWHERE]
+    known = routes.names()
     return [*(n for n in FIRST if n in known), *(n for n in known if n not in FIRST)]
 
 
@@ -115,7 +113,7 @@ def observe(
     Args:
         left: seconds that are left for all of it; each route gets an even share.
         each_seen: told of each route when it is done.
-        asked: routes; ``None``: all but those of a part of their own.
+        asked: routes; ``None``: all.
 
     Raises:
         ServerDied, ServerLost: with what was seen until then told to ``each_seen``.
