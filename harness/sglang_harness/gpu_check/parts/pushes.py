@@ -15,6 +15,7 @@ from sglang_harness.errors import HarnessError, ServerDied, ServerLost
 from sglang_harness.gpu_check import served
 from sglang_harness.gpu_check.device_timeline import DeviceTimeline, in_mib
 from sglang_harness.gpu_check.part import Context, NotHere, Part
+from sglang_harness.gpu_check.parts.fused_layout import checksums
 from sglang_harness.gpu_check.suite_questions import gpu_memory
 from sglang_harness.server import Server
 from sglang_harness.weights import PushFailed, PushReport, routes
@@ -341,6 +342,10 @@ def run(context: Context) -> dict[str, Any]:
     """The part ``pushes``."""
     other = served.other_checkpoint(context)
     server = served.shared(context)
+    if not context.on_gpu:
+        # Without the first witness no push is proven, and on a GPU that is a failure.
+        with served.not_run_where_not_provided():
+            checksums(server)
     rows: dict[str, Any] = {}
 
     def each_seen(route: RouteSeen) -> None:
