@@ -293,8 +293,12 @@ def gpu_check(
     list_parts: Annotated[
         bool, typer.Option("--list", help="List the parts with their time limits; run nothing.")
     ] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="The list as the table of docs/gpu-check.md.")
+    ] = False,
 ) -> None:
     """Find out what only a GPU can show. Exit code 0 all held, 1 one failed, 3 not all was run."""
+    from sglang_harness.gpu_check import part as parts_of_it
     from sglang_harness.gpu_check import request, run_parts, summary
     from sglang_harness.gpu_check.machine import NotRun
 
@@ -307,6 +311,9 @@ def gpu_check(
             os.dup2(nothing, 1)
             os.close(nothing)
 
+    if as_markdown:
+        say(parts_of_it.as_markdown(run_parts.table()))
+        return
     if list_parts:
         for each in run_parts.table():
             say(f"{each.name:18} {each.seconds:5.0f} s  {each.asks}")
