@@ -14,7 +14,7 @@ from gpu_proxy import CONTEXT, HELD, UUID, Conduct, GpuProxy, OnGpu, ProxyRuntim
 import nvml_mock
 from nvml_mock import MIB, Device, Scenario
 from sglang_harness.gpu_check import served
-from sglang_harness.gpu_check.context import Context, Servers
+from sglang_harness.gpu_check.context import Context
 from sglang_harness.gpu_check.parts import (
     cycles,
     death,
@@ -24,6 +24,7 @@ from sglang_harness.gpu_check.parts import (
     pushes,
     releases,
 )
+from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.runtime import Order
 from sglang_harness.runtime.process import ProcessRuntime
@@ -118,7 +119,7 @@ def asked(real_server: Server, driver: Scenario, tmp_path: Path) -> Iterator[Ask
             "a-part",
             ends_at=time.time() + 300,
             report=reports,
-            servers=servers,
+            servers=lambda: servers,
             earlier={},
         )
         return made, reports
