@@ -366,6 +366,19 @@ def test_a_python_that_is_not_there_is_one_line(kit: Kit):
     assert kit.refused("--python").startswith("--python needs a value")
 
 
+SYSTEMS_OWN = Path("/usr/bin/python3")
+
+
+@pytest.mark.skipif(not SYSTEMS_OWN.exists(), reason=f"there is no {SYSTEMS_OWN}")
+def test_the_systems_own_python_serves_as_well(kit: Kit):
+    kit.record["needs"] = []
+    kit.record["made_for"]["python"] = told_by(
+        SYSTEMS_OWN, "import sys; print('%d.%d' % sys.version_info[:2])"
+    )
+    kit.started("--python", str(SYSTEMS_OWN))
+    told_by(kit.folder / "unpacked" / "python-0.0.1", "import sglang, shared, sgl_kernel")
+
+
 def test_the_python_may_be_named_by_a_variable(kit: Kit):
     words = [word for word in kit.words() if word not in ("--python", sys.executable)]
     done = subprocess.run(

@@ -474,7 +474,8 @@ def _make_python(
         # With the files *.pth of the stand-ins, which patch what a CPU lacks.
         stand_ins = folder / "harness" / "sglang_harness" / "shipped" / "docker" / "stand_ins"
         lines.insert(0, f"import site; site.addsitedir({str(stand_ins)!r})")
-    packages = Path(sysconfig.get_path("purelib", vars=_inside(made)))
+    # As venv makes it. Debian's own Python would state another folder for itself.
+    packages = made / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     _write(packages / "kit.pth", "".join(f"{line}\n" for line in [*lines, *_path_of_host()]))
     _write(folder / f"python-{version}.caveats", "".join(_caveats(kit, release, host, device)))
     _write(folder / f"python-{version}", _wrapper(release, host, folder), mode=0o755)
@@ -482,10 +483,6 @@ def _make_python(
 
 def _venv(folder: Path, version: str) -> Path:
     return folder / f"venv-{version}"
-
-
-def _inside(made: Path) -> dict[str, str]:
-    return {"base": str(made), "platbase": str(made)}
 
 
 def _moved(link: Path) -> bool:
