@@ -7,12 +7,14 @@ whether it lives.
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,14 @@ def is_killed(context: Context) -> dict[str, Any]:
     return {}
 
 
+def is_killed_with_a_fork(context: Context) -> dict[str, Any]:
+    """A fork holds everything open that its parent had open."""
+    if not os.fork():
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
 def segfaults(context: Context) -> dict[str, Any]:
     context.put("before", 2)
     ctypes.string_at(0)
@@ -170,6 +180,42 @@ def imports_torch(context: Context) -> dict[str, Any]:
     return {"file": torch.__file__}
 
 
+def server_of(context: Context, **more: Any) -> dict[str, Any]:
+    """The shared server, as it says of itself."""
+    server = context.server(model="owner/name", **more)
+    with urllib.request.urlopen(f"{server.address}/about", timeout=10) as answer:
+        return {**json.load(answer), "at": server.address}
+
+
+def has_a_server(context: Context) -> dict[str, Any]:
+    return server_of(context)
+
+
+def has_another_server(context: Context) -> dict[str, Any]:
+    return server_of(context, server_args={"other": True})
+
+
+def has_no_server(context: Context) -> dict[str, Any]:
+    return server_of(context, server_args={"refuses-to-start": True})
+
+
+def hangs_with_a_server(context: Context) -> dict[str, Any]:
+    for key, value in server_of(context).items():
+        context.put(key, value)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    time.sleep(600)
+    return {}
+
+
+def finds_flags(context: Context) -> dict[str, Any]:
+    return {"server_args": {"found": "yes", "release": "found"}}
+
+
+def would_start(context: Context) -> dict[str, Any]:
+    spec = context.spec(model="owner/name", server_args={"own": 1})
+    return {"spec": spec.model_dump(exclude_unset=True), "caveats": context.runtime().caveats}
+
+
 def _part(name: str, run: Any, seconds: float = 20.0, **more: Any) -> Part:
     return Part(name, f"What becomes of {name}?", seconds, run, **more)
 
@@ -187,6 +233,7 @@ PARTS = (
     _part("hangs-deaf", hangs_deaf, 2.0, group="hang"),
     _part("leaves-a-process", leaves_a_process),
     _part("is-killed", is_killed, group="crash"),
+    _part("is-killed-with-a-fork", is_killed_with_a_fork, group="crash"),
     _part("segfaults", segfaults, group="crash"),
     _part("exits-at-once", exits_at_once, group="crash"),
     _part("after-crashes", pid, group="crash"),
@@ -206,5 +253,15 @@ PARTS = (
     _part("long", waits_a_moment, 4000.0, least=3000.0),
     _part("serves", pid, scope="release", group="serving"),
     _part("serves-more", pid, scope="release", group="serving"),
+    _part("has-a-server", has_a_server, scope="release", group="server"),
+    _part("has-it-still", has_a_server, scope="release", group="server"),
+    _part("has-another", has_another_server, scope="release", group="server"),
+    _part("hangs-with-it", hangs_with_a_server, 6.0, scope="release", group="server"),
+    _part("has-a-fresh-one", has_a_server, scope="release", group="server"),
+    _part("has-none", has_no_server, scope="release", group="none"),
+    _part("has-none-again", has_no_server, scope="release", group="none"),
+    _part("has-none-in-another-process", has_no_server, scope="release"),
+    _part("server-flags", finds_flags, scope="release", group="flags"),
+    _part("would-start", would_start, scope="release"),
     _part("at-last", pid, scope="last"),
 )

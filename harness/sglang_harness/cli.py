@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import sys
 import traceback
@@ -289,14 +290,34 @@ def gpu_check(
         list[str] | None, typer.Option(help="Only this version of SGLang. Repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results: new, or empty.")] = None,
+    list_parts: Annotated[
+        bool, typer.Option("--list", help="List the parts with their time limits; run nothing.")
+    ] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="The list as the table of docs/gpu-check.md.")
+    ] = False,
 ) -> None:
     """Find out what only a GPU can show. Exit code 0 all held, 1 one failed, 3 not all was run."""
-    from sglang_harness.gpu_check import request
+    from sglang_harness.gpu_check import part as parts_of_it
+    from sglang_harness.gpu_check import request, run_parts, summary
     from sglang_harness.gpu_check.machine import NotRun
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            # Whoever read this has gone; the results are in files, and minutes of a GPU are dear.
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1)
+            os.close(nothing)
 
+    if as_markdown:
+        say(parts_of_it.as_markdown(run_parts.table()))
+        return
+    if list_parts:
+        for each in run_parts.table():
+            say(f"{each.name:18} {each.seconds:5.0f} s  {each.asks}")
+        return
     try:
         asked = request.from_words(
             device=device,
@@ -315,6 +336,8 @@ def gpu_check(
     except NotRun as why:
         say(f"not run: {why}")
         raise typer.Exit(3) from None
+    for line in summary.findings(results):
+        say(line)
     say(f"Results in {folder}: summary.txt, results.json, results.tar.gz")
     raise typer.Exit(results.exit_code)
 

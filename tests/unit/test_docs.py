@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 import sglang_harness
 from sglang_harness._base import assets
 from sglang_harness.cli import app
+from sglang_harness.gpu_check import run_parts
+from sglang_harness.gpu_check.part import as_markdown
 
 SOURCE = Path(sglang_harness.__file__).parent
 ROOT = assets.root()
@@ -46,12 +48,16 @@ def test_how_it_works_names_no_package_that_is_gone():
 
 
 def commands() -> dict[str, set[str]]:
-    """Every sub-command with its options."""
+    """Every sub-command with its options; 'kit describe' is one as 'kit' is."""
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
+    every = dict(group.commands)
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            every |= {f"{name} {inner}": made for inner, made in command.commands.items()}
     return {
         name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-        for name, command in group.commands.items()
+        for name, command in every.items()
     }
 
 
@@ -59,9 +65,15 @@ def shown(text: str) -> list[tuple[str, list[str]]]:
     """Sub-commands in ``text`` as they would be typed, each with its options."""
     joined = text.replace("\\\n", " ")
     found = re.findall(
-        r"(?:^ +|`)(?:\$ )?sglang-harness +([a-z]+)([^`\n#|]*)", joined, re.MULTILINE
+        r"(?:^ +|`)(?:\$ )?sglang-harness +([a-z][a-z-]*)([^`\n#|]*)", joined, re.MULTILINE
     )
-    return [(name, re.findall(r"(?:^|\s)(--?[a-z][a-z-]*)", rest)) for name, rest in found]
+    known, typed = commands(), []
+    for name, rest in found:
+        words = rest.split()
+        if words and f"{name} {words[0]}" in known:
+            name = f"{name} {words[0]}"
+        typed.append((name, re.findall(r"(?:^|\s)(--?[a-z][a-z-]*)", rest)))
+    return typed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -102,3 +114,10 @@ def test_every_link_between_the_docs_leads_somewhere(page: Path):
 def test_every_page_is_reached_from_the_readme():
     linked = set(re.findall(r"\(docs/([\w-]+\.md)", READ[ROOT / "README.md"]))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} == linked
+
+
+def test_the_parts_of_gpu_check_in_its_page_are_those_that_there_are():
+    page = READ[ROOT / "docs" / "gpu-check.md"]
+    between = re.search(r"<!-- gpu-check parts -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert between, "'sglang-harness gpu-check --markdown' prints what belongs there"
+    assert between[1] == as_markdown(run_parts.table())

@@ -179,6 +179,8 @@ def test_the_releases_of_a_kit_are_those_of_its_record(tmp_path: Path):
     assert found[0].server_args == {"attention-backend": "triton", "disable-cuda-graph": True}
     assert found[0].environment == {"SOME": "thing"}
     assert found[1].caveats == ["made for 0.5.23"]
+    rehearsed = request._releases(Request(kit=folder, device="cpu"), kit)
+    assert [each.server_args for each in rehearsed] == [{}, {}], "no server has them on a CPU"
     one = request._releases(Request(kit=folder, releases=["0.5.23"]), kit)
     assert [each.version for each in one] == ["0.5.23"]
     with pytest.raises(SpecError, match=r"--release '0.5.99' is not here. The releases are 0.5.15"):
@@ -196,6 +198,13 @@ def test_every_part_has_a_name_of_its_own_and_asks_one_question():
         assert " " not in part.name
 
 
+def test_the_command_lists_every_part():
+    done = run("--list")
+    assert done.returncode == 0
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == [part.name for part in PARTS]
+
+
 def test_the_table_is_read_without_torch():
     script = (
         "import sys; from sglang_harness.gpu_check import request, run_parts; run_parts.table(); "
@@ -207,15 +216,15 @@ def test_the_table_is_read_without_torch():
 
 # --- the parts that need no CUDA, on the mock driver ---------------------------------------------
 def test_the_parts_that_need_no_cuda_hold_on_the_mock_and_the_rest_is_not_run(parts_of: Any):
-    rows = parts_of("facts", "figures", "sampler", "ipc", "leases", "mock-driver", code=3)
-    assert {name: row["outcome"] for name, row in rows.items()} == {
-        "facts": "held",
-        "figures": "not run",
-        "sampler": "held",
-        "ipc": "not run",
-        "leases": "held",
-        "mock-driver": "held",
-    }
+    rows = parts_of(code=3)
+    assert list(rows) == [part.name for part in PARTS]
+    held = {name for name, row in rows.items() if row["outcome"] == "held"}
+    assert held == {"facts", "sampler", "leases", "mock-driver"}
+    for name, row in rows.items():
+        if name not in held:
+            assert row["outcome"] == "not run", row
+            assert row["message"], row
+    assert rows["death"]["message"].startswith("there is no SGLang here")
     assert rows["sampler"]["figures"]["devices"] == 2
     assert rows["leases"]["figures"]["processes"] == 6
     assert rows["figures"]["message"] in ("torch sees no GPU", "torch is not installed")

@@ -179,6 +179,17 @@ def test_what_cannot_be_imported_ends_with_the_reason(ask: Ask):
     assert errors.strip().endswith("No module named 'nothing_of_that_name'")
 
 
+def test_what_libraries_write_when_the_process_ends_hides_no_answer_and_no_reason():
+    late = ["nanobind: leaked 2 instances!", "See the page about leaks"]
+    told = '{"kind": "cpu", "models": {}}'
+    assert imports.answer(["{ a log line", told, *late]) == {"kind": "cpu", "models": {}}
+    assert imports.answer(['{"kind": "cp', *late]) == {}
+    traceback = ["Traceback (most recent call last):", "ImportError: no such name", *late]
+    assert imports.reason(traceback) == "ImportError: no such name"
+    assert imports.reason(late) == late[-1]
+    assert imports.reason([]) == "no output"
+
+
 def test_a_torch_without_cuda_imports_the_engine_for_the_cpu_and_asks_no_kernel(ask: Ask):
     layer = "import os\nassert os.environ['SGLANG_USE_CPU_ENGINE'] == '1'\n"
     code, told, errors = ask(layer, device="cpu", cuda=None)

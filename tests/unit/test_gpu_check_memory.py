@@ -39,7 +39,7 @@ from sglang_harness.gpu_check.parts.planted_leak import PlantedSeen
 from sglang_harness.gpu_check.parts.pushes import OnePush, RouteSeen
 from sglang_harness.gpu_check.parts.releases import ReleasesSeen, TagsSeen
 from sglang_harness.gpu_check.parts.second_gpu import TwoRanksSeen
-from sglang_harness.gpu_check.second_run import SecondRun
+from sglang_harness.gpu_check.probes.second_run import SecondRun
 from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, IDLE_BELOW
 from sglang_harness.memory.timeline import Sample
 from sglang_harness.suite.lib.scored import Scored
@@ -270,13 +270,16 @@ def test_cycles_tell_the_slope_and_its_interval_by_source():
     assert cycles.headline(told).startswith("GPU GPU-a: +0.00 MB a cycle")
 
 
-def test_an_allocator_that_cannot_start_is_said_and_leaves_nothing(monkeypatch):
+def test_a_process_that_cannot_hold_gpu_memory_says_why_and_leaves_nothing(monkeypatch):
     monkeypatch.setattr(planter, "cuda_environment", lambda _: {"CUDA_VISIBLE_DEVICES": ""})
+    made = planter.ChildPlanter("all")
     with (
-        pytest.raises(NotProvided, match="cannot allocate GPU memory"),
-        planter.ChildPlanter(Path(sys.executable), "all"),
+        pytest.raises(NotProvided, match=r"The process that holds GPU memory ended: \w+Error"),
+        made,
     ):
         raise AssertionError("it is on no GPU")
+    assert made._process.left_behind() == []
+    assert not Path(made._folder.name).exists()
 
 
 # --- a second run ------------------------------------------------------------------------------

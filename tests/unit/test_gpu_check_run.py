@@ -18,13 +18,15 @@ import psutil
 import pytest
 
 import made_up_parts
+from sglang_harness._base.signals import interruptions
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
-from sglang_harness.gpu_check import record, run_parts, summary
+from sglang_harness.gpu_check import one_child, record, run_parts, summary
 from sglang_harness.gpu_check.part_log import KEPT, LAST
-from sglang_harness.gpu_check.results import PartResult, Results
+from sglang_harness.gpu_check.results import Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.runtime.process_family import lives_as, until_gone
+from sglang_harness.upkeep.sweep import Swept
 
 TESTS = Path(__file__).parents[1]
 
@@ -80,7 +82,8 @@ class Checked:
             say=heard,
             left_on_gpus=left_on_gpus,
         )
-        run.run()
+        with interruptions() as signals:
+            run.run(signals)
         return {f"{p.part} {p.release or ''}".strip(): p for p in self.results.parts}
 
     def saved(self) -> dict[str, Any]:
@@ -103,12 +106,13 @@ def test_each_way_to_end_has_its_outcome_and_its_message(checked: Checked):
         *("holds", "asserts", "asserts-nothing", "is-not-here", "breaks"),
         *("harness-error", "leaves-by-exit"),
     )
+    line = made_up_parts.asserts_nothing.__code__.co_firstlineno + 1
     assert {name: (p.outcome, p.message) for name, p in parts.items()} == {
         "holds": ("held", ""),
         "asserts": ("failed", "7 bytes are in use, expected 0"),
         "asserts-nothing": (
             "failed",
-            "an assertion without a message: asserts_nothing, line 36: "
+            f"an assertion without a message: asserts_nothing, line {line}: "
             "assert context.settings.slow > 100",
         ),
         "is-not-here": ("not run", "no second kitchen"),
@@ -155,7 +159,10 @@ def test_a_part_that_hangs_is_killed_with_all_that_it_started_and_keeps_its_figu
     assert after.outcome == "held"
 
 
-def test_a_part_that_hears_no_signal_is_killed_too(checked: Checked):
+def test_a_part_that_hears_no_signal_is_killed_too(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(one_child, "ENDS_WITHIN", 1.0)
     parts = checked.run("hangs-deaf")
     assert parts["hangs-deaf"].message == "did not end within 2 s (where it was is in its log)"
     assert "the last line before the silence" in checked.log("hangs-deaf")
@@ -196,6 +203,41 @@ def test_a_crash_fails_its_part_alone_and_names_the_signal(checked: Checked):
     assert parts["exits-at-once"].message == "its process ended with exit code 0"
 
 
+def test_a_death_is_seen_although_a_fork_holds_the_pipes_open(checked: Checked):
+    (part,) = checked.run("is-killed-with-a-fork").values()
+    assert part.message == "its process was ended by SIGKILL"
+    assert part.seconds < 10
+    assert len(checked.results.notes) == 1
+    assert checked.results.notes[0].endswith("was left, and killed")
+
+
+def python_that(folder: Path, does: str) -> str:
+    made = folder / "python"
+    made.write_text(f"#!/bin/sh\n{does}\n")
+    made.chmod(0o755)
+    return str(made)
+
+
+def test_a_process_that_cannot_begin_says_why(
+    checked: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    broken = python_that(tmp_path, "echo \"No module named 'pydantic'\"; exit 1")
+    monkeypatch.setattr(sys, "executable", broken)
+    (part,) = checked.run("pid").values()
+    assert part.message == (
+        "its process ended with exit code 1; its last words: No module named 'pydantic'"
+    )
+
+
+def test_a_process_that_never_begins_is_ended_however_much_it_was_to_be_told(
+    checked: Checked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What it is told first does not fit into a pipe."""
+    monkeypatch.setattr(sys, "executable", python_that(tmp_path, "exec sleep 600"))
+    (part,) = checked.run("hangs-deaf", server_args={"long": "x" * 300_000}).values()
+    assert part.message == "did not end within 2 s (where it was is in its log)"
+
+
 def test_a_process_that_ends_between_two_parts_costs_neither(checked: Checked):
     def wait_for_its_end(line: str) -> None:
         if line.startswith("held     dies-afterwards"):
@@ -216,6 +258,21 @@ def test_a_process_that_does_not_end_well_after_its_last_part_is_said(checked: C
     ]
 
 
+def test_containers_of_a_process_that_was_killed_are_removed(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+):
+    def sweep() -> Swept:
+        return Swept(removed=["container sglang-harness-1"], failed=["volume x: in use"])
+
+    monkeypatch.setattr(run_parts, "sweep", sweep)
+    parts = checked.run("is-killed", "after-crashes", runtime="docker")
+    assert [p.outcome for p in parts.values()] == ["failed", "held"]
+    assert checked.results.notes == [
+        "After is-killed: container sglang-harness-1 was left, and removed",
+        "After is-killed: not removed: volume x: in use",
+    ]
+
+
 # --- output --------------------------------------------------------------------------------------
 
 
@@ -227,6 +284,12 @@ def test_of_a_part_that_prints_without_end_the_beginning_and_the_end_are_kept(ch
     text = checked.log("talks")
     assert "bytes are left out here" in text
     assert text.rstrip().endswith("the last of many words")
+
+
+def test_a_log_that_cannot_be_written_fails_no_part(checked: Checked):
+    (checked.out / "parts" / "talks.log").mkdir(parents=True)
+    (part,) = checked.run("talks").values()
+    assert part.outcome == "held"
 
 
 def test_what_a_part_starts_cannot_take_the_orders_of_the_next(checked: Checked):
@@ -466,7 +529,8 @@ def test_a_run_that_is_killed_leaves_whole_results_and_no_child(tmp_path: Path):
         text=True,
     )
     assert run.stdout is not None
-    assert run.stdout.readline().startswith("held     holds")
+    while not run.stdout.readline().startswith("held     holds"):
+        assert run.poll() is None, "it ended by itself"
     until = time.monotonic() + 30
     while not (family := psutil.Process(run.pid).children(recursive=True)):
         assert time.monotonic() < until, "no child was started"
@@ -476,6 +540,25 @@ def test_a_run_that_is_killed_leaves_whole_results_and_no_child(tmp_path: Path):
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert [p["part"] for p in json.loads((out / "results.json").read_text())["parts"]] == ["holds"]
+
+
+def test_a_reader_that_goes_away_ends_no_run(tmp_path: Path):
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        command("--part", "holds", "--part", "pid", "--part", "pid-again", "--out", str(out)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("gpu-check on the CPU")
+    run.stdout.close()
+    assert run.wait(60) == 0
+    assert run.stderr is not None
+    assert run.stderr.read() == ""
+    results = json.loads((out / "results.json").read_text())
+    assert [p["outcome"] for p in results["parts"]] == ["held"] * 3
+    assert results["ended"]
 
 
 def said_by(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -520,7 +603,9 @@ def test_a_rehearsal_says_first_that_no_gpu_was_seen(tmp_path: Path):
     page = (tmp_path / "out" / "summary.txt").read_text()
     assert page.startswith("A REHEARSAL ON THE CPU: no GPU was seen")
     assert "42 MiB of 42" in page
-    assert "memory:\n  what was asked" in page
+    assert "memory:\n  what was asked  42 MiB" in page
+    # The figures are on the terminal too: a page that is not carried away is lost.
+    assert "what was asked  42 MiB" in done.stdout
 
 
 def test_the_process_that_runs_the_parts_imports_no_torch(tmp_path: Path):
@@ -551,4 +636,69 @@ def test_an_interruption_in_this_process_is_not_swallowed(checked: Checked):
     with pytest.raises(Interrupted):
         checked.run("holds", "pid", say=interrupt)
     assert [p.outcome for p in checked.results.parts] == ["held", "not run"]
-    assert made_up_parts.PARTS
+
+
+# --- the page that a person reads -----------------------------------------------------------------
+
+
+def results(**more: Any) -> Results:
+    known = {
+        "date": "2026-11-28T03:00:00+00:00",
+        "device": "gpu",
+        "harness": "0.1.0",
+        "budget_seconds": 480.0,
+        "machine": {"device": ["NVIDIA H100, 79.6 GiB", "NVIDIA H100, 79.6 GiB"], "driver": "570"},
+        "releases": {"0.5.15": ["kernels of sm90 only"], "0.5.23": []},
+        "parts": [
+            PartResult(part="figures", outcome="held", seconds=3.2, headline="off by 1 MiB"),
+            PartResult(
+                part="pushes",
+                release="0.5.15",
+                outcome="failed",
+                message="disk: the checksums\ndiffer",
+                notes=[Note(topic="weights", what="disk", value="1.2 GB/s")],
+            ),
+            PartResult(part="second-gpu", outcome="not run", message="one GPU"),
+        ],
+        "ended": "It ended after 300 s.",
+    }
+    return Results(**{**known, **more})
+
+
+def test_the_page_begins_with_what_failed():
+    lines = summary.page(results()).splitlines()
+    assert lines[0] == (
+        "gpu-check of 2026-11-28T03:00:00+00:00: 1 held, 1 failed, 1 not run. It ended after 300 s."
+    )
+    assert lines[1] == "  failed: pushes (0.5.15)"
+    text = "\n".join(lines)
+    assert "  device   NVIDIA H100, 79.6 GiB\n           NVIDIA H100, 79.6 GiB\n" in text
+    assert "  SGLang   0.5.15\n           caveat: kernels of sm90 only\n" in text
+    assert "failed   pushes (0.5.15)               0.0 s  disk: the checksums differ\n" in text
+    assert "\nweights:\n  disk (0.5.15)  1.2 GB/s" in text
+    assert "REHEARSAL" not in text
+
+
+def test_the_page_of_a_run_that_goes_on_says_so():
+    assert "It has not ended yet." in summary.page(results(ended=""))
+
+
+def test_a_long_message_is_cut_and_says_where_the_rest_is():
+    part = PartResult(part="pushes", outcome="failed", message="word " * 500)
+    told = summary.line(part)
+    assert len(told) < 500
+    assert told.endswith("... (the rest is in results.json)")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["held", "held"], 0),
+        (["held", "failed", "not run"], 1),
+        (["held", "not run"], 3),
+        ([], 3),
+    ],
+)
+def test_the_exit_code_is_that_of_the_worst_outcome(outcomes: list[Any], code: int):
+    parts = [PartResult(part=f"p{n}", outcome=each) for n, each in enumerate(outcomes)]
+    assert results(parts=parts).exit_code == code

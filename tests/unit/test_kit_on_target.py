@@ -33,6 +33,7 @@ ON_TARGET = Path(unpack.__file__).parent
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 H100 = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory_bytes": 80 << 30}
 A100 = {"name": "NVIDIA A100-SXM4-40GB", "capability": "8.0", "memory_bytes": 40 << 30}
+TOOLS = {"nvcc": "/usr/local/cuda/bin/nvcc", "c++": "/usr/bin/c++", "ninja": "/usr/bin/ninja"}
 #: Seconds for anything that takes a fraction of one.
 SOON = 60.0
 
@@ -85,7 +86,7 @@ class Kit:
                 {
                     "version": "0.0.2", "kernels": "sglang-kernel 0.4.4", "site": "site-0.0.2",
                     "server_args": {}, "environment": {}, "stand_ins": [],
-                    "caveats": ["It asks for other kernels."],
+                    "caveats": ["it asks for other kernels"],
                 },
             ],
         }  # fmt: skip
@@ -215,6 +216,10 @@ def a_payload_that_is_gone(kit: Kit) -> None:
     (kit.folder / "payload.tar.xz").unlink()
 
 
+def no_kernels(kit: Kit) -> None:
+    kit.record["made_for"] |= {"architectures": [], "cuda": None}
+
+
 def another_schema(kit: Kit) -> None:
     kit.record["schema"] = 2
 
@@ -235,6 +240,7 @@ def another_schema(kit: Kit) -> None:
         (little_disk, f"the kit needs {(1 << 30) + 512} MiB of disk in"),
         (a_damaged_payload, "payload.tar.xz is damaged (its SHA-256 differs): copy the kit again."),
         (a_payload_that_is_gone, "payload.tar.xz cannot be read (No such file or directory)."),
+        (no_kernels, "the kit has no kernels for GPUs: it is for a rehearsal, --device cpu."),
         (another_schema, "kit.json has the schema 2, and 1 was expected."),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -249,7 +255,7 @@ def test_a_host_that_it_was_not_made_for_is_one_line(
     assert left <= {unpack.LOCK}, "something was unpacked"
 
 
-@pytest.mark.parametrize("spoil", [no_gpu, another_gpu, another_cuda])
+@pytest.mark.parametrize("spoil", [no_gpu, another_gpu, another_cuda, no_kernels])
 def test_a_rehearsal_needs_no_gpu(spoil: Callable[[Kit], None], kit: Kit):
     spoil(kit)
     assert kit.started("--device", "cpu")["words"][-2:] == ["--device", "cpu"]
@@ -360,6 +366,19 @@ def test_a_python_that_is_not_there_is_one_line(kit: Kit):
     assert kit.refused("--python").startswith("--python needs a value")
 
 
+SYSTEMS_OWN = Path("/usr/bin/python3")
+
+
+@pytest.mark.skipif(not SYSTEMS_OWN.exists(), reason=f"there is no {SYSTEMS_OWN}")
+def test_the_systems_own_python_serves_as_well(kit: Kit):
+    kit.record["needs"] = []
+    kit.record["made_for"]["python"] = told_by(
+        SYSTEMS_OWN, "import sys; print('%d.%d' % sys.version_info[:2])"
+    )
+    kit.started("--python", str(SYSTEMS_OWN))
+    told_by(kit.folder / "unpacked" / "python-0.0.1", "import sglang, shared, sgl_kernel")
+
+
 def test_the_python_may_be_named_by_a_variable(kit: Kit):
     words = [word for word in kit.words() if word not in ("--python", sys.executable)]
     done = subprocess.run(
@@ -433,7 +452,7 @@ def test_a_release_s_python_finds_the_libraries_of_nvidias_wheels_and_the_compil
 ):
     for name in ("cu13", "nccl"):
         (tmp_path / "path" / "nvidia" / name / "lib").mkdir(parents=True)
-    kit.host["tools"] = {"nvcc": "/opt/cuda/bin/nvcc"}
+    kit.host["tools"] = {**TOOLS, "nvcc": "/opt/cuda/bin/nvcc"}
     kit.started(PYTHONPATH=str(tmp_path / "path"))
     python = kit.folder / "unpacked" / "python-0.0.1"
     asks = "import os; print(os.environ[{!r}])"
@@ -444,16 +463,45 @@ def test_a_release_s_python_finds_the_libraries_of_nvidias_wheels_and_the_compil
     assert libraries[-1] == "/mine"
     path = told_by(python, asks.format("PATH")).split(":")
     assert path[-2:] == [str(Path(sys.executable).parent), "/opt/cuda/bin"]
-    assert "no nvcc" not in python.with_name("python-0.0.1.caveats").read_text()
+
+
+def test_a_toolkit_is_the_one_that_links_wherever_nvcc_is_a_link_to_it(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    toolkit = tmp_path / "cuda-13.0"
+    for file in ("bin/nvcc", "lib64/libcudart.so"):
+        (toolkit / file).parent.mkdir(parents=True)
+        (toolkit / file).touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
+    kit.host["tools"] = {**TOOLS, "nvcc": str(tmp_path / "bin" / "nvcc")}
+    kit.started()
+    python = kit.folder / "unpacked" / "python-0.0.1"
+    assert told_by(python, "import os; print(os.environ['CUDA_HOME'])") == str(toolkit)
+    assert "cannot be compiled" not in python.with_name("python-0.0.1.caveats").read_text()
+
+
+def test_what_is_missing_to_compile_with_is_named(kit: Kit, tmp_path: Path):
+    (tmp_path / "nvcc").touch()
+    kit.host["tools"] = {**TOOLS, "nvcc": str(tmp_path / "nvcc"), "ninja": None}
+    with_no_toolkit = (
+        ""
+        if Path("/usr/local/cuda/lib64/libcudart.so").exists()
+        else (", no libcudart.so beside nvcc")
+    )
+    kit.started()
+    caveats = (kit.folder / "unpacked" / "python-0.0.1.caveats").read_text()
+    assert f"There is no ninja{with_no_toolkit}: kernels that SGLang compiles" in caveats
 
 
 def test_caveats_are_a_sentence_a_line(kit: Kit):
-    kit.host["tools"] = {"nvcc": None}
+    kit.host["tools"] = {**TOOLS, "nvcc": None}
     kit.started()
     folder = kit.folder / "unpacked"
     assert (folder / "python-0.0.1.caveats").read_text().splitlines() == [
-        "IPython is a stand-in: imported and never called.",
-        "SGLang's kernels are there for sm90 only (sglang-kernel 0.4.4).",
+        "A stand-in for IPython: imported and never called.",
         "There is no nvcc: kernels that SGLang compiles while it serves cannot be compiled.",
     ]
     assert (folder / "python-0.0.2.caveats").read_text().splitlines()[0] == (

@@ -150,16 +150,33 @@ def test_what_only_the_targets_own_packages_require_is_not_added(links: Path):
 
 def test_where_only_torch_is_known_what_came_with_it_is_there(links: Path):
     sglang(links, "0.5.15", "torch==2.11.0", "sglang-kernel==0.4.4", "alpha")
-    make_wheel(links, "alpha", "1.0", requires=["triton", "torch>=2"])
+    make_wheel(links, "alpha", "1.0", requires=["triton", "torch>=2", "jinja"])
+    # The index has a torch for CPUs first, which requires no triton.
+    make_wheel(links, "torch", "2.11.0", requires=["jinja"])
+    make_wheel(links, "jinja", "1.0")
     for name in {*OWN, "dill"} - {"torch"}:
         make_wheel(links, name, "99.0")
     where = Target.from_options(
         python="3.12", torch="2.11.0", cuda="13", gpu="sm90", installed=None
     )
     lock = locked(where, "0.5.15")
-    assert lock.with_torch == ("triton",)
-    assert not {"torch", "triton"} & {p.name for p in lock.packages}
+    assert lock.with_torch == ("jinja", "triton")
+    assert not {"torch", "triton", "jinja"} & {p.name for p in lock.packages}
     assert ("psutil", "99.0") in placed(lock)
+
+
+def test_what_depends_on_torch_is_taken_in_the_version_for_the_targets_torch(links: Path):
+    sglang(links, "0.5.15", "torch==2.11.0", "sglang-kernel==0.4.4", "vision")
+    sglang(links, "0.5.23", "torch==2.14.1", "sglang-kernel==0.4.10", "vision")
+    make_wheel(links, "vision", "1.0", requires=["torch==2.11.0"])
+    make_wheel(links, "vision", "2.0", requires=["torch>=2.14"])
+    assert placed(locked(target()))["vision", "1.0"] == "site"
+
+
+def test_torchs_companions_are_not_looked_for_where_they_are_there(links: Path):
+    make_wheel(links, "torch", "2.11.0", requires=["triton==3.6.0", "nvidia-nccl-cu13==2.28"])
+    lock = locked(target(triton="3.6.0", **{"nvidia-nccl-cu13": "2.28"}), "0.5.15")
+    assert len(lock.packages) == 2
 
 
 def test_no_solution_is_said_in_one_line_with_what_is_in_the_way(links: Path):
@@ -174,7 +191,7 @@ def test_no_solution_is_said_in_one_line_with_what_is_in_the_way(links: Path):
 def test_no_wheel_for_the_targets_python_is_said(links: Path):
     (links / "sglang_kernel-0.4.4-py3-none-any.whl").unlink()
     make_wheel(links, "sglang-kernel", "0.4.4", tag="cp311-cp311-manylinux_2_17_x86_64")
-    with pytest.raises(KitError, match=r"sglang-kernel"):
+    with pytest.raises(KitError, match=r"no wheel of sglang-kernel==0\.4\.4 for Python 3\.12"):
         locked(target(), "0.5.15")
 
 

@@ -219,6 +219,43 @@ def test_a_failure_without_an_observation_is_not_the_listed_one():
     assert applied(died, defect()).outcome is Outcome.FAIL
 
 
+DIES = "the server died during this check: The server ended (exit code 137): {}. Last output: x"
+
+
+def test_an_end_without_an_observation_is_known_where_the_entry_names_how_the_server_dies():
+    listed = defect(death="RuntimeError: Unsupported device: cpu")
+    died = ended(Outcome.FAIL).model_copy(
+        update={"evidence": None, "message": DIES.format("RuntimeError: Unsupported device: cpu")}
+    )
+    assert applied(died, listed).outcome is Outcome.KNOWN
+    otherwise = died.model_copy(update={"message": DIES.format("MemoryError")})
+    assert applied(otherwise, listed).outcome is Outcome.FAIL, "it died of something else"
+    wrong = ended(Outcome.FAIL).model_copy(update={"message": died.message})
+    assert applied(wrong, listed).outcome is Outcome.FAIL, "it answered, and wrongly"
+    assert applied(ended(Outcome.PASS), listed).outcome is Outcome.FIXED
+
+
+@pytest.mark.parametrize(
+    ("check", "message", "evidence"),
+    [
+        # As 0.5.15 ended here, on a CPU, as a process.
+        ("launch/stop", "exit code: expected 0, got 137", {"exit_code": 137}),
+        (
+            "chat/json-schema",
+            DIES.format("RuntimeError: Unsupported device: cpu"),
+            None,
+        ),
+        ("stop/abort-whole-id", "neighbour, tokens: expected 96, got 10", {"asked": 400}),
+    ],
+)
+def test_what_0_5_15_does_wrong_here_is_known(check, message, evidence):
+    failed = CheckResult(
+        id=check, outcome=Outcome.FAIL, seconds=1.0, message=message, evidence=evidence
+    )
+    assert applied(failed, *SHIPPED, version="0.5.15").outcome is Outcome.KNOWN
+    assert applied(failed, *SHIPPED, version="0.5.16").outcome is Outcome.FAIL
+
+
 # --- the track record -------------------------------------------------------------------------
 
 
@@ -228,9 +265,11 @@ def test_the_command_of_a_row_asks_that_one_check_of_the_newest_version_listed(e
     assert program == "sglang-harness"
     options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
     assert [c.id for c in suite.select("quick", [options["-k"]])] == [entry.check]
-    assert options["--sglang-version"] == max(
-        entry.versions, key=lambda version: [int(part) for part in version.split(".")]
-    )
+    newest = max(entry.versions, key=lambda version: [int(part) for part in version.split(".")])
+    if entry.own_python:
+        assert options["--python"] == f"PYTHON-WITH-{newest}"
+    else:
+        assert options["--sglang-version"] == newest
     # Whether the command line takes these options.
     asked = CliRunner().invoke(app, [*arguments, "--profile", "no such profile"])
     assert "no such profile" in str(asked.exception)

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sglang_harness._base import bounded
+from sglang_harness._base.descent import adopting_orphans
 from sglang_harness.errors import SpecError
 from sglang_harness.runtime import registry
 from sglang_harness.runtime.process import NO_CONTAINER, ProcessRuntime, SGLangProcess
@@ -102,6 +104,41 @@ def test_a_zombie_is_not_alive_and_not_left_behind(run: Callable[[str], subproce
     assert until_gone([psutil.Process(zombie)], within=0.0) == []
 
 
+def test_a_program_that_is_ended_keeps_its_exit_code_for_its_starter():
+    program = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    bounded.end(program)
+    assert program.returncode == -signal.SIGTERM
+
+
+#: Starts a child that is not waited for, says its number, and ends when told to.
+LEAVES_AN_ORPHAN = """
+import subprocess, sys
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone lets a process adopt orphans")
+def test_an_orphan_that_became_a_child_of_this_process_is_reaped_and_its_main_process_is_not():
+    # As where the harness is process 1 of a container: nobody else reaps.
+    with adopting_orphans():
+        parent = subprocess.Popen(
+            [sys.executable, "-c", LEAVES_AN_ORPHAN],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert parent.stdout is not None
+        assert parent.stdin is not None
+        orphan = int(parent.stdout.readline())
+        family = ProcessFamily(parent.pid)
+        assert [p.pid for p in family.living()] == [parent.pid, orphan]
+        parent.stdin.close()
+        wait_until(lambda: not lives_as(parent.pid), "the end of the main process")
+        assert psutil.Process(orphan).ppid() == os.getpid()
+        assert family.kill(within=SOON) == []
+    assert not psutil.pid_exists(orphan)
+    assert parent.wait(timeout=SOON) == 0, "its exit code is its starter's"
+
+
 def test_many_may_look_while_processes_come_and_go(run: Callable[[str], subprocess.Popen[bytes]]):
     """One thread's look added to what another was reading (RuntimeError), and a process that ended
     between two questions about it aborted the end of the server (NoSuchProcess)."""
@@ -155,11 +192,11 @@ def test_a_server_that_does_not_end_is_killed_with_its_children_and_its_exit_cod
     child = int(server.logs().split("child ")[1].split()[0])
     pids = server.host_pids()
     assert child in pids
-    assert server.end() == -signal.SIGKILL
+    assert server.end() == 128 + signal.SIGKILL
     assert not any(lives_as(pid) for pid in pids)
     assert server.left_behind() == []
     assert "child" in server.logs()
-    assert server.end() == -signal.SIGKILL
+    assert server.end() == 128 + signal.SIGKILL
 
 
 def test_an_end_that_was_asked_for_has_its_exit_code(start: Start):

@@ -16,6 +16,8 @@ from typing import IO, Any, TypeVar
 
 import psutil
 
+from sglang_harness._base.living import until_gone
+
 T = TypeVar("T")
 
 #: Seconds from SIGTERM to SIGKILL for a program that is over its time, or interrupted.
@@ -133,7 +135,7 @@ def end(process: subprocess.Popen[Any]) -> None:
     for each in family:
         with suppress(psutil.Error):
             each.terminate()
-    _, alive = psutil.wait_procs(family, timeout=ENDS_WITHIN)
+    alive = until_gone(family, ENDS_WITHIN)
     for each in [*alive, *_session(process.pid)]:
         with suppress(psutil.Error):
             each.kill()

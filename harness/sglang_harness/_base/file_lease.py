@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from sglang_harness._base import shared_file
+from sglang_harness._base.living import is_zombie
 from sglang_harness.errors import HarnessError
 
 #: Seconds between two heartbeats of a holder.
@@ -46,8 +47,7 @@ class Holder:
     def is_alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            alive = process.status() != psutil.STATUS_ZOMBIE
-            return alive and abs(process.create_time() - self.started) < 1
+            return not is_zombie(process) and abs(process.create_time() - self.started) < 1
         except psutil.NoSuchProcess:
             return False
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from sglang_harness._base.living import is_zombie
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -50,7 +52,7 @@ class Owner:
         try:
             process = psutil.Process(self.pid)
             # Where nobody reaps (process 1 of a CI job's container), the dead stay listed.
-            if process.status() == psutil.STATUS_ZOMBIE:
+            if is_zombie(process):
                 return True
             return abs(int(process.create_time()) - self.started) > 1
         except psutil.NoSuchProcess:

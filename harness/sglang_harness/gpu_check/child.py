@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sglang_harness._base.descent import ending_with_parent
 from sglang_harness._base.signals import interruptions
@@ -32,8 +32,10 @@ from sglang_harness.errors import HarnessError, Interrupted
 from sglang_harness.gpu_check.context import Context
 from sglang_harness.gpu_check.part import NotHere, Outcome, Part
 from sglang_harness.gpu_check.results import plain
-from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Job, Order
+
+if TYPE_CHECKING:
+    from sglang_harness.gpu_check.servers import Servers
 
 
 class Reporter:
@@ -52,6 +54,27 @@ class Reporter:
             self._file.flush()
 
 
+class _Servers:
+    """The servers of this process, once a part has asked for one: what starts them takes a second
+    to be imported."""
+
+    def __init__(self, job: Job, report: Reporter) -> None:
+        self._job, self._report = job, report
+        self._made: Servers | None = None
+
+    def __call__(self) -> Servers:
+        if self._made is None:
+            from sglang_harness.gpu_check.servers import Servers
+
+            job = self._job
+            self._made = Servers(job.settings, job.release, self._report, dict(job.no_server))
+        return self._made
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+
 def main() -> int:
     """Runs the job; returns the exit code."""
     report, orders = Reporter(int(sys.argv[1])), _orders()
@@ -62,7 +85,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1)
     try:
         with interruptions() as signals:
-            servers = Servers(job.settings, job.release, report, dict(job.no_server))
+            servers = _Servers(job, report)
             try:
                 _run(job, orders, report, servers)
             finally:
@@ -82,7 +105,7 @@ def _orders() -> TextIO:
     return os.fdopen(own, encoding="utf-8")
 
 
-def _run(job: Job, orders: TextIO, report: Reporter, servers: Servers) -> None:
+def _run(job: Job, orders: TextIO, report: Reporter, servers: _Servers) -> None:
     earlier = dict(job.earlier)
     for line in orders:
         wanted = Order.model_validate_json(line)
@@ -100,7 +123,6 @@ def _run(job: Job, orders: TextIO, report: Reporter, servers: Servers) -> None:
             }
         )
         earlier[wanted.part] = figures
-    _border(job.border, "")
 
 
 def _one(
@@ -108,7 +130,7 @@ def _one(
     name: str,
     seconds: float,
     report: Reporter,
-    servers: Servers,
+    servers: _Servers,
     earlier: dict[str, dict[str, Any]],
     figures: dict[str, Any],
 ) -> tuple[Outcome, str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_harness.gpu_check.outcomes import TOPICS, NotHere, Topic
 from sglang_harness.gpu_check.results import PARTS, plain
-from sglang_harness.gpu_check.servers import Report, Servers
 from sglang_harness.gpu_check.settings import Release, Settings
-from sglang_harness.runtime import Runtime
-from sglang_harness.server import Server
 from sglang_harness.spec import Argument, ServerSpec
+
+if TYPE_CHECKING:
+    # A part that needs no server need not wait a second for what starts one.
+    from sglang_harness.gpu_check.servers import Report, Servers
+    from sglang_harness.runtime import Runtime
+    from sglang_harness.server import Server
 
 
 class Context:
@@ -34,7 +37,7 @@ class Context:
         *,
         ends_at: float,
         report: Report,
-        servers: Servers,
+        servers: Callable[[], Servers],
         earlier: Mapping[str, dict[str, Any]],
     ) -> None:
         self.settings, self.release, self.part = settings, release, part
@@ -148,7 +151,7 @@ class Context:
 
     def runtime(self) -> Runtime:
         """How servers of this release are started."""
-        return self._servers.runtime()
+        return self._servers().runtime()
 
     def server(
         self,
@@ -170,8 +173,8 @@ class Context:
         """
         spec = self.spec(model=model, server_args=server_args, environment=environment, **fields)
         within = max(1.0, self.left() - 5.0)
-        return self._servers.get(spec, key=self._key, within=within, say=self.say)
+        return self._servers().get(spec, key=self._key, within=within, say=self.say)
 
     def close_server(self) -> None:
         """Ends the shared server, for a part that starts its own or that has changed it."""
-        self._servers.close()
+        self._servers().close()

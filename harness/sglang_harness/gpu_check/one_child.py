@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -23,6 +24,8 @@ from sglang_harness.runtime.process_family import lives, until_gone
 
 #: Seconds from SIGTERM to SIGKILL.
 ENDS_WITHIN = 5.0
+#: Seconds between two looks at a child that reports nothing.
+LOOKS_EVERY = 0.5
 
 
 class Child:
@@ -34,15 +37,13 @@ class Child:
     Args:
         job: what it is told first.
         logs: where its output goes.
-
-    Attributes:
-        reports: what it reports; ``None`` once it has closed its end, which it does by ending.
+        first: key of its first part's log.
     """
 
-    def __init__(self, job: Job, logs: PartLogs) -> None:
+    def __init__(self, job: Job, logs: PartLogs, first: str) -> None:
         self._before = {p.pid for p in _descendants()}
         reports, its_end = os.pipe()
-        self.reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sglang_harness.gpu_check.child", str(its_end)],
@@ -61,8 +62,11 @@ class Child:
         self._listener = threading.Thread(target=self._listen, args=(reports,), daemon=True)
         self._listener.start()
         assert self._process.stdout is not None
-        self._output = logs.follow(self._process.stdout, job.border)
-        self._tell(job.model_dump_json())
+        assert self._process.stdin is not None
+        self._output = logs.follow(self._process.stdout, job.border, first)
+        self._told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._told.put(job.model_dump_json())
+        threading.Thread(target=self._tell, args=(self._process.stdin,), daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -76,24 +80,51 @@ class Child:
         with os.fdopen(descriptor, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 with suppress(ValueError):  # half a line, of one that was killed
-                    self.reports.put(json.loads(line))
-        self.reports.put(None)
+                    self._reports.put(json.loads(line))
+        self._reports.put(None)
 
-    def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
-        with suppress(OSError):  # It has ended: its reports say so.
-            self._process.stdin.write(f"{line}\n".encode())
-            self._process.stdin.flush()
+    def _tell(self, stream: IO[bytes]) -> None:
+        """Writes what it is told, in a thread: one that hangs reads nothing, and a pipe is full
+        after 64 KiB."""
+        with suppress(OSError), stream:  # It has ended: its reports say so.
+            while (line := self._told.get()) is not None:
+                stream.write(f"{line}\n".encode())
+                stream.flush()
 
     def order(self, order: Order) -> None:
         """Tells it to run a part."""
-        self._tell(order.model_dump_json())
+        self._told.put(order.model_dump_json())
 
     def no_more(self) -> None:
         """Tells it that no more parts follow: it ends its server, then itself."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
+        self._told.put(None)
+
+    def next_report(self, within: float) -> dict[str, Any] | None:
+        """What it reports next; ``None`` where it has ended, and nothing more will come.
+
+        Raises:
+            TimeoutError: nothing came within so many seconds.
+        """
+        until = time.monotonic() + within
+        while True:
+            ended = self.has_ended
+            try:
+                left = until - time.monotonic()
+                return self._reports.get(timeout=max(0.0, min(LOOKS_EVERY, left)))
+            except queue.Empty:
+                # What it has forked may hold its end of the pipe open after it.
+                if ended:
+                    return None
+                if time.monotonic() >= until:
+                    raise TimeoutError from None
+            self._reap()
+
+    def reports_left(self) -> Iterator[dict[str, Any]]:
+        """What it had reported by the time it was ended."""
+        with suppress(queue.Empty):
+            while True:
+                if (report := self._reports.get_nowait()) is not None:
+                    yield report
 
     def say_where(self) -> None:
         """Has it write to its log where it is; waits a moment for that."""
@@ -127,6 +158,9 @@ class Child:
             with suppress(OSError):
                 self._process.kill()
         left = self._left()
+        if orderly:
+            # What watches over a process, as Python's resource tracker, ends a moment after it.
+            left = until_gone(left, 1.0)
         told = [f"{_words(each)} was left, and killed" for each in left] if orderly else []
         until = time.monotonic() + ENDS_WITHIN
         while left and time.monotonic() < until:

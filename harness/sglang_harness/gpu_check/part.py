@@ -22,7 +22,7 @@ anything else      ``failed``, with type and message; the traceback is in the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,3 +74,9 @@ class Part:
     def fair_share(self) -> float:
         """Seconds, before ``--slow``, below which the part is not started."""
         return self.seconds / 4 if self.least is None else self.least
+
+
+def as_markdown(parts: Sequence[Part]) -> str:
+    """The table of docs/gpu-check.md."""
+    rows = [f"| `{part.name}` | {part.asks} | {part.seconds:.0f} |" for part in parts]
+    return "\n".join(["| part | question | seconds at most |", "|---|---|---|", *rows])

@@ -43,13 +43,14 @@ class PartLogs:
         # The last line of what faulthandler writes names modules, and nothing of the crash.
         return next((x for x in told if x and not x.startswith("Extension modules:")), "")
 
-    def follow(self, stream: IO[bytes], border: str) -> threading.Thread:
+    def follow(self, stream: IO[bytes], border: str, first: str) -> threading.Thread:
         """Starts a thread that writes ``stream`` to the log of the part that runs, until its end.
 
         Args:
             border: begins a line whose rest is the key of the part that follows.
+            first: key of the first part: what comes before any border is its.
         """
-        follower = _Follower(self, stream, border.encode())
+        follower = _Follower(self, stream, border.encode(), first)
         thread = threading.Thread(target=follower.run, daemon=True, name="part-log")
         thread.start()
         return thread
@@ -59,9 +60,9 @@ class PartLogs:
 
 
 class _Follower:
-    def __init__(self, logs: PartLogs, stream: IO[bytes], border: bytes) -> None:
+    def __init__(self, logs: PartLogs, stream: IO[bytes], border: bytes, first: str) -> None:
         self._logs, self._stream, self._border = logs, stream, border
-        self._log: _BoundedLog | None = None
+        self._key, self._log = first, _BoundedLog(logs.file(first))
         self._rest = b""
 
     def run(self) -> None:
@@ -74,11 +75,12 @@ class _Follower:
                 if ready and not data:
                     break
                 self._take(data, whole=not ready)
-            self._take(b"", whole=True)
+            if self._rest:
+                self._line(self._rest)
         except (OSError, ValueError):
-            return  # The disk is full, or the stream was closed: the part goes on.
+            return  # The stream was closed.
         finally:
-            self._close()
+            self._log.close()
             # Whoever still writes there ends of it, and is not held up by a pipe that is full.
             with suppress(OSError):
                 self._stream.close()
@@ -95,30 +97,33 @@ class _Follower:
 
     def _line(self, line: bytes) -> None:
         if line.startswith(self._border):
-            self._close()
-            key = line[len(self._border) :].strip().decode()
-            self._log = _BoundedLog(self._logs.file(key)) if key else None
-        elif self._log is not None:
+            if (key := line[len(self._border) :].strip().decode()) != self._key:
+                self._log.close()
+                self._key, self._log = key, _BoundedLog(self._logs.file(key))
+        else:
             self._log.write(self._logs.redacted(line))
-
-    def _close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
 
 
 class _BoundedLog:
-    """A file that keeps the beginning and the end of what is written to it."""
+    """A file that keeps the beginning and the end of what is written to it. What a full disk does
+    not take is lost: the part goes on, and whoever writes must not be held up."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb", buffering=0)
+        self._file: IO[bytes] | None = None
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb", buffering=0)
         self._written = self._left_out = 0
         self._last = b""
 
+    def _put(self, data: bytes) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.write(data)
+
     def write(self, data: bytes) -> None:
         if self._written < KEPT:
-            self._file.write(data)
+            self._put(data)
             self._written += len(data)
             return
         self._last += data
@@ -127,7 +132,9 @@ class _BoundedLog:
             self._last = self._last[-LAST:]
 
     def close(self) -> None:
-        with self._file:
-            if self._left_out:
-                self._file.write(f"\n--- {self._left_out} bytes are left out here ---\n".encode())
-            self._file.write(self._last)
+        if self._left_out:
+            self._put(f"\n--- {self._left_out} bytes are left out here ---\n".encode())
+        self._put(self._last)
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sglang_harness._base import assets, bounded, temporary
-from sglang_harness._base.signals import interruptions
+from sglang_harness._base.signals import Interruptions, interruptions
 from sglang_harness.errors import SpecError
 from sglang_harness.gpu_check import machine, record, run_parts
 from sglang_harness.gpu_check.machine import Machine, NotRun
@@ -94,11 +94,13 @@ def run(request: Request, say: Callable[[str], None]) -> tuple[Results, Path]:
         Interrupted: by Ctrl-C or SIGTERM; the results are written.
     """
     ends_at = time.time() + request.budget
-    with interruptions():
-        return _run(request, ends_at, say)
+    with interruptions() as signals:
+        return _run(request, ends_at, say, signals)
 
 
-def _run(request: Request, ends_at: float, say: Callable[[str], None]) -> tuple[Results, Path]:
+def _run(
+    request: Request, ends_at: float, say: Callable[[str], None], signals: Interruptions
+) -> tuple[Results, Path]:
     parts = run_parts.chosen(run_parts.table(), request.parts)
     kit = _kit(request.kit)
     here = machine.of_cpu() if request.device == "cpu" else machine.of_gpu()
@@ -126,6 +128,8 @@ def _run(request: Request, ends_at: float, say: Callable[[str], None]) -> tuple[
         results = run_parts.results_of(
             settings, here.facts, kit.model_dump(by_alias=True, mode="json") if kit else None
         )
+        device = here.gpus[0].name if here.gpus else "the CPU: a rehearsal, no GPU is seen"
+        say(f"gpu-check on {device}, for at most {request.budget:.0f} s; results in {folder}")
         run = run_parts.Run(
             settings,
             parts,
@@ -134,7 +138,7 @@ def _run(request: Request, ends_at: float, say: Callable[[str], None]) -> tuple[
             say=say,
             left_on_gpus=here.left_on_gpus,
         )
-        return run.run(), folder
+        return run.run(signals), folder
 
 
 def _kit(folder: Path | None) -> KitRecord | None:
@@ -160,7 +164,10 @@ def _releases(request: Request, kit: KitRecord | None) -> list[Release]:
             Release(
                 version=each.version,
                 python=folder / f"python-{each.version}",
-                server_args=_arguments([f"{n}={v}" for n, v in each.server_args.items()]),
+                # Flags of servers on a GPU: with triton's attention none comes up on a CPU.
+                server_args=_arguments([f"{n}={v}" for n, v in each.server_args.items()])
+                if request.device == "gpu"
+                else {},
                 environment=each.environment,
                 caveats=each.caveats,
             )

@@ -7,7 +7,6 @@ with it, and no other part.
 from __future__ import annotations
 
 import importlib
-import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from sglang_harness import __version__
 from sglang_harness._base import bounded, headroom, paths, temporary
 from sglang_harness._base.descent import adopting_orphans
-from sglang_harness._base.signals import interruptions
+from sglang_harness._base.signals import Interruptions
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
 from sglang_harness.gpu_check import record, summary
@@ -27,6 +26,7 @@ from sglang_harness.gpu_check.part import Part
 from sglang_harness.gpu_check.part_log import PartLogs
 from sglang_harness.gpu_check.results import PARTS, Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Job, Order, Release, Settings
+from sglang_harness.upkeep.sweep import sweep
 
 #: The module whose ``PARTS`` is the table of parts.
 TABLE = "sglang_harness.gpu_check.parts"
@@ -132,14 +132,17 @@ class Run:
         self._running: PartResult | None = None
         self._unwritten: HarnessError | None = None
 
-    def run(self) -> Results:
+    def run(self, signals: Interruptions) -> Results:
         """Runs every part that can be run.
+
+        Args:
+            signals: of the block that this is called in.
 
         Raises:
             Interrupted: by Ctrl-C or SIGTERM. The child is ended, and the results say so.
             HarnessError: the results could not be written at the end.
         """
-        with adopting_orphans(), interruptions() as signals:
+        with adopting_orphans():
             try:
                 self._write()
                 for _, steps in groupby(self._steps, key=lambda step: step.group):
@@ -185,7 +188,7 @@ class Run:
                 child.end()
 
     def _start(self, step: Step) -> Child:
-        """A child for the parts of the step's group."""
+        """A child for this part and those of its group that follow."""
         versions = ("", step.version)
         job = Job(
             settings=self._settings,
@@ -195,7 +198,7 @@ class Run:
             no_server=self._no_server.get(step.version, {}),
             border=new_border(),
         )
-        return Child(job, self._logs)
+        return Child(job, self._logs, step.key)
 
     def _why_not(self, step: Step) -> str:
         """Why a step is not started; empty where nothing is in its way."""
@@ -232,7 +235,7 @@ class Run:
         try:
             ended = self._listen(step, child, result, began + limit)
             died = not ended
-        except queue.Empty:
+        except TimeoutError:
             ended = False
             child.say_where()
             result.message = f"did not end within {limit:.0f} s (where it was is in its log)"
@@ -243,14 +246,20 @@ class Run:
         except Interrupted:
             result.seconds = round(time.monotonic() - began, 3)
             child.end()
-            self._take_the_rest(child, step, result)
+            for report in child.reports_left():
+                self._take(report, step, result)
             raise
         result.seconds = round(time.monotonic() - began, 3)
         if not ended:
             # Before the part counts as done: its log is complete then, and nothing of it runs.
             for each in child.end():
                 self._saw(each, step)
-            self._take_the_rest(child, step, result)
+            outcome, message = result.outcome, result.message
+            for report in child.reports_left():
+                self._take(report, step, result)
+            result.outcome, result.message = outcome, message
+            if self._settings.runtime == "docker":
+                self._remove_containers(step)
         if died:
             last = self._logs.last_line(step.key)
             result.message = f"its process {child.how_it_ended()}"
@@ -263,10 +272,10 @@ class Run:
         """Takes reports until the part has ended; false where the child has.
 
         Raises:
-            queue.Empty: neither has.
+            TimeoutError: neither has.
         """
         while True:
-            report = child.reports.get(timeout=max(0.0, until - time.monotonic()))
+            report = child.next_report(until - time.monotonic())
             if report is None:
                 return False
             if self._take(report, step, result):
@@ -299,25 +308,15 @@ class Run:
             return True
         return False
 
-    def _take_the_rest(self, child: Child, step: Step, result: PartResult) -> None:
-        """What a child that has been ended had reported by then."""
-        while True:
-            try:
-                report = child.reports.get_nowait()
-            except queue.Empty:
-                return
-            if report is not None and report["kind"] != "end":
-                self._take(report, step, result)
-
     def _close(self, child: Child, step: Step) -> None:
         """Lets the child end its server, then itself."""
         child.no_more()
         within = CLOSES_WITHIN * self._settings.slow
         until = time.monotonic() + within
         try:
-            while (report := child.reports.get(timeout=until - time.monotonic())) is not None:
+            while (report := child.next_report(until - time.monotonic())) is not None:
                 self._take(report, step, None)
-        except (queue.Empty, ValueError):
+        except TimeoutError:
             self._saw(f"its server was not ended within {within:.0f} s: killed", step)
         else:
             if (how := child.how_it_ended()) != bounded.ending(0):
@@ -338,6 +337,14 @@ class Run:
         for each in self._left_on_gpus():
             self._saw(each, step)
         self._write()
+
+    def _remove_containers(self, step: Step) -> None:
+        """Those of a child that was killed are still there: they are not below this process."""
+        swept = sweep()
+        for each in swept.removed:
+            self._saw(f"{each} was left, and removed", step)
+        for each in swept.failed:
+            self._saw(f"not removed: {each}", step)
 
     def _saw(self, what: str, step: Step) -> None:
         note = f"After {step.key}: {what}"

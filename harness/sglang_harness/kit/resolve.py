@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
 from sglang_harness._base import bounded
@@ -39,6 +40,9 @@ from sglang_harness.kit.target import USUAL_GLIBC, Target
 #: Seconds that one call of uv may take.
 WITHIN = 600.0
 
+#: Names of packages that torch states one version of, and that only torch's wheels are built with.
+_WITH_TORCH = ("nvidia-", "cuda-", "triton")
+
 #: The versions of glibc that uv knows a platform for.
 _UVS_GLIBC = (17, *range(28, 41))
 
@@ -54,18 +58,16 @@ class _Uv:
     folder: Path
     settings: dict[str, str]
 
-    def compile(
-        self, wanted: list[str], *, words: list[str], excluded: set[str], overrides: list[str]
-    ) -> None:
+    def compile(self, wanted: list[str], *, words: list[str], excluded: set[str]) -> None:
         """Raises KitError where there is no solution, or no index."""
-        files = {"wanted": wanted, "excluded": sorted(excluded), "overrides": overrides}
+        files = {"wanted": wanted, "excluded": sorted(excluded)}
         for name, lines in files.items():
             (self.folder / f"{name}.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
         said = [self.program, "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
         said += ["--only-binary", ":all:", "--python", sys.executable]
         said += ["--python-version", self.target.python_minor]
         said += ["--python-platform", _platform(self.target)]
-        said += ["--excludes", "excluded.txt", "--overrides", "overrides.txt"]
+        said += ["--excludes", "excluded.txt"]
         said += [*index.uv_words(self.settings), *words, "wanted.txt"]
         try:
             ended = bounded.run(
@@ -82,19 +84,14 @@ class _Uv:
             raise _unsolved("\n".join([*ended.output, *ended.errors]), self.target)
 
     def versions(
-        self,
-        wanted: list[str],
-        *,
-        preferred: dict[str, str],
-        excluded: set[str],
-        overrides: list[str],
+        self, wanted: list[str], *, preferred: dict[str, str], excluded: set[str]
     ) -> dict[str, str]:
         """The version of every package, by normalised name."""
         file = self.folder / "versions.txt"
         lines = [f"{name}=={version}\n" for name, version in sorted(preferred.items())]
         file.write_text("".join(lines), encoding="utf-8")
         words = ["--output-file", file.name]
-        self.compile(wanted, words=words, excluded=excluded, overrides=overrides)
+        self.compile(wanted, words=words, excluded=excluded)
         found = re.findall(r"^([A-Za-z0-9][\w.-]*)==(\S+)", file.read_text("utf-8"), re.MULTILINE)
         return {normalised(name): version for name, version in found}
 
@@ -108,7 +105,7 @@ class _Uv:
         file.unlink(missing_ok=True)
         wanted = [f"{name}=={version}" for name, version in sorted(versions.items())]
         words = ["--no-deps", "--format", "pylock.toml", "--output-file", file.name]
-        self.compile(wanted, words=words, excluded=set(), overrides=[])
+        self.compile(wanted, words=words, excluded=set())
         found = {}
         for package in _pylock(file.read_text(encoding="utf-8")):
             name = normalised(package["name"])
@@ -140,7 +137,7 @@ def resolve(
     """
     with within_temporary_folder("scratch") as folder:
         uv = _Uv(_program(), target, folder, index.pip_settings())
-        with_torch = _with_torch(uv) if set(target.packages) <= {"torch"} else {}
+        with_torch = _with_torch(uv) if set(target.packages) <= {"torch"} else set()
         target = with_packages(target, with_torch)
         uv = _Uv(uv.program, target, folder, uv.settings)
         chosen: dict[str, dict[str, Locked]] = {}
@@ -161,7 +158,7 @@ def resolve(
 
 
 def roots(release: Release, catalogue: Catalogue, with_kernels: bool) -> list[str]:
-    """What a release's Python has to have, the harness included."""
+    """What a release's Python has to have, SGLang first and the harness included."""
     return [
         f"sglang=={release.version}",
         *([f"sglang-kernel=={release.kernels}"] if with_kernels else []),
@@ -180,9 +177,9 @@ def rules(release: Release, catalogue: Catalogue, with_kernels: bool) -> Rules:
     return Rules(frozenset(dropped), frozenset(replaced))
 
 
-def with_packages(target: Target, more: Mapping[str, str | None]) -> Target:
-    """The same target with packages that its description does not list."""
-    return target.model_copy(update={"packages": {**more, **target.packages}})
+def with_packages(target: Target, more: Iterable[str]) -> Target:
+    """The same target with packages, in unknown versions, that its description does not list."""
+    return target.model_copy(update={"packages": {**dict.fromkeys(more), **target.packages}})
 
 
 def _one(
@@ -204,18 +201,25 @@ def _one(
         and applies(r.marker, environment(target), ())
         and normalised(r.name) not in rule.replaced
     }
-    # What is there in an unknown version counts as fit, and so does all that it needs.
+    # What is there in an unknown version counts as fit, and so does all that it needs. torch's own
+    # companions are those that it was installed with, whatever the index has of them today.
     unknown = {n for n, v in target.packages.items() if v is None and n not in pinned}
+    unknown |= {n for n in target.packages if n.startswith(_WITH_TORCH)}
     known = {n: _public(v) for n, v in target.packages.items() if v is not None and n != "torch"}
+    # A guest's own requirements are those of SGLang without its torch and its kernels, which uv
+    # would override for everybody, torchvision included.
+    direct = [
+        _without_marker(requirement)
+        for requirement in sglang.requires
+        if normalised(requirement.name) not in rule.replaced | rule.dropped
+        and applies(requirement.marker, environment(target), ())
+    ]
     found = uv.versions(
-        wanted,
+        [f"torch=={target.torch_release}", *direct, *wanted[1:]],
         preferred={**before, **{n: v for n, v in known.items() if v}},
         excluded={*rule.dropped, *unknown} - {"torch"},
-        overrides=[
-            f"torch=={target.torch_release}",
-            *([f"sglang-kernel=={release.kernels}"] if release.guest and with_kernels else []),
-        ],
     )
+    found["sglang"] = release.version
     lacking = {n: v for n, v in found.items() if n != "torch" and known.get(n) != v}
     hashes = uv.hashes(lacking)
     locked = {n: Locked(n, v, hashes[n], COMMON) for n, v in lacking.items()}
@@ -229,6 +233,11 @@ def _one(
     return {name: package for name, package in locked.items() if name in closure.used}
 
 
+def _without_marker(requirement: Requirement) -> str:
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
+
+
 def _sglang(uv: _Uv, release: Release, say: Say) -> Package:
     """SGLang's own statements, from its wheel, which the kit has anyway."""
     hashes = uv.hashes({"sglang": release.version})
@@ -236,11 +245,13 @@ def _sglang(uv: _Uv, release: Release, say: Say) -> Package:
     return Package.of_wheel(wheels.fetch([package], uv.target, say)[package.sha256])
 
 
-def _with_torch(uv: _Uv) -> dict[str, str]:
-    """What pip installs with torch: it is there where torch is."""
+def _with_torch(uv: _Uv) -> set[str]:
+    """Names of what pip installs with torch: it is there where torch is."""
     wanted = [f"torch=={uv.target.torch_release}"]
-    found = uv.versions(wanted, preferred={}, excluded=set(), overrides=[])
-    return {name: version for name, version in found.items() if name != "torch"}
+    found = uv.versions(wanted, preferred={}, excluded=set())
+    names = set(found) - {"torch"}
+    # Every torch with CUDA has its own triton; an index may have a torch without CUDA first.
+    return names if uv.target.cuda is None else names | {"triton"}
 
 
 def _program() -> str:

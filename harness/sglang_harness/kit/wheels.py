@@ -172,9 +172,14 @@ def refused(text: str, target: Target) -> KitError:
             advice="A kit is built where there is a network: see pip's settings for index and "
             "proxy ('pip config list').",
         )
-    if found := re.search(r"No matching distribution found for ([^\s(]+)", text):
+    # pip's words, and uv's.
+    no_wheel = (
+        r"No matching distribution found for ([^\s(]+)|"
+        r"Because (\S+==\S+) has no wheels with a matching"
+    )
+    if found := re.search(no_wheel, text):
         return KitError(
-            f"The index has no wheel of {found[1]} for Python {target.python_minor} on "
+            f"The index has no wheel of {found[1] or found[2]} for Python {target.python_minor} on "
             f"{target.machine} with glibc {target.glibc or USUAL_GLIBC}."
         )
     last = [line.strip() for line in text.splitlines() if line.strip()][-1:]

@@ -45,7 +45,7 @@ class Sender:
         self.on_device: dict[int, Any] = {}
         self.segments: list[str] = []
         self.group: Any = None
-        self.backend = ""
+        self.device: int | None = None
         self.reserved: socket.socket | None = None
         self.imports = resident()["VmRSS"]
 
@@ -158,18 +158,22 @@ class Sender:
         room: int,
         ranks: int,
         flattened: bool = True,
-        cuda: bool = False,
+        devices: list[int] | None = None,
     ) -> dict[str, Any]:
-        """One payload for each rank: a handle, whose bytes stay here until the next order."""
+        """One payload for each rank: a handle, whose bytes stay here until the next order.
+
+        Args:
+            devices: the number of the GPU of each rank, for handles of CUDA.
+        """
         from multiprocessing.reduction import ForkingPickler
 
         import torch.multiprocessing  # noqa: F401 -- teaches that pickler tensors
 
-        read = self._fill(slots, room, shared=not cuda)
+        read = self._fill(slots, room, shared=devices is None)
         started = time.monotonic()
         payloads = []
         for rank in range(ranks):
-            there = self._to_device(rank, extent, room) if cuda else self.room
+            there = self.room if devices is None else self._to_device(devices[rank], extent, room)
             if flattened:
                 content: Any = {
                     "flattened_tensor": there[:extent],
@@ -188,8 +192,8 @@ class Sender:
             "segments": self.segments,
         }
 
-    def _to_device(self, rank: int, extent: int, room: int) -> Any:
-        """The bucket on the GPU of one rank. Not yet tested on a GPU by this project."""
+    def _to_device(self, device: int, extent: int, room: int) -> Any:
+        """The bucket on one GPU. Not yet tested on a GPU by this project."""
         import torch
 
         if not torch.cuda.is_available():
@@ -199,12 +203,12 @@ class Sender:
             from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
 
             monkey_patch_torch_reductions()
-        there = self.on_device.get(rank)
+        there = self.on_device.get(device)
         if there is None or there.numel() < room:
-            there = torch.empty(room, dtype=torch.uint8, device=f"cuda:{rank}")
-            self.on_device[rank] = there
+            there = torch.empty(room, dtype=torch.uint8, device=f"cuda:{device}")
+            self.on_device[device] = there
         there[:extent].copy_(self.room[:extent])
-        torch.cuda.synchronize(rank)
+        torch.cuda.synchronize(device)
         return there
 
     def _metadata(self, slots: list[Any]) -> list[Any]:
@@ -240,11 +244,28 @@ class Sender:
             self.reserved = None
 
     def join(
-        self, backend: str, port: int, world: int, group: str, timeout: float
+        self,
+        backend: str,
+        port: int,
+        world: int,
+        group: str,
+        timeout: float,
+        device: int | None = None,
     ) -> dict[str, Any]:
         """Rank 0 of a group whose other ranks are the server's. The rendezvous is SGLang's own
-        function, so that both sides agree on it whatever its version."""
+        function, so that both sides agree on it whatever its version.
+
+        Args:
+            device: the number of the GPU to send from; none: from memory. Not yet tested on a GPU
+                by this project.
+        """
         started = time.monotonic()
+        self.device = device
+        if device is not None:
+            import torch
+
+            # Where NCCL makes its connections.
+            torch.cuda.set_device(device)
         from sglang.srt.utils import init_custom_process_group
 
         imported = time.monotonic()
@@ -256,7 +277,6 @@ class Sender:
             group_name=group,
             timeout=timedelta(seconds=timeout),
         )
-        self.backend = backend
         return {
             "seconds_import": imported - started,
             "seconds": time.monotonic() - imported,
@@ -279,11 +299,10 @@ class Sender:
         read = self._fill(slots, room, shared=False)
         started = time.monotonic()
         for _name, tensor in self._tensors(slots, self.room):
-            # NCCL sends from a GPU only. Not yet tested on a GPU by this project.
-            sent = tensor.cuda(0) if self.backend == "nccl" else tensor
+            sent = tensor if self.device is None else tensor.cuda(self.device)
             torch.distributed.broadcast(sent, src=0, group=self.group)
-        if self.backend == "nccl":
-            torch.cuda.synchronize(0)
+        if self.device is not None:
+            torch.cuda.synchronize(self.device)
         return {"seconds_read": read, "seconds_send": time.monotonic() - started}
 
     def leave(self) -> dict[str, Any]:

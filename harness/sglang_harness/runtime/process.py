@@ -172,9 +172,8 @@ class SGLangProcess:
         assert self._process is not None
         code = self._process.wait()
         seen = time.time()
-        # 128 plus the signal's number, as shells and containers report it.
         log = self.spec.redactor(self.api_key).text(self.logs())
-        death = read_death(code if code >= 0 else 128 - code, False, log)
+        death = read_death(_told(code), False, log)
         return replace(death, noticed_after=max(0.0, time.time() - seen))
 
     @property
@@ -220,7 +219,7 @@ class SGLangProcess:
             if process is not None and family is not None:
                 down.step("server process", lambda: self._end_process(process, family, at_once))
                 down.step("server process", lambda: family.kill(within=5.0))
-                self._exit_code = down.step("exit code", lambda: process.wait(timeout=5))
+                self._exit_code = down.step("exit code", lambda: _told(process.wait(timeout=5)))
                 down.step("log", self._keep_log)
                 down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
                 down.step("torch's shared memory", lambda: remove_segments(family.pids()))
@@ -436,6 +435,11 @@ def environment_of(
         **basics, **devices, **cpu, **offline, **passed, **spec.environment,
         "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
+
+
+def _told(exit_code: int) -> int:
+    """As shells and containers report it: 128 plus the number of the signal that ended it."""
+    return exit_code if exit_code >= 0 else 128 - exit_code
 
 
 def _remove_shared_memory(pids: Iterable[int]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-import time
-from collections.abc import Iterable
 from contextlib import suppress
 
 import psutil
+
+from sglang_harness._base.living import is_zombie, lives, lives_as, until_gone
+
+__all__ = ["ProcessFamily", "lives", "lives_as", "until_gone"]
 
 
 class ProcessFamily:
@@ -47,36 +50,18 @@ class ProcessFamily:
         for each in self.living():
             with suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGKILL)
-        return until_gone(self.living(), within)
+        left = until_gone(self.living(), within)
+        self.reap()
+        return left
 
-
-def lives(process: psutil.Process) -> bool:
-    """Whether it runs. One that has ended and waits to be reaped (a zombie, for as long as a
-    container without an init process runs) does not."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def lives_as(pid: int) -> bool:
-    """:func:`lives`, of the process that has this number now."""
-    try:
-        return lives(psutil.Process(pid))
-    except psutil.NoSuchProcess:
-        return False
-
-
-def until_gone(processes: Iterable[psutil.Process], within: float) -> list[psutil.Process]:
-    """Waits until all have ended; returns those that run after ``within`` seconds.
-
-    Reaps nothing, unlike ``psutil.wait_procs``: the exit code belongs to the one that started the
-    process.
-    """
-    until = time.monotonic() + within
-    left = list(processes)
-    while True:
-        left = [each for each in left if lives(each)]
-        if not left or time.monotonic() > until:
-            return left
-        time.sleep(0.02)
+    def reap(self) -> None:
+        """Takes the exit codes of descendants that have become children of this process, because
+        their own parents ended first: of one that is process 1 of a container, or adopts orphans
+        (:func:`sglang_harness._base.descent.adopting_orphans`). Nobody else would, and they would
+        stay as zombies. The main process is left to whoever started it."""
+        with self._lock:
+            seen = [each for each in self._seen.values() if each.pid != self._pid]
+        for each in seen:
+            with suppress(psutil.NoSuchProcess, ChildProcessError):
+                if is_zombie(each) and each.ppid() == os.getpid():
+                    os.waitpid(each.pid, os.WNOHANG)

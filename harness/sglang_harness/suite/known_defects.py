@@ -27,6 +27,10 @@ class KnownDefect(BaseModel):
         found_by: who reported it upstream; ``None`` where that is not known.
         notice: what a user of the server notices, as a sentence.
         review_by: the last day on which the entry excuses a failure.
+        death: words of the exception in the server's log, where the server dies before the check
+            has observed anything. Then nothing but such an end is excused.
+        own_python: the newest of ``versions`` needs packages of other versions than those of the
+            harness's CPU stack: whoever shows it again brings a Python.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,15 +43,25 @@ class KnownDefect(BaseModel):
     found_by: str | None = None
     notice: str
     review_by: date
+    death: str | None = None
+    own_python: bool = False
 
     @property
     def command(self) -> str:
         """The command that shows it again, on the newest version in which it was seen."""
         device = "" if self.device == "any" else f" --device {self.device}"
-        return (
-            f"sglang-harness qualify --model tiny --sglang-version {self.versions[-1]}{device} "
-            f"-k {self.check}"
-        )
+        newest = self.versions[-1]
+        which = f"--sglang-version {newest}"
+        if self.own_python:
+            which = f"--runtime process --python PYTHON-WITH-{newest}"
+        return f"sglang-harness qualify --model tiny {which}{device} -k {self.check}"
+
+    def explains(self, failed: CheckResult) -> bool:
+        """Whether a failure of its check is the listed one, as far as can be told."""
+        if self.death is not None:
+            return failed.evidence is None and self.death in failed.message
+        # Without evidence the check ended before it observed anything: another failure.
+        return failed.evidence is not None
 
     def applies(self, version: str | None, device: str, today: date) -> bool:
         return (
@@ -86,8 +100,7 @@ def apply(
     for defect in defects:
         if defect.check != result.id or not defect.applies(version, device, today):
             continue
-        if result.outcome is Outcome.FAIL and result.evidence is None:
-            # The check ended before it observed anything, so this is another failure.
+        if result.outcome is Outcome.FAIL and not defect.explains(result):
             continue
         if result.outcome is Outcome.FAIL:
             changed = Outcome.KNOWN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -45,13 +46,11 @@ def run(context: Context) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         last = str(error.output).splitlines()[-1:]
         raise AssertionError(f"the imports did not end in {error.timeout:.0f} s: {last}") from None
-    told: dict[str, Any] = {}
-    with suppress(ValueError, IndexError):
-        told = json.loads(done.output[-1])
+    told = answer(done.output)
     if done.code != 0 or not told:
         raise AssertionError(
             f"SGLang {release.version} cannot be imported: exit code {done.code}, "
-            f"{' '.join(done.output[-1:]) or 'no output'}"
+            f"{reason(done.output)}"
         )
     judge(told)
     seconds = sum(told["seconds"].values())
@@ -59,6 +58,22 @@ def run(context: Context) -> dict[str, Any]:
     context.headline(f"{told['architectures']} models{symbols}, {SEEN[told['kind']]}")
     context.note("kernels", f"SGLang {release.version} is imported in", f"{seconds:.1f} s")
     return told
+
+
+def answer(output: list[str]) -> dict[str, Any]:
+    """What the script told; empty where it did not come so far. Libraries write lines after it when
+    the process ends."""
+    for line in reversed(output):
+        if line.startswith('{"kind":'):
+            with suppress(ValueError):
+                return dict(json.loads(line))
+    return {}
+
+
+def reason(output: list[str]) -> str:
+    """The exception that ended the script, or the last that it said."""
+    raised = [line for line in output if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    return (raised or output or ["no output"])[-1]
 
 
 def judge(told: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_harness.gpu_check import bounds, served
+from sglang_harness.gpu_check import bounds, probes, served
 from sglang_harness.gpu_check.device_timeline import (
     DeviceTimeline,
     in_mib,
@@ -18,7 +18,7 @@ from sglang_harness.gpu_check.device_timeline import (
     thinned,
 )
 from sglang_harness.gpu_check.part import Context, Part
-from sglang_harness.gpu_check.second_run import SecondRun, second_run
+from sglang_harness.gpu_check.probes.second_run import SecondRun
 from sglang_harness.gpu_check.suite_questions import gpu_memory
 from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, PATIENCE
 from sglang_harness.server import Server
@@ -27,6 +27,8 @@ MIB = 1 << 20
 
 #: Seconds for which a second run waits for a GPU that is in use.
 REFUSED_WITHIN = 1.0
+#: Seconds for its imports beside what it waits for.
+IMPORTS_WITHIN = 40.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def observe(server: Server, scratch: Path) -> OccupancySeen:
     """Tries second runs, and ends the server.
 
     Raises:
-        HarnessError: as NVML does, or where a second run told nothing.
+        HarnessError: as NVML does.
+        AssertionError: a second run told nothing.
     """
     source = gpu_memory(server)
     assert source is not None, "asked of a server on a GPU"
@@ -109,6 +112,26 @@ def observe(server: Server, scratch: Path) -> OccupancySeen:
         line=thinned(timeline.line.samples, origin=server_gone),
         first_call_only=source.first_call_only,
     )
+
+
+def second_run(gpus: str, *, wait: float, patience: float, leases: Path | None = None) -> SecondRun:
+    """What becomes of another run on the same GPUs, in a process of its own.
+
+    Args:
+        wait: seconds for the lease.
+        patience: seconds for the GPUs to become idle.
+        leases: another folder of leases: then the guard alone is in the way; ``None``: the usual.
+
+    Raises:
+        AssertionError: that process told nothing.
+    """
+    told = probes.run(
+        "second_run",
+        *(gpus, str(wait), str(patience)),
+        within=IMPORTS_WITHIN + wait + 2 * patience,
+        environment={"SGLANG_HARNESS_GPU_LEASES": str(leases)} if leases else {},
+    )
+    return SecondRun(**told)
 
 
 def wrong(seen: OccupancySeen) -> list[str]:

@@ -3,11 +3,9 @@ has to hold it. Without this nobody knows that a slope of zero means anything.""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from sglang_harness.errors import NotProvided
@@ -137,7 +135,7 @@ def wrong(seen: PlantedSeen) -> list[str]:
 def figures(seen: PlantedSeen) -> dict[str, Any]:
     """For the results."""
     return {
-        "planted_mb_a_cycle": round(seen.planted / MB, 3),
+        "planted_mb_a_cycle": round(seen.planted / MB, 4),
         "cycles": len(seen.used.get(seen.on, [])),
         "released_each_cycle": seen.released,
         "seconds_a_cycle": round(sum(seen.seconds) / max(1, len(seen.seconds)), 3),
@@ -165,9 +163,7 @@ _END = 10.0
 def run(context: Context) -> dict[str, Any]:
     """The part ``planted-leak``."""
     server = served.shared(context)
-    release_python = context.release.python if context.release else None
-    python = release_python or Path(sys.executable)
-    with served.not_run_where_not_provided(), ChildPlanter(python, server.spec.gpus) as planter:
+    with served.not_run_where_not_provided(), ChildPlanter(server.spec.gpus) as planter:
         seen = observe(server, planter, within=max(1.0, context.left() - _END))
     told = figures(seen)
     mine = told["slopes"].get(seen.on)

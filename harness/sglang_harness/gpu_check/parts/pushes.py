@@ -23,6 +23,8 @@ MIB = 1 << 20
 
 #: Pushes by one route: there and back, so that each route begins with the first weights.
 ROUND_TRIPS = 3
+#: Seconds for the answer to one bucket, however little time is left.
+LEAST_LIMIT = 15.0
 #: First those whose speed a GPU host is for. Others follow by name.
 FIRST = ("cuda-ipc", "disk", "tensor-bucket", "shared-memory", "tensor")
 #: Asked in a part of its own: NCCL sends from a GPU that the server is not on.
@@ -157,12 +159,16 @@ def _by(
             return replace(seen, stopped=f"{share:.0f} s for this route were used up")
         began = time.monotonic()
         try:
-            push = _push(server, other if there else first, route, scored=number == 0)
+            limit = min(server.spec.limits.check, max(LEAST_LIMIT, until - began))
+            push = _push(
+                server, other if there else first, route, scored=number == 0, timeout=limit
+            )
         except (ServerDied, ServerLost):
             raise
         except HarnessError as error:
             return replace(seen, error=f"{type(error).__name__}: {error.message}")
-        longest = max(longest, time.monotonic() - began)
+        if number:  # the first one asks the reference models, and loads them
+            longest = max(longest, time.monotonic() - began)
         seen.pushes.append(push)
         say(f"{route} to {push.to}: {_line(push)}")
         if push.outcome == "failed":
@@ -181,13 +187,13 @@ def _checksum_seconds(server: Server) -> float | None:
     return time.monotonic() - began
 
 
-def _push(server: Server, checkpoint: Path, route: str, *, scored: bool) -> OnePush:
+def _push(server: Server, checkpoint: Path, route: str, *, scored: bool, timeout: float) -> OnePush:
     source = gpu_memory(server)
     before = source.read()[0] if source else None
     began = time.monotonic()
     with DeviceTimeline(source) if source else nullcontext() as timeline:
         try:
-            report = server.weights.push(checkpoint, route=route, logprobs=scored)
+            report = server.weights.push(checkpoint, route=route, logprobs=scored, timeout=timeout)
         except PushFailed as error:
             server.raise_if_dead()
             report = error.report

@@ -99,7 +99,11 @@ def run(context: Context) -> dict[str, Any]:
     if not others:
         raise NotHere("one GPU")
     other = served.other_checkpoint(context)
-    alone = context.server(model=served.model(context), gpus=first, limits=served.limits(context))
+    both_gpus = f"{first},{others[0]}"
+    # One rank, on the first of them: the peer sends from the other.
+    alone = context.server(
+        model=served.model(context), gpus=both_gpus, limits=served.limits(context)
+    )
     (nccl,) = pushes.observe(
         alone,
         other,
@@ -111,7 +115,7 @@ def run(context: Context) -> dict[str, Any]:
     )
     both = context.server(
         model=served.model(context),
-        gpus=f"{first},{others[0]}",
+        gpus=both_gpus,
         server_args={"tp-size": 2},
         limits=served.limits(context),
     )

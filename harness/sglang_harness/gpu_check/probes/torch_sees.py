@@ -45,7 +45,10 @@ def main() -> None:
         torch.cuda.synchronize()
         told["context_seconds"] = time.monotonic() - began
         told["free_and_total"] = torch.cuda.mem_get_info(0)
-        told["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        try:
+            told["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        except (RuntimeError, AttributeError) as error:
+            told["nccl"] = f"none: {error}"
     print(json.dumps(told))
 
 

@@ -182,6 +182,8 @@ def refuse(kit: dict[str, Any], host: dict[str, Any], device: str) -> None:
     """Raises :class:`NotRun` for a host that the kit was not made for. Cheapest questions first;
     nothing is written."""
     made = kit["made_for"]
+    if device == "gpu" and not made["architectures"]:
+        raise NotRun("the kit has no kernels for GPUs: it is for a rehearsal, --device cpu.")
     python = ".".join(host["python"].split(".")[:2])
     here = f"{host['implementation']} {python}"
     if here != f"cpython {made['python']}":
@@ -472,7 +474,8 @@ def _make_python(
         # With the files *.pth of the stand-ins, which patch what a CPU lacks.
         stand_ins = folder / "harness" / "sglang_harness" / "shipped" / "docker" / "stand_ins"
         lines.insert(0, f"import site; site.addsitedir({str(stand_ins)!r})")
-    packages = Path(sysconfig.get_path("purelib", vars=_inside(made)))
+    # As venv makes it. Debian's own Python would state another folder for itself.
+    packages = made / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     _write(packages / "kit.pth", "".join(f"{line}\n" for line in [*lines, *_path_of_host()]))
     _write(folder / f"python-{version}.caveats", "".join(_caveats(kit, release, host, device)))
     _write(folder / f"python-{version}", _wrapper(release, host, folder), mode=0o755)
@@ -480,10 +483,6 @@ def _make_python(
 
 def _venv(folder: Path, version: str) -> Path:
     return folder / f"venv-{version}"
-
-
-def _inside(made: Path) -> dict[str, str]:
-    return {"base": str(made), "platbase": str(made)}
 
 
 def _moved(link: Path) -> bool:
@@ -515,6 +514,29 @@ def _tools(host: dict[str, Any]) -> list[str]:
     return [str(Path(sys.executable).parent), *([str(Path(nvcc).parent)] if nvcc else [])]
 
 
+def _cuda_home(host: dict[str, Any]) -> str | None:
+    """A CUDA toolkit that compiles and links. SGLang's compiler (tvm-ffi) takes the folder above
+    the first nvcc on PATH, which is none where that nvcc is a link or a script elsewhere."""
+    nvcc = host["tools"].get("nvcc")
+    if nvcc is None:
+        return None
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [Path(place) for place in named if place]
+    places += [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")]
+    for place in places:
+        if (place / "bin" / "nvcc").exists() and (place / "lib64" / "libcudart.so").exists():
+            return str(place)
+    return None
+
+
+def _lacks_to_compile(host: dict[str, Any]) -> list[str]:
+    """What is missing to compile kernels with, by name."""
+    lacks = [name for name in ("nvcc", "c++", "ninja") if not host["tools"].get(name)]
+    if "nvcc" not in lacks and _cuda_home(host) is None:
+        lacks.append("libcudart.so beside nvcc")
+    return lacks
+
+
 def _joined(*places: str) -> str:
     """A search path, each place once."""
     every = [place for part in places for place in part.split(os.pathsep) if place]
@@ -538,6 +560,9 @@ def _wrapper(release: dict[str, Any], host: dict[str, Any], folder: Path) -> str
         "TRITON_CACHE_DIR": compiled / "triton",
         "TORCHINDUCTOR_CACHE_DIR": compiled / "inductor",
         "TORCH_EXTENSIONS_DIR": compiled / "torch-extensions",
+        "SGLANG_CACHE_DIR": compiled / "sglang",
+        "SGLANG_JIT_CACHE_DIR": compiled / "sglang" / "jit",  # SGLang 0.5.23's own, for tvm-ffi's
+        **({"CUDA_HOME": home} if (home := _cuda_home(host)) else {}),
         **release["environment"],
     }
     libraries, tools = shlex.quote(_joined(*_libraries())), shlex.quote(_joined(*_tools(host)))
@@ -559,19 +584,19 @@ def _caveats(
     kit: dict[str, Any], release: dict[str, Any], host: dict[str, Any], device: str
 ) -> list[str]:
     """One sentence a line."""
-    told = [f"{s['name']} is a stand-in: {s['reason']}" for s in release["stand_ins"]]
+    told = [f"a stand-in for {s['name']}: {s['reason']}" for s in release["stand_ins"]]
     told += release["caveats"]
     if device == "cpu":
-        told.append("A rehearsal on the CPU: sgl_kernel is a stand-in, and no GPU was seen.")
+        told.append("a rehearsal on the CPU: sgl_kernel is a stand-in, and no GPU was seen")
     else:
-        generations = ", ".join(kit["made_for"]["architectures"])
-        told.append(f"SGLang's kernels are there for {generations} only ({release['kernels']}).")
-        told += [f"No kernels for {gpu}." for gpu in _without_kernels(kit["made_for"], host)]
-        if not host["tools"].get("nvcc"):
+        told += [f"no kernels for {gpu}" for gpu in _without_kernels(kit["made_for"], host)]
+        if lacks := _lacks_to_compile(host):
             told.append(
-                "There is no nvcc: kernels that SGLang compiles while it serves cannot be compiled."
+                f"there is no {', no '.join(lacks)}: kernels that SGLang compiles while it serves "
+                "cannot be compiled"
             )
-    return [" ".join(line.split()) + "\n" for line in told]
+    lines = [" ".join(line.split()) for line in told]
+    return [f"{line[:1].upper()}{line[1:].rstrip('.')}.\n" for line in lines]
 
 
 def _write(file: Path, text: str, *, mode: int = 0o644) -> None:

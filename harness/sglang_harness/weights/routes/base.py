@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from sglang_harness.errors import SpecError
 from sglang_harness.weights.routes.buckets import Bucket
+from sglang_harness.weights.routes.gpu_places import beside
 from sglang_harness.weights.source.fitted import Source
 from sglang_harness.weights.source.staging import Staged, stage
 
@@ -91,6 +92,7 @@ class Needs:
         shared_folder: it reads a folder of this machine.
         peer: a process can be started next to it.
         one_replica: it has no data-parallel replicas: SGLang fails an assertion (0.5.23).
+        gpu_beside: where it computes on GPUs, the run has one that none of its ranks is on (NCCL).
     """
 
     posts: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ class Needs:
     shared_folder: bool = False
     peer: bool = False
     one_replica: bool = False
+    gpu_beside: bool = False
 
     def lacking(self, target: Target) -> str | None:
         """Why ``target`` does not meet these; ``None``: it does."""
@@ -110,10 +113,15 @@ class Needs:
             return reason
         if self.peer and (reason := target.running.why_no_sidecar()):
             return reason
-        if self.one_replica:
-            size = int(target.client.server_info().get("dp_size") or 1)
-            if size != 1:
-                return f"the server runs {size} data-parallel replicas (dp_size)"
+        if not self.one_replica and not self.gpu_beside:
+            return None
+        about = target.client.server_info()
+        size = int(about.get("dp_size") or 1)
+        if self.one_replica and size != 1:
+            return f"the server runs {size} data-parallel replicas (dp_size)"
+        if self.gpu_beside and target.device == "gpu":
+            place = beside(target, about)
+            return place if isinstance(place, str) else None
         return None
 
     def described(self) -> list[str]:
@@ -123,6 +131,7 @@ class Needs:
             "a folder that both sides can read": self.shared_folder,
             "a server that this run started": self.peer,
             "no data-parallel replicas": self.one_replica,
+            "with GPUs, one more than the server's ranks are on": self.gpu_beside,
         }
         return [
             *(f"`POST {path}`" for path in self.posts),

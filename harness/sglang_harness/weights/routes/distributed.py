@@ -12,8 +12,10 @@ import uuid
 from sglang_harness.client import Update, calls
 from sglang_harness.errors import HarnessError, NoAnswerInTime
 from sglang_harness.peer import Peer
+from sglang_harness.weights.report import NotPrepared
 from sglang_harness.weights.routes.base import Job, Needs, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
+from sglang_harness.weights.routes.gpu_places import beside
 from sglang_harness.weights.routes.peer import largest, open_in_peer, slots
 
 #: Seconds for all ranks to find each other.
@@ -38,6 +40,7 @@ class Distributed(Route):
         posts=("/init_weights_update_group", "/update_weights_from_distributed"),
         peer=True,
         one_replica=True,
+        gpu_beside=True,
     )
     # The peer imports SGLang for its rendezvous: half a minute.
     quick = False
@@ -48,16 +51,23 @@ class Distributed(Route):
         self._group = f"sglang-harness-{uuid.uuid4().hex[:8]}"
         self._joined = False
         self._peer: Peer | None = None
+        self._device: int | None = None
+        """The number of the GPU that the peer sends from; ``None``: it sends from memory."""
 
     def prepare(self, job: Job) -> None:
         self._job = job
+        if job.target.device == "gpu":
+            place = beside(job.target, job.target.client.server_info())
+            if isinstance(place, str):
+                raise NotPrepared(f"Route '{self.name}' is not available any more: {place}.")
+            self._device = place
         self._inside = job.stage(reader="peer")
 
     def open(self, job: Job) -> None:
         self._peer = peer = open_in_peer(job, self._inside, shared=False)
         peer.ask("prepare", timeout=IMPORTS_WITHIN)
         port = int(peer.ask("port", timeout=10.0)["port"])
-        backend = "nccl" if job.target.device == "gpu" else "gloo"
+        backend = "gloo" if self._device is None else "nccl"
         self._join(peer, backend, port)
         answer: list[Update | HarnessError] = []
 
@@ -99,6 +109,7 @@ class Distributed(Route):
             world=1 + self._job.ranks,
             group=self._group,
             timeout=self._joins_within,
+            device=self._device,
         )
 
     def _await_join(self, peer: Peer) -> None:

@@ -13,6 +13,7 @@ from sglang_harness.client import calls
 from sglang_harness.peer import Peer
 from sglang_harness.weights.routes.base import Job, Route, Sent, register
 from sglang_harness.weights.routes.buckets import Bucket
+from sglang_harness.weights.routes.gpu_places import of_ranks
 from sglang_harness.weights.routes.in_body import TENSOR_UPDATE, fields
 
 
@@ -64,6 +65,10 @@ class SharedMemory(Route):
 
     def prepare(self, job: Job) -> None:
         self._job = job
+        self._devices: list[int] | None = None
+        if self.cuda:
+            # Each rank gets a handle to memory of the GPU that it is on itself.
+            self._devices = of_ranks(job.target.client.server_info())
         self._inside = job.stage(reader="peer")
 
     def open(self, job: Job) -> None:
@@ -79,7 +84,7 @@ class SharedMemory(Route):
             # One buffer for all of them, as large as the largest.
             room=largest(job.buckets),
             ranks=job.ranks,
-            cuda=self.cuda,
+            devices=self._devices,
             timeout=job.timeout,
         )
         ready = time.monotonic()
