@@ -104,6 +104,11 @@ def compare(context: Context) -> dict[str, Any]:
     return {}
 
 
+def _visible(context: Context) -> dict[str, str]:
+    """CUDA's first device is then the one that NVML is asked about: they count differently."""
+    return {"CUDA_VISIBLE_DEVICES": context.settings.gpus[0]} if context.settings.gpus else {}
+
+
 def _round(
     context: Context,
     orders: list[list[str]],
@@ -121,6 +126,7 @@ def _round(
             ["--device", device, *words],
             out=context.out,
             name=f"kernels-{again}-{number}",
+            environment=_visible(context),
         )
         for number, words in enumerate(orders)
     ]
@@ -211,7 +217,7 @@ def pause(context: Context) -> dict[str, Any]:
             ["--memory-saver"],
             out=context.out,
             name="memory-saver",
-            environment=environment,
+            environment={**environment, **_visible(context)},
         ) as program,
     ):
         uuid = context.settings.gpus[0]
