@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sglang_harness.errors import NotProvided
+from sglang_harness.errors import NotProvided, Refused
 from sglang_harness.gpu_check import bounds, planter, served
 from sglang_harness.gpu_check.device_timeline import (
     Change,
@@ -69,6 +69,28 @@ def answer(served_logprob: float = -1.0) -> Scored:
         finish="length",
         tolerance=0.1,
     )
+
+
+# --- the server that the parts share -------------------------------------------------------------
+
+
+def without_checksums(*, on_gpu: bool) -> Any:
+    """A context whose server answers as SGLang 0.5.21 does beside a torch without CUDA."""
+
+    def checksums() -> None:
+        raise Refused("POST /weights_checker", 400, "Torch not compiled with CUDA enabled")
+
+    server = SimpleNamespace(client=SimpleNamespace(checksums=checksums))
+    settings = SimpleNamespace(slow=1.0)
+    return SimpleNamespace(
+        on_gpu=on_gpu, settings=settings, earlier=lambda _: {}, server=lambda **_: server
+    )
+
+
+def test_a_rehearsal_finds_no_fault_with_an_sglang_that_states_checksums_on_a_gpu_only():
+    with pytest.raises(NotHere, match=r"no checksums on a CPU \(Torch not compiled with CUDA"):
+        served.with_checksums(without_checksums(on_gpu=False))
+    assert served.with_checksums(without_checksums(on_gpu=True)), "there it is the part's to judge"
 
 
 # --- the timeline ------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def figures(seen: LayoutSeen) -> dict[str, Any]:
 def run(context: Context) -> dict[str, Any]:
     """The part ``fused-layout``."""
     with served.not_run_where_not_provided():
-        seen = observe(served.shared(context))
+        seen = observe(served.with_checksums(context))
     told = figures(seen)
     line = f"{told['equal']} equal, {told['different']} different ({told['dtype']})"
     context.headline(line)

@@ -342,7 +342,7 @@ _END = 5.0
 def run(context: Context) -> dict[str, Any]:
     """The part ``pushes``."""
     other = served.other_checkpoint(context)
-    server = served.shared(context)
+    server = served.with_checksums(context)
     rows: dict[str, Any] = {}
 
     def each_seen(route: RouteSeen) -> None:
