@@ -271,7 +271,7 @@ def unpack(kit: dict[str, Any], host: dict[str, Any], folder: Path, device: str)
             _write(folder / COMPLETE, owner + "\n")
             _say(f"unpacked in {time.monotonic() - began:.0f} s")
         # What follows is made anew each time: this Python may be another one than last time.
-        shutil.copyfile(HERE / "kit.json", folder / "kit.json")
+        _write(folder / "kit.json", (HERE / "kit.json").read_text(encoding="utf-8"))
         for release in kit["releases"]:
             _make_python(kit, release, host, folder, device)
     return {
