@@ -20,6 +20,7 @@ if "--refuses-to-start" in sys.argv:
     sys.exit(1)
 below = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print("scheduler", below.pid, flush=True)
+open("/dev/shm/sglang_loads_test_%d.shm" % os.getpid(), "w").close()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ from gpu_proxy import CONTEXT, HELD, UUID, Conduct, GpuProxy, OnGpu, ProxyRuntim
 import nvml_mock
 from nvml_mock import MIB, Device, Scenario
 from sglang_harness.gpu_check import served
-from sglang_harness.gpu_check.context import Context, Servers
+from sglang_harness.gpu_check.context import Context
 from sglang_harness.gpu_check.parts import (
     cycles,
     death,
@@ -24,6 +24,7 @@ from sglang_harness.gpu_check.parts import (
     pushes,
     releases,
 )
+from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.runtime import Order
 from sglang_harness.runtime.process import ProcessRuntime
@@ -118,7 +119,7 @@ def asked(real_server: Server, driver: Scenario, tmp_path: Path) -> Iterator[Ask
             "a-part",
             ends_at=time.time() + 300,
             report=reports,
-            servers=servers,
+            servers=lambda: servers,
             earlier={},
         )
         return made, reports
@@ -167,7 +168,8 @@ def test_pushes_and_checksums_of_an_honest_server_hold(asked: Ask) -> None:
     by = {name: route for name, route in routes.items() if "lacking" not in route}
     assert sorted(by) == ["disk", "tensor", "tensor-bucket"]
     assert all(route["held"] and route["pushes"] == 6 for route in by.values()), routes
-    assert routes["shared-memory"]["lacking"] == "it stands behind a proxy"
+    for name in ("shared-memory", "distributed"):
+        assert routes[name]["lacking"] == "it stands behind a proxy"
     # Read by NVML: the mock's GPU does not move under a push.
     assert by["disk"]["rows"][0]["gpu_before_mib"] == (4 * MIB + CONTEXT + sum(HELD.values())) / MIB
     assert by["disk"]["gpu_above_before_mib"] == 0.0

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sglang_harness.gpu_check.context import Context, Servers
+from sglang_harness.gpu_check.context import Context
+from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Release, Settings
 
 
@@ -51,7 +52,7 @@ def context(
         part,
         ends_at=time.time() + seconds,
         report=reports.append,
-        servers=servers,
+        servers=lambda: servers,
         earlier=earlier or {},
     )
     return made, reports

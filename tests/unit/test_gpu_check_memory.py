@@ -44,6 +44,7 @@ from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, IDLE_BELOW
 from sglang_harness.memory.timeline import Sample
 from sglang_harness.suite.lib.scored import Scored
 from sglang_harness.verdict import CheckResult, Outcome
+from sglang_harness.weights import routes
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -69,28 +70,6 @@ def answer(served_logprob: float = -1.0) -> Scored:
         finish="length",
         tolerance=0.1,
     )
-
-
-# --- the server that the parts share -------------------------------------------------------------
-
-
-def without_checksums(*, on_gpu: bool) -> Any:
-    """A context whose server answers as SGLang 0.5.21 does beside a torch without CUDA."""
-
-    def checksums() -> None:
-        raise Refused("POST /weights_checker", 400, "Torch not compiled with CUDA enabled")
-
-    server = SimpleNamespace(client=SimpleNamespace(checksums=checksums))
-    settings = SimpleNamespace(slow=1.0)
-    return SimpleNamespace(
-        on_gpu=on_gpu, settings=settings, earlier=lambda _: {}, server=lambda **_: server
-    )
-
-
-def test_a_rehearsal_finds_no_fault_with_an_sglang_that_states_checksums_on_a_gpu_only():
-    with pytest.raises(NotHere, match=r"no checksums on a CPU \(Torch not compiled with CUDA"):
-        served.with_checksums(without_checksums(on_gpu=False))
-    assert served.with_checksums(without_checksums(on_gpu=True)), "there it is the part's to judge"
 
 
 # --- the timeline ------------------------------------------------------------------------------
@@ -497,11 +476,9 @@ def test_a_route_for_which_no_time_was_left_is_no_route_that_held():
     assert not pushes.told(late)["held"]
 
 
-def test_every_route_is_asked_but_the_one_that_takes_a_second_gpu():
-    from sglang_harness.weights import routes
-
-    assert sorted([*pushes.names(), *pushes.ELSEWHERE]) == routes.names()
-    assert set(pushes.FIRST) <= set(routes.names())
+def test_every_route_is_asked_and_those_first_whose_speed_a_gpu_is_for():
+    assert sorted(pushes.names()) == routes.names()
+    assert tuple(pushes.names()[: len(pushes.FIRST)]) == pushes.FIRST
 
 
 # --- the fused layout --------------------------------------------------------------------------
@@ -532,6 +509,31 @@ def test_equal_checksums_of_every_parameter_hold():
 def test_a_parameter_that_is_laid_out_otherwise_is_named(stated, computed, words):
     found = fused_layout.wrong(layout(stated, computed))
     assert any(words in each for each in found), found
+
+
+class WithoutChecksums:
+    """A client of an SGLang that refuses its checksums."""
+
+    def __init__(self, *, has_route: bool = True) -> None:
+        self._has_route = has_route
+
+    def has_route(self, *_: str) -> bool:
+        return self._has_route
+
+    def checksums(self) -> None:
+        raise Refused("POST /weights_checker", 400, "Torch not compiled with CUDA enabled")
+
+
+def test_checksums_that_are_refused_are_a_failure_on_a_gpu_and_not_run_on_a_cpu():
+    on_cpu: Any = SimpleNamespace(client=WithoutChecksums(), device="cpu")
+    with pytest.raises(NotProvided, match=r"states no checksums on a CPU \(Torch not compiled"):
+        fused_layout.checksums(on_cpu)
+    on_gpu: Any = SimpleNamespace(client=WithoutChecksums(), device="gpu")
+    with pytest.raises(Refused):
+        fused_layout.checksums(on_gpu)
+    older: Any = SimpleNamespace(client=WithoutChecksums(has_route=False), device="gpu")
+    with pytest.raises(NotProvided, match="has no POST /weights_checker"):
+        fused_layout.checksums(older)
 
 
 def test_a_rank_that_is_missing_is_seen():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harness import checkpoint
-from sglang_harness.errors import NotProvided, Refused
+from sglang_harness.errors import NotProvided
 from sglang_harness.gpu_check.context import Context
 from sglang_harness.gpu_check.outcomes import NotHere
 from sglang_harness.server import Server
@@ -52,22 +52,6 @@ def shared(context: Context) -> Server:
         NotHere: it did not start before.
     """
     return context.server(model=model(context), server_args=saver(context), limits=limits(context))
-
-
-def with_checksums(context: Context) -> Server:
-    """The shared server, where it states checksums. Some SGLang do so on a GPU only (0.5.21); a
-    rehearsal is no place to find fault with that.
-
-    Raises:
-        NotHere: a rehearsal, and this SGLang states none there; and as :func:`shared`.
-    """
-    server = shared(context)
-    if not context.on_gpu:
-        try:
-            server.client.checksums()
-        except Refused as error:
-            raise NotHere(f"this SGLang states no checksums on a CPU ({error.reason})") from None
-    return server
 
 
 def saver(context: Context) -> dict[str, Argument]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_harness.checkpoint.reading import open_checkpoint
-from sglang_harness.errors import NotProvided
+from sglang_harness.client import Checksums
+from sglang_harness.errors import NotProvided, Refused
 from sglang_harness.gpu_check import served
 from sglang_harness.gpu_check.part import Context, Part
 from sglang_harness.server import Server
@@ -47,15 +48,13 @@ def observe(server: Server) -> LayoutSeen:
         NotProvided: the layout of this model is not known here, or the server states no checksums.
         HarnessError: as the client, or where the checkpoint cannot be read.
     """
-    if not server.client.has_route("POST", "/weights_checker"):
-        raise NotProvided("This SGLang has no POST /weights_checker.")
     if server.model is None:
         raise NotProvided("The served checkpoint is not on this machine.")
     layout = ServedLayout.of(server.model, server.client.server_info(), server.device)
     if layout.unknown:
         raise NotProvided(f"Checksums cannot be computed here: {layout.unknown}.")
     began = time.monotonic()
-    stated = server.client.checksums()
+    stated = checksums(server)
     answered = time.monotonic()
     source = open_checkpoint(server.model)
     computed = expected_checksums(source, layout)
@@ -68,6 +67,24 @@ def observe(server: Server) -> LayoutSeen:
         here_seconds=done - answered,
         bytes=sum(tensor.nbytes for tensor in source.tensors.values()),
     )
+
+
+def checksums(server: Server) -> Checksums:
+    """Those that the server states.
+
+    Raises:
+        NotProvided: its SGLang has none; on a CPU also where it refuses them, as 0.5.15 does, which
+            asks CUDA.
+        HarnessError: as the client.
+    """
+    if not server.client.has_route("POST", "/weights_checker"):
+        raise NotProvided("This SGLang has no POST /weights_checker.")
+    try:
+        return server.client.checksums()
+    except Refused as error:
+        if server.device == "gpu":
+            raise
+        raise NotProvided(f"This SGLang states no checksums on a CPU ({error.reason}).") from None
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,7 @@ def figures(seen: LayoutSeen) -> dict[str, Any]:
 def run(context: Context) -> dict[str, Any]:
     """The part ``fused-layout``."""
     with served.not_run_where_not_provided():
-        seen = observe(served.with_checksums(context))
+        seen = observe(served.shared(context))
     told = figures(seen)
     line = f"{told['equal']} equal, {told['different']} different ({told['dtype']})"
     context.headline(line)

@@ -15,6 +15,7 @@ from sglang_harness.errors import HarnessError, ServerDied, ServerLost
 from sglang_harness.gpu_check import served
 from sglang_harness.gpu_check.device_timeline import DeviceTimeline, in_mib
 from sglang_harness.gpu_check.part import Context, NotHere, Part
+from sglang_harness.gpu_check.parts.fused_layout import checksums
 from sglang_harness.gpu_check.suite_questions import gpu_memory
 from sglang_harness.server import Server
 from sglang_harness.weights import PushFailed, PushReport, routes
@@ -27,8 +28,6 @@ ROUND_TRIPS = 3
 LEAST_LIMIT = 15.0
 #: First those whose speed a GPU host is for. Others follow by name.
 FIRST = ("cuda-ipc", "disk", "tensor-bucket", "shared-memory", "tensor")
-#: Asked in a part of its own: NCCL sends from a GPU that the server is not on.
-ELSEWHERE = ("distributed",)
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class RouteSeen:
 
 def names() -> list[str]:
     """The routes to be asked, those first that matter most on a GPU."""
-    known = [name for name in routes.names() if name not in ELSEWHERE]
+    known = routes.names()
     return [*(n for n in FIRST if n in known), *(n for n in known if n not in FIRST)]
 
 
@@ -115,7 +114,7 @@ def observe(
     Args:
         left: seconds that are left for all of it; each route gets an even share.
         each_seen: told of each route when it is done.
-        asked: routes; ``None``: all but those of a part of their own.
+        asked: routes; ``None``: all.
 
     Raises:
         ServerDied, ServerLost: with what was seen until then told to ``each_seen``.
@@ -342,7 +341,11 @@ _END = 5.0
 def run(context: Context) -> dict[str, Any]:
     """The part ``pushes``."""
     other = served.other_checkpoint(context)
-    server = served.with_checksums(context)
+    server = served.shared(context)
+    if not context.on_gpu:
+        # Without the first witness no push is proven, and on a GPU that is a failure.
+        with served.not_run_where_not_provided():
+            checksums(server)
     rows: dict[str, Any] = {}
 
     def each_seen(route: RouteSeen) -> None:
