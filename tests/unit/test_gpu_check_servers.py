@@ -116,6 +116,21 @@ def test_a_server_that_does_not_start_is_tried_once_in_all_processes(checked: Ch
     assert "api_key='<redacted>'" in log
 
 
+def test_a_server_that_a_push_left_unfit_is_not_given_to_the_next_part(checked: Checked):
+    """A session that could not be closed blamed every part after the push."""
+    parts = checked.run("leaves-it-unfit", "has-a-fit-one")
+    left, fit = (part.figures for part in parts.values())
+    assert {part.outcome for part in parts.values()} == {"held"}, checked.results
+    assert fit["pid"] != left["pid"]
+
+
+def test_a_server_that_a_part_had_no_time_for_is_tried_again_by_the_next(checked: Checked):
+    """Parts with time enough were not run, because one before them had been short of it."""
+    parts = checked.run("has-no-time", "has-time")
+    assert [part.outcome for part in parts.values()] == ["failed", "held"], checked.results
+    assert "no generation succeeded within" in parts["has-no-time"].message
+
+
 def test_flags_come_from_the_release_from_what_was_found_and_from_the_command_line(
     checked: Checked,
 ):
