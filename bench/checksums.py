@@ -6,7 +6,8 @@
   reading, fusing and hashing together.
 
 Best of the rounds: what else runs on the machine takes its share of the others. N is the number of
-cores that this process may use. Writes ``bench/results/``.
+threads that the harness would use here: the cores of this process, at most 16. Writes
+``bench/results/``.
 
     python bench/checksums.py [--mib 256] [--rounds 5]
 """
@@ -29,10 +30,10 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from sglang_harness._base import headroom, host
+from sglang_harness._base import host
 from sglang_harness.checkpoint.reading import Checkpoint, open_checkpoint
 from sglang_harness.weights.proof.checksums import ServedLayout, expected_checksums
-from sglang_harness.weights.proof.tensor_hash import checksum
+from sglang_harness.weights.proof.tensor_hash import checksum, threads_here
 
 RESULTS = Path(__file__).parent / "results"
 GB = 1e9
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    most = headroom.cores()
+    most = threads_here()
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < most] + [most]
     in_memory = [of_bytes(options.mib << 20, n, options.rounds) for n in counts]
     with tempfile.TemporaryDirectory(prefix="sglang-harness-bench-") as work:

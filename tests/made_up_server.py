@@ -22,6 +22,7 @@ if "--takes-its-time" in sys.argv:
     time.sleep(10)
 below = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print("scheduler", below.pid, flush=True)
+open("/dev/shm/sglang_loads_test_%d.shm" % os.getpid(), "w").close()
 
 
 class Handler(BaseHTTPRequestHandler):

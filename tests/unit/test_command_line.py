@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from scripted_server import BOUND
 
+import sglang_harness
 from sglang_harness import __version__, report, suite
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import Interrupted, SpecError
@@ -249,6 +250,19 @@ def test_a_python_without_installed_scripts_has_it_as_a_module(home: Path):
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_a_python_without_what_the_package_needs_is_told_so_in_one_line(home: Path):
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "sglang_harness", "version"],  # -S: nothing that is installed
+        capture_output=True,
+        text=True,
+        env={**environment(home), "PYTHONPATH": str(Path(sglang_harness.__file__).parents[1])},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"sglang-harness: {sys.executable} lacks the package typer. ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_help_names_every_command(ended: Callable[[str], Ended]):

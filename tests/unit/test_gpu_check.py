@@ -13,7 +13,7 @@ import pytest
 
 from nvml_mock import Scenario, environment
 from sglang_harness.errors import SpecError
-from sglang_harness.gpu_check import machine, request
+from sglang_harness.gpu_check import bounds, machine, request
 from sglang_harness.gpu_check.machine import NotRun
 from sglang_harness.gpu_check.parts import PARTS
 from sglang_harness.gpu_check.request import Request
@@ -86,13 +86,34 @@ def test_of_several_gpus_it_takes_those_that_cuda_may_use(
 
 
 def test_another_bound_of_idle_lets_it_run(driver: Scenario, monkeypatch: pytest.MonkeyPatch):
+    driver.devices[0].base = 1600 * MIB
+    driver.write()
+    monkeypatch.setattr(machine, "SETTLES_WITHIN", 0.1)
+    with pytest.raises(NotRun, match="1600 MiB by no process that the driver names"):
+        machine.of_gpu()
+    monkeypatch.setenv("SGLANG_HARNESS_GPU_IDLE_BELOW", "1700")
+    assert machine.of_gpu().at_rest["GPU-a"] == 1600 * MIB
+
+
+def test_what_a_driver_holds_at_rest_with_no_process_on_the_gpu_does_not_cost_the_run(
+    driver: Scenario, monkeypatch: pytest.MonkeyPatch
+):
     driver.devices[0].base = 600 * MIB
     driver.write()
     monkeypatch.setattr(machine, "SETTLES_WITHIN", 0.1)
-    with pytest.raises(NotRun, match="600 MiB by no process that the driver names"):
+    here = machine.of_gpu()
+    assert here.idle_below == (600 + 256) * MIB
+    assert here.facts["taken for idle below"] == "856 MiB"
+    assert not bounds.idle(here.at_rest.values(), first_call_only=False).holds, "it is a finding"
+
+
+def test_a_process_that_holds_little_is_still_in_the_way(
+    driver: Scenario, monkeypatch: pytest.MonkeyPatch
+):
+    driver.use("GPU-a", os.getpid(), 600 * MIB)
+    monkeypatch.setattr(machine, "SETTLES_WITHIN", 0.1)
+    with pytest.raises(NotRun, match=f"in use: 600 MiB by process {os.getpid()}"):
         machine.of_gpu()
-    monkeypatch.setenv("SGLANG_HARNESS_GPU_IDLE_BELOW", "700")
-    assert machine.of_gpu().at_rest["GPU-a"] == 600 * MIB
 
 
 def test_a_gpu_that_does_not_answer_is_no_gpu(driver: Scenario):

@@ -71,10 +71,12 @@ def target(**changes: object) -> Target:
 
 
 class Shelf:
-    """An index of small wheels, and the lock of what is on it."""
+    """An index of small wheels, and the lock of what is on it. They are in the cache already: pip
+    is another test's subject."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
+        self.cache = cache / "kit" / "wheels"
         self.locked: dict[str, Locked] = {}
         self.put("sglang", "0.5.15", requires=REQUIRES, files=SGLANG)
         self.put("sglang-kernel", "0.4.4", requires=["torch==2.11.0"], files=KERNELS)
@@ -82,6 +84,12 @@ class Shelf:
     def put(self, name: str, version: str, site: str = "site", **words: object) -> None:
         wheel = make_wheel(self.folder, name, version, **words)  # type: ignore[arg-type]
         self.locked[name] = Locked(name, version, digest(wheel), site)
+        self.keep(wheel)
+
+    def keep(self, wheel: Path) -> None:
+        kept = self.cache / digest(wheel) / wheel.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(wheel.read_bytes())
 
     def request(self, out: Path, **changes: object) -> Request:
         lock = Lock(made_for(target()), ("0.5.15",), tuple(self.locked.values()))
@@ -100,7 +108,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
     (scripts / "gpu-check").write_text("#!/bin/sh\n")
     (scripts / "unpack.py").write_text("")
     monkeypatch.setattr(building, "ON_TARGET", scripts)
-    return Shelf(tmp_path / "index")
+    return Shelf(tmp_path / "index", tmp_path / "cache")
 
 
 def outside(kit: Path) -> dict[str, tarfile.TarInfo]:
@@ -220,7 +228,7 @@ def test_owners_times_and_modes_do_not_depend_on_the_machine(shelf: Shelf, tmp_p
 
 def test_a_kit_is_built_again_from_the_lock_beside_it(shelf: Shelf, tmp_path: Path):
     kit = build(shelf.request(tmp_path / "kit.tar"))
-    assert kit.lock_file == tmp_path / "kit.lock.txt"
+    assert kit.lock_file == tmp_path / "kit.lock"
     again = build(shelf.request(tmp_path / "again.tar", lock=Lock.read(kit.lock_file)))
     assert again.file.read_bytes() == kit.file.read_bytes()
 
@@ -330,7 +338,6 @@ def test_a_lock_that_lacks_the_kernels_is_refused(shelf: Shelf, tmp_path: Path):
 
 
 def test_a_lock_whose_hash_is_of_another_package_is_refused(shelf: Shelf, tmp_path: Path):
-    build(shelf.request(tmp_path / "kit.tar"))  # both wheels are in the cache now
     kernels = shelf.locked["sglang-kernel"].sha256
     shelf.locked["sglang"] = replace(shelf.locked["sglang"], sha256=kernels)
     with pytest.raises(KitError, match=r"calls a wheel sglang 0\.5\.15, and it is sglang-kernel"):
@@ -359,6 +366,7 @@ def test_a_link_in_a_wheel_is_refused(shelf: Shelf, tmp_path: Path):
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
     shelf.locked["sglang"] = replace(shelf.locked["sglang"], sha256=digest(wheel))
+    shelf.keep(wheel)
     with pytest.raises(KitError, match=r"has a link: 'sglang/link\.py'"):
         build(shelf.request(tmp_path / "kit.tar"))
 
@@ -374,11 +382,11 @@ def test_two_packages_with_the_same_file_are_refused_unless_it_is_the_same(
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_is_fetched(
-    shelf: Shelf, tmp_path: Path
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(building.wheels, "fetch", lambda *_: pytest.fail("fetched"))
     with pytest.raises(KitError, match=r"The folder of .* is not there"):
         build(shelf.request(tmp_path / "nowhere" / "kit.tar"))
-    assert not (tmp_path / "cache" / "kit").exists()
 
 
 def test_the_shipped_record_is_json_with_the_schema(shelf: Shelf, tmp_path: Path):

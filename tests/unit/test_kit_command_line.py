@@ -62,6 +62,13 @@ def test_other_releases_than_the_shipped_locks_are_resolved():
     assert asked(versions=["0.5.15", "0.5.23"]).lock is not None
 
 
+def test_a_lock_says_which_releases_there_are(tmp_path: Path):
+    file = tmp_path / "kit.lock"
+    file.write_text(lock.Lock(lock.made_for(Target.read(USUAL_TARGET)), ("0.5.15",), ()).text())
+    assert asked(lock=file).versions == ["0.5.15"]
+    assert asked(lock=file, versions=["0.5.15", "0.5.23"]).versions == ["0.5.15", "0.5.23"]
+
+
 def test_another_gpu_is_taken_in_place_of_the_targets():
     assert asked(gpu="sm120").target.architectures == ("sm120",)
     without = asked(gpu="none")

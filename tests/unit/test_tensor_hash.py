@@ -143,6 +143,11 @@ def test_no_more_threads_compute_than_this_process_has_cores(monkeypatch: pytest
     assert checksum(tensor, "gpu") == f"{plain(tensor.numpy().tobytes()):016x}"
 
 
+def test_a_machine_of_many_cores_is_not_given_a_thread_for_each(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(headroom, "cores", lambda: 192)
+    assert tensor_hash.threads_here() == 16
+
+
 # --- a whole checkpoint ---------------------------------------------------------------------------
 
 
@@ -197,6 +202,10 @@ def test_tensors_that_are_held_at_a_time_stay_within_the_room(monkeypatch: pytes
     large: Any = Met(3, 8192)
     expected_checksums(large, SERVED, threads=4)
     assert large.most == 1, "one that is larger than all of the room is alone"
+    monkeypatch.setattr(headroom, "memory", lambda: headroom.Memory(4 * 3000, "this machine"))
+    tight: Any = Met(12, 2048)
+    expected_checksums(tight, SERVED, threads=4)
+    assert tight.most == 1, "a quarter of what is left holds one"
 
 
 def test_a_checkpoint_that_cannot_be_read_is_told_and_read_no_further():

@@ -53,13 +53,10 @@ class Bound:
 
 
 def idle(used: Iterable[int], *, first_call_only: bool) -> Bound:
-    """Bytes in use on each GPU before a server started.
-
-    Raises:
-        SpecError: SGLANG_HARNESS_GPU_IDLE_BELOW is not a number of MiB.
-    """
+    """Bytes in use on each GPU before a server started, against the harness's own bound, whatever
+    a variable of this run has set."""
     name = "IDLE_BELOW_FIRST_CALL" if first_call_only else "IDLE_BELOW"
-    in_use = guard.idle_below(first_call_only=first_call_only)
+    in_use = guard.IDLE_BELOW_FIRST_CALL if first_call_only else guard.IDLE_BELOW
     return Bound(f"memory/gpu/guard.py {name}", in_use, max(used, default=None))
 
 

@@ -1,4 +1,4 @@
-"""What NVML shows of GPUs around one event, at 100 readings a second: a release answers before the
+"""What NVML shows of GPUs around one event, at 200 readings a second: a release answers before the
 memory is free, and a process that was killed holds its memory for a while."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sglang_harness.memory.timeline import Sample, Timeline
 MIB = 1 << 20
 
 #: Readings a second that are asked for.
-RATE = 100.0
+RATE = 200.0
 #: Readings of one event that are written down at most.
 WRITTEN = 80
 

@@ -12,7 +12,14 @@ from typing import Any
 from sglang_harness._base import host
 from sglang_harness.errors import HarnessError, TelemetryError
 from sglang_harness.memory.gpu.driver import Driver, Gpu, GpuMemory
-from sglang_harness.memory.gpu.guard import GIVEN_BACK_WITHIN, MIB, idle_below
+from sglang_harness.memory.gpu.guard import (
+    GIVEN_BACK_WITHIN,
+    IDLE_BELOW,
+    IDLE_BELOW_FIRST_CALL,
+    MIB,
+    OWN_BOUND,
+    idle_below,
+)
 from sglang_harness.memory.gpu.nvml import bounded
 from sglang_harness.memory.gpu.owners import GpuProcess, owners
 from sglang_harness.memory.gpu.selection import usable, visible
@@ -37,12 +44,15 @@ class Machine:
         capabilities: compute capability by UUID, such as ``9.0``; missing where the driver does
             not tell.
         facts: for the results.
+        idle_below: bytes below which its GPUs are idle, where that is more than the harness's own
+            bound: a driver holds it at rest, with no process on the GPU.
     """
 
     gpus: list[Gpu] = field(default_factory=list)
     at_rest: dict[str, int] = field(default_factory=dict)
     capabilities: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    idle_below: int | None = None
 
     def left_on_gpus(self) -> list[str]:
         """Which GPUs hold more than before, a sentence each; asked when nothing of this run is on
@@ -102,7 +112,7 @@ def _look() -> Machine:
                 raise failed[0]
             why = "CUDA_VISIBLE_DEVICES leaves none" if found else "the NVIDIA driver reports none"
             raise NotRun(f"no GPU: {why}")
-        at_rest = _at_rest(driver, gpus)
+        at_rest, idle = _at_rest(driver, gpus)
         versions = driver.versions()
         capabilities = {g.uuid: c for g in gpus if (c := driver.capability(g.uuid))}
     return Machine(
@@ -113,8 +123,10 @@ def _look() -> Machine:
             "device": [_device(g, capabilities.get(g.uuid, "")) for g in gpus],
             "driver": f"{versions.driver}, runs CUDA up to {versions.cuda}",
             "in use at rest": [f"{used / MIB:.1f} MiB" for used in at_rest.values()],
+            **({"taken for idle below": f"{idle / MIB:.0f} MiB"} if idle is not None else {}),
             **_host(),
         },
+        idle,
     )
 
 
@@ -123,16 +135,34 @@ def _device(gpu: Gpu, capability: str) -> str:
     return f"{told}, compute capability {capability}" if capability else told
 
 
-def _at_rest(driver: Driver, gpus: list[Gpu]) -> dict[str, int]:
+def _at_rest(driver: Driver, gpus: list[Gpu]) -> tuple[dict[str, int], int | None]:
+    """Bytes in use by UUID, and the bound of idle where it has to be another than the harness's.
+
+    A run must not be lost because a driver holds more at rest than was thought: up to 1 GiB on a
+    GPU without a process is taken for the driver's own.
+    """
     until = time.monotonic() + SETTLES_WITHIN
     while True:
         memory = [driver.memory(gpu.uuid) for gpu in gpus]
         busy = [m for m in memory if m.used > idle_below(first_call_only=m.call == 1)]
+        used = {m.uuid: m.used for m in memory}
         if not busy:
-            return {m.uuid: m.used for m in memory}
+            return used, None
         if time.monotonic() >= until:
-            raise NotRun("; ".join(_in_use(driver, each) for each in busy))
+            taken = [m for m in busy if not _is_the_drivers_own(driver, m)]
+            if not taken:
+                return used, max(m.used for m in busy) + IDLE_BELOW
+            raise NotRun("; ".join(_in_use(driver, each) for each in taken))
         time.sleep(0.2)
+
+
+def _is_the_drivers_own(driver: Driver, memory: GpuMemory) -> bool:
+    if OWN_BOUND in os.environ or memory.used > IDLE_BELOW_FIRST_CALL:
+        return False
+    try:
+        return not driver.processes(memory.uuid)
+    except TelemetryError:
+        return False
 
 
 def _in_use(driver: Driver, memory: GpuMemory) -> str:

@@ -38,10 +38,14 @@ class Child:
         job: what it is told first.
         logs: where its output goes.
         first: key of its first part's log.
+
+    Attributes:
+        seen: numbers of the processes that it had started, as far as a look found them.
     """
 
     def __init__(self, job: Job, logs: PartLogs, first: str) -> None:
         self._before = {p.pid for p in _descendants()}
+        self.seen: set[int] = set()
         reports, its_end = os.pipe()
         self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         try:
@@ -178,19 +182,20 @@ class Child:
         return told
 
     def _left(self) -> list[psutil.Process]:
-        own = self._process.pid
-        return [
-            each
-            for each in _descendants()
-            if each.pid not in self._before and each.pid != own and lives(each)
-        ]
+        return [each for each in self._started() if lives(each)]
+
+    def _started(self) -> list[psutil.Process]:
+        """What it has started, as far as it is there; the dead that nobody has reaped too."""
+        known = {*self._before, self._process.pid}
+        found = [each for each in _descendants() if each.pid not in known]
+        self.seen |= {each.pid for each in found}
+        return found
 
     def _reap(self) -> None:
         """Takes the exit codes of adopted processes, which would stay as zombies."""
-        for each in _descendants():
-            if each.pid not in self._before and each.pid != self._process.pid:
-                with suppress(OSError):
-                    os.waitpid(each.pid, os.WNOHANG)
+        for each in self._started():
+            with suppress(OSError):
+                os.waitpid(each.pid, os.WNOHANG)
 
 
 def _descendants() -> list[psutil.Process]:

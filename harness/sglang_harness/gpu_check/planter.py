@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from sglang_harness._base import temporary
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import NotProvided
 from sglang_harness.gpu_check import probes
@@ -35,7 +34,7 @@ class ChildPlanter:
         self.uuid = ""
 
     def __enter__(self) -> ChildPlanter:
-        self._folder = TemporaryDirectory(prefix="sglang-harness-planter-")
+        self._folder = temporary.temporary_folder("scratch")
         # Without its cache torch asks the driver for every tensor.
         environment = {
             **os.environ,
@@ -48,10 +47,10 @@ class ChildPlanter:
                 probes.command("hold"),
                 name="hold",
                 environment=environment,
-                folder=Path(self._folder.name),
+                folder=self._folder,
             )
         except BaseException:
-            self._folder.cleanup()
+            temporary.remove(self._folder)
             raise
         try:
             self.uuid = str(self._answer(STARTS_WITHIN)["uuid"])
@@ -63,7 +62,7 @@ class ChildPlanter:
     def __exit__(self, *_: object) -> None:
         with Teardown() as down:
             down.collect("the process that holds GPU memory", self._process.end)
-            down.step("its folder", self._folder.cleanup)
+            down.collect("its folder", lambda: temporary.remove(self._folder))
 
     def keep(self, amount: int) -> None:
         """Holds ``amount`` bytes more from now on.

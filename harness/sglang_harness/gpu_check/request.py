@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sglang_harness.gpu_check.machine import Machine, NotRun
 from sglang_harness.gpu_check.results import Results
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.kit.record import KitRecord
+from sglang_harness.memory.gpu.guard import MIB, OWN_BOUND
 from sglang_harness.spec import Argument, from_options
 
 #: Seconds for a Python to say which SGLang it has.
@@ -106,6 +108,9 @@ def _run(
     here = machine.of_cpu() if request.device == "cpu" else machine.of_gpu()
     if kit is not None:
         _kernels_for(here, kit)
+    if here.idle_below is not None:
+        # The guard of every server stands by it; its judgement does not: see bounds.idle.
+        os.environ[OWN_BOUND] = str(here.idle_below // MIB)
     releases = _releases(request, kit)
     device = here.gpus[0].name if here.gpus else "cpu"
     folder = record.new_folder(request.out or record.default_folder(device, _checkout()))

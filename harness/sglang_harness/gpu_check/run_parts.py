@@ -26,6 +26,7 @@ from sglang_harness.gpu_check.part import Part
 from sglang_harness.gpu_check.part_log import PartLogs
 from sglang_harness.gpu_check.results import PARTS, Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Job, Order, Release, Settings
+from sglang_harness.runtime.process import remove_shared_memory
 from sglang_harness.upkeep.sweep import sweep
 
 #: The module whose ``PARTS`` is the table of parts.
@@ -185,7 +186,7 @@ class Run:
                 child = None
         finally:
             if child is not None:
-                child.end()
+                self._tidy(child, step)
 
     def _start(self, step: Step) -> Child:
         """A child for this part and those of its group that follow."""
@@ -324,8 +325,16 @@ class Run:
 
     def _look_after(self, child: Child, step: Step) -> None:
         """Ends a child with everything of it, and sees to what it left."""
+        self._tidy(child, step)
+        for each in self._left_on_gpus():
+            self._saw(each, step)
+        self._write()
+
+    def _tidy(self, child: Child, step: Step) -> None:
+        """Ends a child, and removes what it left on this machine; the log of its server is kept."""
         for each in child.end():
             self._saw(each, step)
+        remove_shared_memory({child.pid, *child.seen})
         for folder in temporary.left_by(child.pid):
             log = folder / "server.log"
             if log.exists():
@@ -334,9 +343,6 @@ class Run:
                 write_whole(self._record.folder / PARTS / name, self._record.redact(text))
             for each in temporary.remove(folder):
                 self._saw(each, step)
-        for each in self._left_on_gpus():
-            self._saw(each, step)
-        self._write()
 
     def _remove_containers(self, step: Step) -> None:
         """Those of a child that was killed are still there: they are not below this process."""

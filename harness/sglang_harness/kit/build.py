@@ -167,7 +167,7 @@ def build(request: Request, say: Say = lambda _: None) -> Kit:
                 advice="Build it with fewer releases (--sglang-version), or allow more with "
                 "--largest.",
             )
-        lock_file = out.with_name(out.name.removesuffix(".tar") + ".lock.txt")
+        lock_file = out.with_name(out.name.removesuffix(".tar") + ".lock")
         _put(whole, out)
         lock_file.write_text(lock.text(), encoding="utf-8")
     return Kit(out, lock_file, record, size, parts)

@@ -81,6 +81,7 @@ def request(
         target: a file or a name; ``None``: ``host``, or the usual one where that says nothing.
         gpu: a generation, in place of what the target's description has; ``none``: a kit without
             kernels.
+        versions: of SGLang; empty: those of ``lock``, or the newest for the target's torch.
         lock: in place of the one that comes with a shipped target.
 
     Raises:
@@ -96,7 +97,9 @@ def request(
         if gpu is not None:
             wanted = wanted.on(gpu if kernels else None)
     chosen = None if lock is None else Lock.read(lock)
-    if chosen is None and (there := shipped(name)):
+    if chosen is not None:
+        versions = versions or list(chosen.releases)
+    elif there := shipped(name):
         # A shipped lock has the usual releases; for others it is made anew.
         of = catalogue().choose(wanted.torch_release or "", versions)
         if there.releases == tuple(release.version for release in of) and kernels:

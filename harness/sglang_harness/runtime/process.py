@@ -10,7 +10,7 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -228,8 +228,7 @@ class SGLangProcess:
                 down.step("server process", lambda: family.kill(within=5.0))
                 self._exit_code = down.step("exit code", lambda: _told(process.wait(timeout=5)))
                 down.step("log", self._keep_log)
-                down.step("SGLang's shared memory", lambda: _remove_shared_memory(family.pids()))
-                down.step("torch's shared memory", lambda: remove_segments(family.pids()))
+                down.step("shared memory", lambda: remove_shared_memory(family.pids()))
             down.collect("the server's folder", lambda: temporary.remove(self._folder))
             if self._port is not None:
                 down.step("port", self._port.release)
@@ -445,8 +444,14 @@ def _told(exit_code: int) -> int:
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
-def _remove_shared_memory(pids: Iterable[int]) -> None:
-    """SGLang leaves ``sglang_loads_*`` segments behind when it is killed (0.5.23)."""
+def remove_shared_memory(pids: Collection[int]) -> None:
+    """Removes what SGLang (``sglang_loads_*``, 0.5.23) and torch leave in ``/dev/shm`` when they
+    are killed.
+
+    Args:
+        pids: of processes that have ended.
+    """
+    remove_segments(pids)
     numbers = {str(pid) for pid in pids}
     for segment in Path("/dev/shm").glob("sglang_loads_*"):  # noqa: S108
         if numbers & set(segment.stem.replace(".", "_").split("_")):

@@ -16,7 +16,7 @@ from sglang_harness.gpu_check.part import Context, Part
 def run(context: Context) -> dict[str, Any]:
     """A tensor on the GPU is handed to a process that is no child of its owner."""
     context.torch()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=context.settings.models) as folder:
         payload, done = Path(folder) / "payload", Path(folder) / "done"
         lives = max(5.0, context.left() - 3.0)
         sender = subprocess.Popen(

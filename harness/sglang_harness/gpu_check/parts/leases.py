@@ -17,7 +17,7 @@ PROCESSES = 6
 
 def run(context: Context) -> dict[str, Any]:
     """Processes that all want the same GPU have it one after another."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=context.settings.models) as folder:
         environment = {**os.environ, "SGLANG_HARNESS_GPU_LEASES": folder}
         within = max(5.0, context.left() - 3.0)
         children = [

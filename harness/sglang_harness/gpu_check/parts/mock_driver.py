@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, Any]:
         )
         for row in told["devices"]
     ]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=context.settings.models) as scratch:
         scenario = nvml_mock.Scenario(Path(scratch) / "scenario", devices)
         scenario.rules = [
             f"capability {row['uuid']} {row['capability'].replace('.', ' ')}"

@@ -20,8 +20,9 @@ from sglang_harness.memory.gpu.owners import owners
 
 MIB = 1 << 20
 
+OWN_BOUND = "SGLANG_HARNESS_GPU_IDLE_BELOW"
 #: A GPU with less in use is idle: a driver's and a desktop's own bits. Not measured on a GPU.
-#: ``SGLANG_HARNESS_GPU_IDLE_BELOW`` (MiB) sets another.
+#: The variable :data:`OWN_BOUND` (MiB) sets another.
 IDLE_BELOW = 256 * MIB
 #: The same where the driver has only the first version of the call, which counts what it
 #: reserves for itself as used.
@@ -230,11 +231,11 @@ def idle_below(*, first_call_only: bool = False) -> int:
     Raises:
         SpecError: ``SGLANG_HARNESS_GPU_IDLE_BELOW`` is not a number of MiB.
     """
-    own = os.environ.get("SGLANG_HARNESS_GPU_IDLE_BELOW")
+    own = os.environ.get(OWN_BOUND)
     if own is None:
         return IDLE_BELOW_FIRST_CALL if first_call_only else IDLE_BELOW
     if not own.isdigit():
-        raise SpecError(f"SGLANG_HARNESS_GPU_IDLE_BELOW={own!r} is not a number of MiB.")
+        raise SpecError(f"{OWN_BOUND}={own!r} is not a number of MiB.")
     return int(own) * MIB
 
 

@@ -19,7 +19,7 @@ from sglang_harness.weights.proof.fused_layout import (
     layout,
     unknown,
 )
-from sglang_harness.weights.proof.tensor_hash import checksum_of
+from sglang_harness.weights.proof.tensor_hash import checksum_of, threads_here
 from sglang_harness.weights.source.fitted import Source
 
 #: Bytes of tensors that each thread adds to what is held at a time. One parameter may take more,
@@ -114,9 +114,10 @@ def expected_checksums(
     state. Only where ``served.unknown`` is ``None``.
 
     Args:
-        threads: how many parameters are read, put together and hashed at a time at most; as many
-            as this process has cores, where not given. Together they hold the tensors of the
-            largest parameter, or :data:`HELD_BY_A_THREAD` for each of them where that is more.
+        threads: how many parameters are read, put together and hashed at a time at most;
+            :func:`.tensor_hash.threads_here` where not given. Together they hold the tensors of the
+            largest parameter, or :data:`HELD_BY_A_THREAD` for each of them where that is more, but
+            no more than a quarter of the memory that is left.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -129,7 +130,7 @@ def expected_checksums(
 
     recipes = served.layout(source).recipes
     dtype = getattr(torch, served.dtype)
-    threads = threads or headroom.cores()
+    threads = threads or threads_here()
 
     def compute(recipe: FusionRecipe) -> list[str]:
         parts = [
@@ -142,7 +143,7 @@ def expected_checksums(
         ]
 
     whole = {name: recipe for name, recipe in recipes.items() if MISSING not in recipe.parts}
-    room = threads * HELD_BY_A_THREAD
+    room = min(threads * HELD_BY_A_THREAD, headroom.memory().available // 4)
     started: dict[str, Future[list[str]]] = {}
     held: dict[Future[list[str]], int] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="checksums") as pool:

@@ -43,6 +43,16 @@ _TILES_AT_ONCE = 32
 _WORTH_A_THREAD = 32 << 20
 
 
+#: Threads at most, whatever a machine has: they take turns at the interpreter for some 6% of their
+#: work (measured), so that more would mostly wait.
+_MOST_THREADS = 16
+
+
+def threads_here() -> int:
+    """How many threads compute at most, of this process."""
+    return min(headroom.cores(), _MOST_THREADS)
+
+
 def checksum(
     tensor: torch.Tensor, device: Literal["cpu", "gpu"], *, threads: int | None = None
 ) -> str:
@@ -62,7 +72,7 @@ def checksum_of(
 
     Args:
         device: that the server holds it on.
-        threads: how many compute at most; as many as this process has cores, where not given. The
+        threads: how many compute at most; :func:`threads_here` where not given. The
             hash of a CPU is computed by one: each of its steps needs the one before.
     """
     import torch
@@ -74,7 +84,7 @@ def checksum_of(
             # Neither copies the bytes nor holds the interpreter.
             digest.update(each.data)
         return digest.hexdigest()[:16]
-    return f"{_mixed(_Words(data), threads or headroom.cores()):016x}"
+    return f"{_mixed(_Words(data), threads or threads_here()):016x}"
 
 
 class _Words:
@@ -128,7 +138,7 @@ def _mixed(words: _Words, threads: int) -> int:
 @cache
 def _threads() -> ThreadPoolExecutor:
     """Shared by all tensors: what is given to these threads waits for none of them."""
-    return ThreadPoolExecutor(headroom.cores(), thread_name_prefix="tensor-hash")
+    return ThreadPoolExecutor(threads_here(), thread_name_prefix="tensor-hash")
 
 
 class _Mixer(threading.local):
