@@ -6,9 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.whole_file import write_whole
-from sglang_harness.errors import HarnessError, StartTimeout
+from sglang_harness.errors import (
+    DeviceNotIdle,
+    HarnessError,
+    StartTimeout,
+    TelemetryError,
+)
 from sglang_harness.gpu_check.outcomes import NotHere
 from sglang_harness.gpu_check.results import PARTS
 from sglang_harness.gpu_check.settings import Release, Settings
@@ -101,8 +107,7 @@ class Servers:
 
         Raises:
             HarnessError: it did not start.
-            NotHere: the same was asked for before, and did not start for another reason than that
-                the part which asked had little time left.
+            NotHere: the same was asked for before, and did not start for a reason that lasts.
         """
         asked = spec.model_dump_json(exclude={"limits"})
         if self._running is not None:
@@ -116,7 +121,7 @@ class Servers:
         try:
             server = Server.start(spec, runtime=self.runtime(), say=say, within=within)
         except HarnessError as error:
-            if not isinstance(error, StartTimeout) or within >= COMES_UP_WITHIN:
+            if not _of_this_time(error, within):
                 self._failed[asked] = error.message
                 self._report({"kind": "no server", "asked": asked, "why": error.message})
             if error.log:
@@ -152,3 +157,14 @@ class Servers:
             number += 1
             file = folder / f"{key}-server-{number}.log"
         write_whole(file, log)
+
+
+def _of_this_time(error: HarnessError, within: float) -> bool:
+    """Whether a server may start all the same when the next part asks for it.
+
+    Args:
+        within: seconds that it had.
+    """
+    if isinstance(error, StartTimeout):
+        return within < COMES_UP_WITHIN
+    return isinstance(error, DeviceNotIdle | LeaseTaken | TelemetryError)
