@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_reports import result, verdict_of
 
 from sglang_harness import suite
 from sglang_harness.gpu_check import served
+from sglang_harness.gpu_check.budget import within_share
 from sglang_harness.gpu_check.part import NotHere
 from sglang_harness.gpu_check.parts import qualify as part
 from sglang_harness.gpu_check.parts.qualify import Told, cut_short, groups
@@ -133,6 +135,18 @@ def test_on_one_gpu_nothing_is_started_for_checks_that_need_two(
     figures_of = part.full(given)
     assert asked == [f"qualify-full-{s}" for s in part.SUBJECTS if s != "parallel"]
     assert "parallel/tensor-2" in figures_of["outside"]["needs 2 GPUs"]
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def test_a_part_leaves_time_for_those_after_it_where_there_is_little_for_all(tmp_path: Path):
+    given, _ = context(tmp_path, seconds=300.0, ends_at=time.time() + 100)
+    assert within_share(given, 0.4, least=10) == pytest.approx(40, abs=2)
+    # No less than it needs, and no more than its own limit.
+    assert within_share(given, 0.4, least=70) == pytest.approx(70, abs=2)
+    given, _ = context(tmp_path, seconds=300.0, ends_at=time.time() + 3600)
+    assert within_share(given, 0.4, least=10) == pytest.approx(300, abs=2)
 
 
 # --- a run of the suite ---------------------------------------------------------------------------

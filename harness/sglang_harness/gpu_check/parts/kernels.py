@@ -127,6 +127,11 @@ class Compared:
         return sorted(self.rows, key=lambda row: int(row["number"]))
 
 
+def _visible(context: Context) -> dict[str, str]:
+    """CUDA's first device is then the one that NVML is asked about: they count differently."""
+    return {"CUDA_VISIBLE_DEVICES": context.settings.gpus[0]} if context.settings.gpus else {}
+
+
 def _round(
     context: Context, orders: list[list[str]], again: int, seen: Compared
 ) -> list[list[str]]:
@@ -140,6 +145,7 @@ def _round(
             ["--device", device, *words],
             out=context.out,
             name=f"kernels-{again}-{number}",
+            environment=_visible(context),
         )
         for number, words in enumerate(orders)
     ]
@@ -234,7 +240,6 @@ print(json.dumps({"environment": changed}))
 def pause(context: Context) -> dict[str, Any]:
     """The part ``memory-saver``: 2 GiB are allocated, paused and resumed, seen by NVML."""
     from sglang_harness.memory.gpu.driver import Driver
-    from sglang_harness.runtime.device import cuda_environment
 
     preloaded = context.out / "environment.py"
     preloaded.write_text(ENVIRONMENT, encoding="utf-8")
@@ -257,8 +262,7 @@ def pause(context: Context) -> dict[str, Any]:
             ["--memory-saver"],
             out=context.out,
             name="memory-saver",
-            # CUDA's first GPU need not be NVML's.
-            environment={**environment, **cuda_environment(uuid)},
+            environment={**environment, **_visible(context)},
         ) as program,
     ):
         while (step := program.next_line(len(steps), min(60.0, context.left()))) is not None:
