@@ -13,6 +13,7 @@ from scripted_runtime import ScriptedRuntime
 from test_reports import result, verdict_of
 
 from sglang_harness import suite
+from sglang_harness.gpu_check import served
 from sglang_harness.gpu_check.budget import within_share
 from sglang_harness.gpu_check.part import NotHere
 from sglang_harness.gpu_check.parts import qualify as part
@@ -177,10 +178,11 @@ def test_quick_puts_its_figures_down_also_where_it_fails(
 
 def test_servers_of_the_suite_leave_room_for_one_another_on_a_gpu(tmp_path: Path):
     given, _ = context(tmp_path, device="gpu", gpus=["GPU-1"])
-    assert part._spec(given, 60.0).server_args["mem-fraction-static"] == part.MEMORY
+    assert part._spec(given, 60.0).server_args["mem-fraction-static"] == served.MEMORY
     given, _ = context(
         tmp_path, device="gpu", gpus=["GPU-1"], server_args={"mem-fraction-static": 0.7}
     )
     assert part._spec(given, 60.0).server_args["mem-fraction-static"] == 0.7
+    assert served.memory_share(given) == {}
     given, _ = context(tmp_path)
     assert "mem-fraction-static" not in part._spec(given, 60.0).server_args

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_harness.gpu_check.budget import within_share
 from sglang_harness.gpu_check.part import NotHere, Part
-from sglang_harness.gpu_check.served import MODEL_BYTES, model
+from sglang_harness.gpu_check.served import MODEL_BYTES, memory_share, model
 from sglang_harness.run.qualification import TIME_IS_OVER
 from sglang_harness.verdict import CheckResult, Outcome, ProfileName, Verdict
 
@@ -26,9 +26,6 @@ LEAST = 45.0
 
 #: Share of what is left of the budget that a quick run may take.
 SHARE = 0.4
-
-#: Share of the free memory that a server takes: checks start servers beside the first one.
-MEMORY = 0.4
 
 #: Of profile ``full``, most valuable first: what only a GPU shows, then what needs most servers.
 SUBJECTS = ("memory", "weights", "architectures", "lora", "hostile", "parallel")
@@ -199,9 +196,7 @@ def qualify(
 
 def _spec(context: Context, run: float, **fields: Any) -> ServerSpec:
     slow = context.settings.slow
-    args = dict(fields.pop("server_args", {}))
-    if context.on_gpu and "mem-fraction-static" not in context.settings.server_args:
-        args["mem-fraction-static"] = MEMORY
+    args = {**fields.pop("server_args", {}), **memory_share(context)}
     limits = {"run": max(1.0, run), "check": 90 * slow}
     return context.spec(server_args=args, start="auto", limits=limits, **fields)
 
