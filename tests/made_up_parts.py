@@ -207,6 +207,17 @@ def hangs_with_a_server(context: Context) -> dict[str, Any]:
     return {}
 
 
+def leaves_it_unfit(context: Context) -> dict[str, Any]:
+    told = server_of(context)
+    server = context.server(model="owner/name")
+    server.weights.unfit = "the session is open, and could not be closed"
+    return told
+
+
+def has_a_slow_server(context: Context) -> dict[str, Any]:
+    return server_of(context, server_args={"takes-its-time": True})
+
+
 def finds_flags(context: Context) -> dict[str, Any]:
     return {"server_args": {"found": "yes", "release": "found"}}
 
@@ -258,6 +269,10 @@ PARTS = (
     _part("has-another", has_another_server, scope="release", group="server"),
     _part("hangs-with-it", hangs_with_a_server, 6.0, scope="release", group="server"),
     _part("has-a-fresh-one", has_a_server, scope="release", group="server"),
+    _part("leaves-it-unfit", leaves_it_unfit, scope="release", group="fit"),
+    _part("has-a-fit-one", has_a_server, scope="release", group="fit"),
+    _part("has-no-time", has_a_slow_server, 8.0, scope="release", group="slow"),
+    _part("has-time", has_a_slow_server, 40.0, scope="release", group="slow"),
     _part("has-none", has_no_server, scope="release", group="none"),
     _part("has-none-again", has_no_server, scope="release", group="none"),
     _part("has-none-in-another-process", has_no_server, scope="release"),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 LAUNCH = """
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 words = dict(w.split("=", 1) if "=" in w else (w, "") for w in sys.argv[1:])
@@ -18,6 +18,8 @@ print("server_args=ServerArgs(api_key=%r)" % words["--api-key"], flush=True)
 if "--refuses-to-start" in sys.argv:
     print("ValueError: this flag is not for this GPU", flush=True)
     sys.exit(1)
+if "--takes-its-time" in sys.argv:
+    time.sleep(10)
 below = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print("scheduler", below.pid, flush=True)
 open("/dev/shm/sglang_loads_test_%d.shm" % os.getpid(), "w").close()

@@ -101,19 +101,56 @@ def test_a_kernel_that_cannot_be_compiled_without_a_compiler_is_not_run_and_else
     monkeypatch: pytest.MonkeyPatch,
 ):
     broken = RuntimeError("Could not find CUDA installation")
-    monkeypatch.setattr(program, "compiler", lambda: None)
+    monkeypatch.setattr(program, "lacks_to_compile", lambda: ["nvcc", "ninja"])
     row = beside_torch(a_kernel(broken), nothing)
     assert (row.outcome, row.made) == ("not run", "nvcc")
-    assert "no nvcc" in row.why
+    assert "no nvcc, no ninja to compile it with" in row.why
     assert "Could not find CUDA" in row.why
-    monkeypatch.setattr(program, "compiler", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(program, "lacks_to_compile", list)
     assert beside_torch(a_kernel(broken), nothing).outcome == "failed"
+
+
+def test_what_a_kernel_is_compiled_with_is_looked_for_where_tvm_ffi_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """ninja is a program of its own: with nvcc alone every kernel failed."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lacking = program.lacks_to_compile()
+    assert lacking[-2:] == ["c++", "ninja"]
+    (tmp_path / "bin").mkdir()
+    for place in ("bin/nvcc", "clang++", "ninja"):
+        (tmp_path / place).write_text("#!/bin/sh\n")
+        (tmp_path / place).chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "clang++")
+    assert program.lacks_to_compile() == []
+
+
+def test_no_kernel_is_asked_for_that_the_library_has_not():
+    """sgl_kernel's rmsnorm is compiled for half precision alone: on a GPU float32 is refused."""
+    names = {kernel.name for kernel in kernels("cpu")}
+    assert "rmsnorm 128 bfloat16" in names
+    assert "rmsnorm 128 float32" not in names
+    assert "fused_add_rmsnorm 128 float32" in names
+
+
+def test_a_module_that_fails_when_it_is_imported_is_told_in_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "broken_module.py").write_text("raise RuntimeError('no such driver\\n' * 200)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    row = beside_torch(a_kernel(torch.ones(2), where="broken_module:f"), nothing)
+    assert row.outcome == "missing"
+    assert "RuntimeError: no such driver" in row.why
+    assert len(row.why) < 1000
 
 
 def test_a_built_kernel_that_raises_has_failed_whatever_compiler_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(program, "compiler", lambda: None)
+    monkeypatch.setattr(program, "lacks_to_compile", lambda: ["nvcc"])
     assert program.how_made("sgl_kernel:rmsnorm") == "built"
     assert program.how_made("x.decode_attention:decode_attention_fwd") == "triton"
     monkeypatch.setattr(program, "how_made", lambda _: "built")
@@ -179,6 +216,21 @@ def test_a_program_that_ends_half_way_is_told_by_the_step_that_it_did_not_reach(
     assert "before memory was paused" in part.saver_judged(steps()[:2], 2 << 30)
 
 
+def test_nvml_is_given_a_moment_to_follow_the_driver():
+    """It was read once, right after the step: a figure that came later failed a memory saver."""
+    empty, paused = steps()[0], {"step": "paused", "used": 502 * MIB}
+    readings = iter([2548 * MIB, 2548 * MIB, 502 * MIB])
+    assert part.followed(lambda: next(readings), [empty], paused)[0] == 502 * MIB
+    assert part.followed(lambda: 7 * MIB, [], {"used": 500 * MIB})[0] == 7 * MIB
+
+
+def test_nvml_that_does_not_follow_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(part, "FOLLOWS_WITHIN", 0.05)
+    used, took = part.followed(lambda: 2548 * MIB, [steps()[0]], {"used": 502 * MIB})
+    assert used == 2548 * MIB
+    assert took > 0.05
+
+
 # --- the part, with its processes -----------------------------------------------------------------
 
 
@@ -227,6 +279,32 @@ def test_a_kernel_that_ends_its_process_is_blamed_and_the_others_run_in_a_new_on
     assert [each["number"] for each in rows] == list(range(len(kernels("cpu"))))
     bad = {each["kernel"] for each in rows if each["outcome"] != "ok"}
     assert bad == {"store_cache 64 float16", "store_cache 128 float16", "store_cache 512 bfloat16"}
+
+
+def test_a_process_that_breaks_before_it_says_anything_takes_no_rows_of_the_others(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PLAIN_KERNELS", "right")
+    monkeypatch.setattr(part, "processes", lambda *_: 2)
+    real = release.read_text().replace("#!/bin/sh\n", "")
+    release.write_text(
+        f'#!/bin/sh\ncase "$*" in *"--share 1/2"*) echo no room >&2; exit 9;; esac\n{real}'
+    )
+    given, reports = context(tmp_path / "out", python=release, part="kernels")
+    with pytest.raises(AssertionError, match=r"kernels-0-1 ended with exit code 9: no room"):
+        part.compare(given)
+    rows = figures(reports)["rows"]
+    assert [each["number"] for each in rows] == list(range(0, len(kernels("cpu")), 2))
+    assert {each["outcome"] for each in rows} == {"ok"}
+
+
+def test_a_release_without_a_memory_saver_has_none_to_be_asked(tmp_path: Path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -I "$@"\n')
+    bare.chmod(0o755)
+    given, _ = context(tmp_path / "out", python=bare, part="memory-saver", gpus=["GPU-1"])
+    with pytest.raises(NotHere, match="no torch_memory_saver"):
+        part.pause(given)
 
 
 def test_a_python_without_torch_is_told_with_its_last_words(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from scripted_runtime import ScriptedRuntime
 from test_reports import result, verdict_of
 
 from sglang_harness import suite
+from sglang_harness.gpu_check import served
+from sglang_harness.gpu_check.budget import within_share
 from sglang_harness.gpu_check.part import NotHere
 from sglang_harness.gpu_check.parts import qualify as part
 from sglang_harness.gpu_check.parts.qualify import Told, cut_short, groups
@@ -134,6 +137,18 @@ def test_on_one_gpu_nothing_is_started_for_checks_that_need_two(
     assert "parallel/tensor-2" in figures_of["outside"]["needs 2 GPUs"]
 
 
+# --- time -----------------------------------------------------------------------------------------
+
+
+def test_a_part_leaves_time_for_those_after_it_where_there_is_little_for_all(tmp_path: Path):
+    given, _ = context(tmp_path, seconds=300.0, ends_at=time.time() + 100)
+    assert within_share(given, 0.4, least=10) == pytest.approx(40, abs=2)
+    # No less than it needs, and no more than its own limit.
+    assert within_share(given, 0.4, least=70) == pytest.approx(70, abs=2)
+    given, _ = context(tmp_path, seconds=300.0, ends_at=time.time() + 3600)
+    assert within_share(given, 0.4, least=10) == pytest.approx(300, abs=2)
+
+
 # --- a run of the suite ---------------------------------------------------------------------------
 
 
@@ -163,10 +178,11 @@ def test_quick_puts_its_figures_down_also_where_it_fails(
 
 def test_servers_of_the_suite_leave_room_for_one_another_on_a_gpu(tmp_path: Path):
     given, _ = context(tmp_path, device="gpu", gpus=["GPU-1"])
-    assert part._spec(given, 60.0).server_args["mem-fraction-static"] == part.MEMORY
+    assert part._spec(given, 60.0).server_args["mem-fraction-static"] == served.MEMORY
     given, _ = context(
         tmp_path, device="gpu", gpus=["GPU-1"], server_args={"mem-fraction-static": 0.7}
     )
     assert part._spec(given, 60.0).server_args["mem-fraction-static"] == 0.7
+    assert served.memory_share(given) == {}
     given, _ = context(tmp_path)
     assert "mem-fraction-static" not in part._spec(given, 60.0).server_args

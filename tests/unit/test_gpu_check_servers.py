@@ -12,11 +12,21 @@ from typing import Any
 import pytest
 
 import made_up_server
+from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness._base.signals import interruptions
+from sglang_harness.errors import (
+    DeviceNotIdle,
+    HarnessError,
+    SpecError,
+    StartTimeout,
+)
 from sglang_harness.gpu_check import record, run_parts
 from sglang_harness.gpu_check.results import PartResult, Results
+from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.runtime.process_family import lives_as
+from sglang_harness.server import Server
+from sglang_harness.spec import ServerSpec
 
 TESTS = Path(__file__).parents[1]
 
@@ -117,6 +127,49 @@ def test_a_server_that_does_not_start_is_tried_once_in_all_processes(checked: Ch
     assert "api_key='<redacted>'" in log
 
 
+def test_a_server_that_a_push_left_unfit_is_not_given_to_the_next_part(checked: Checked):
+    """A session that could not be closed blamed every part after the push."""
+    parts = checked.run("leaves-it-unfit", "has-a-fit-one")
+    left, fit = (part.figures for part in parts.values())
+    assert {part.outcome for part in parts.values()} == {"held"}, checked.results
+    assert fit["pid"] != left["pid"]
+
+
+def test_a_server_that_a_part_had_no_time_for_is_tried_again_by_the_next(checked: Checked):
+    """Parts with time enough were not run, because one before them had been short of it."""
+    parts = checked.run("has-no-time", "has-time")
+    assert [part.outcome for part in parts.values()] == ["failed", "held"], checked.results
+    assert "no generation succeeded within" in parts["has-no-time"].message
+
+
+@pytest.mark.parametrize(
+    ("error", "within", "again"),
+    [
+        (DeviceNotIdle("GPU-1 is not idle."), 100.0, True),
+        (LeaseTaken("GPU-1 is leased."), 100.0, True),
+        (StartTimeout("No generation succeeded within 20 s."), 20.0, True),
+        (StartTimeout("No generation succeeded within 140 s."), 140.0, False),
+        (SpecError("There is no such flag."), 20.0, False),
+    ],
+)
+def test_what_passes_is_no_reason_not_to_start_a_server_for_the_next_part(
+    tmp_path: Path, error: HarnessError, within: float, again: bool
+):
+    """Memory that the driver freed late took the server from every part after it."""
+    failed: dict[str, str] = {}
+    settings = Settings(out=tmp_path, ends_at=time.time() + 60, models=tmp_path)
+    servers = Servers(settings, None, lambda _: None, failed)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise error
+
+        patch.setattr(Server, "start", refuse)
+        with pytest.raises(type(error)):
+            servers.get(ServerSpec(), key="part", within=within, say=lambda _: None)
+    assert (not failed) is again
+
+
 def test_flags_come_from_the_release_from_what_was_found_and_from_the_command_line(
     checked: Checked,
 ):
@@ -140,6 +193,8 @@ def test_limits_grow_with_the_factor(checked: Checked):
         "check": 120.0,
         "request": 120.0,
         "stop": 24.0,
+        # A GPU that another run has is told, with who has it, before the part is ended.
+        "gpus": 60.0,
     }
 
 

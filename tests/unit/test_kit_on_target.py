@@ -463,6 +463,8 @@ def test_gpu_check_is_started_in_the_primary_releases_python(kit: Kit):
     environment = told["environment"]
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["SGLANG_HARNESS_CACHE"] == str(folder / "cache")
+    compiled = str(folder / "compiled" / "inductor")
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == compiled, "else it is left in /tmp"
     assert "PYTHONPATH" not in environment, "it would be looked into before the kit's packages"
     assert "SGLANG_ANSWER" not in environment, "another release's servers would have it"
     assert json.loads((folder / "kit.json").read_text()) == kit.record

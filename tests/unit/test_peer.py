@@ -172,6 +172,13 @@ def test_a_bucket_that_does_not_fit_into_shared_memory_is_refused_in_words(
         peer.ask("ready", room=1 << 50, shared=True, timeout=60)
 
 
+def test_a_peer_without_a_gpu_is_told_before_the_server_waits_for_it(peer: Peer, folder: Path):
+    """CUDA was opened, and SGLang imported, when the first bucket was due and the server paused."""
+    peer.ask("open", folder=str(folder), timeout=60)
+    with pytest.raises(PeerFailed, match="no GPU is visible to the peer"):
+        peer.ask("ready", room=1 << 20, shared=False, devices=[0], timeout=60)
+
+
 def test_the_port_of_a_rendezvous_is_kept_free_until_it_is_there(peer: Peer):
     """Between being told and being used it could be given to another process."""
     port = peer.ask("port", timeout=10.0)["port"]

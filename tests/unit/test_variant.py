@@ -16,6 +16,7 @@ from sglang_harness import oracle as oracles
 from sglang_harness._base import headroom
 from sglang_harness._base.temporary import RECORD
 from sglang_harness.checkpoint.made import tiny
+from sglang_harness.checkpoint.made.perturb import strength_for
 from sglang_harness.checkpoint.reading import open_checkpoint
 from sglang_harness.checkpoint.writing import write_torch
 from sglang_harness.errors import NotEnoughRoom
@@ -36,8 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def context(model: Path, tmp_path: Path) -> Iterator[Context]:
     """Of a server that sees a folder of this machine."""
     reach = FolderReach(model)
+    client = SimpleNamespace(server_info=lambda: {"dtype": "float32"})
     server: Any = SimpleNamespace(
-        model=model, spec=SimpleNamespace(model=str(model)), reach=reach, client=None
+        model=model, spec=SimpleNamespace(model=str(model)), reach=reach, client=client
     )
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -135,3 +137,18 @@ def test_a_model_too_large_to_be_trained_is_found_whatever_its_files_are(
     reason = pushes.SMALL_MODEL.lacking(server)  # type: ignore[arg-type]
     assert reason is not None
     assert "takes too long" in reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strength"),
+    [
+        ("float32", 0.05),
+        ("torch.float32", 0.05),
+        ("bfloat16", 0.2),
+        ("float16", 0.2),
+        ("auto", 0.2),
+    ],
+)
+def test_noise_is_stronger_where_a_bound_is_wider(dtype: str, strength: float):
+    """Else old and new weights cannot be told apart within the bound of half precision."""
+    assert strength_for(dtype) == strength

@@ -127,7 +127,8 @@ class Context:
             raise NotHere("there is no SGLang here to start a server with")
         slow, settings = self.settings.slow, self.settings
         found = self.earlier("server-flags").get("server_args") or {}
-        limits = {"start": 150 * slow, "check": 60 * slow, "request": 60 * slow, "stop": 12 * slow}
+        seconds = {"start": 150, "check": 60, "request": 60, "stop": 12, "gpus": 30}
+        limits = {name: each * slow for name, each in seconds.items()}
         given: dict[str, Any] = {
             "model": str(model),
             "device": settings.device,

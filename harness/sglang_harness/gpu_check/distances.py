@@ -16,13 +16,13 @@ TIMES = 2.0
 
 @dataclass(frozen=True)
 class Token:
-    """One greedy token.
+    """One token, generated greedily or of a prompt.
 
     Attributes:
         served: its log-probability by the server, in nats.
         reference: the same by the reference model, given the same tokens before it.
         behind: how much more probable, in nats, the reference model's most probable token is; 0
-            where this is it.
+            where this is it, and for a prompt, which nobody chose.
     """
 
     served: float
@@ -45,6 +45,7 @@ class Condition:
         batch: prompts that were sent together.
         cached: prompts came out of the prefix cache.
         rounded: the server rounds the weights: they are saved in float32.
+        prompt: tokens of prompts, most of them improbable, and not what was generated.
     """
 
     model: str
@@ -52,18 +53,13 @@ class Condition:
     batch: int
     cached: bool
     rounded: bool = False
-
-    @property
-    def judged(self) -> bool:
-        """Whether the bounds in use are for this: SGLang rounds weights to float16 by itself, to
-        bfloat16 only where it is told to."""
-        return not self.rounded or self.dtype == "float16"
+    prompt: bool = False
 
     def __str__(self) -> str:
         cache = "prefix cached" if self.cached else "nothing cached"
         rounded = ", weights rounded" if self.rounded else ""
-        judged = "" if self.judged else " (not judged)"
-        return f"{self.model}, {self.dtype}{rounded}, batch of {self.batch}, {cache}{judged}"
+        how = "prompt tokens" if self.prompt else f"batch of {self.batch}, {cache}"
+        return f"{self.model}, {self.dtype}{rounded}, {how}"
 
 
 @dataclass
@@ -146,11 +142,10 @@ RULE = f"{TIMES:g} x the largest 99.9th percentile of any condition, rounded up 
 
 
 def proposals(rows: Iterable[Measured], in_use: Mapping[str, float]) -> list[Proposal]:
-    """One for each dtype that was measured, in the order in which they come, of the conditions that
-    are judged."""
+    """One for each dtype that was measured, in the order in which they come."""
     by_dtype: dict[str, list[Measured]] = {}
     for row in rows:
-        if not row.why_not and row.condition.judged:
+        if not row.why_not:
             by_dtype.setdefault(row.condition.dtype, []).append(row)
     found = []
     for dtype, its in by_dtype.items():

@@ -21,6 +21,11 @@ CHECK = 100.0
 #: Bytes of disk that one of these models takes on a GPU.
 MODEL_BYTES = 2_500_000_000
 
+#: Share of the free memory that a server takes: there has to be room for servers of the suite's
+#: checks beside the first one and for peers, and what is released and resumed fifty times takes its
+#: time by its size.
+MEMORY = 0.4
+
 #: Deviations that a part's message names.
 NAMED = 5
 
@@ -51,7 +56,19 @@ def shared(context: Context) -> Server:
         HarnessError: it did not start.
         NotHere: it did not start before.
     """
-    return context.server(model=model(context), server_args=saver(context), limits=limits(context))
+    return context.server(
+        model=model(context),
+        server_args={**memory_share(context), **saver(context)},
+        limits=limits(context),
+    )
+
+
+def memory_share(context: Context) -> dict[str, Argument]:
+    """The flag with which a server takes :data:`MEMORY`, on a GPU and unless the command line has
+    another."""
+    if not context.on_gpu or "mem-fraction-static" in context.settings.server_args:
+        return {}
+    return {"mem-fraction-static": MEMORY}
 
 
 def saver(context: Context) -> dict[str, Argument]:

@@ -6,9 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from sglang_harness._base.file_lease import LeaseTaken
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.whole_file import write_whole
-from sglang_harness.errors import HarnessError
+from sglang_harness.errors import (
+    DeviceNotIdle,
+    HarnessError,
+    StartTimeout,
+    TelemetryError,
+)
 from sglang_harness.gpu_check.outcomes import NotHere
 from sglang_harness.gpu_check.results import PARTS
 from sglang_harness.gpu_check.settings import Release, Settings
@@ -18,6 +24,10 @@ from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.process import ProcessRuntime
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
+
+#: Seconds in which a server that will ever start has started, on the hosts that this is for: one
+#: that had less is asked for again by the next part.
+COMES_UP_WITHIN = 90.0
 
 #: Reports something to the process that watches this one.
 Report = Callable[[dict[str, Any]], None]
@@ -88,7 +98,8 @@ class Servers:
     def get(
         self, spec: ServerSpec, *, key: str, within: float, say: Callable[[str], None]
     ) -> Server:
-        """The server that runs, if it is what ``spec`` asks for and lives; else a new one.
+        """The server that runs, if it is what ``spec`` asks for, lives, and was not left unfit by a
+        push; else a new one.
 
         Args:
             key: names its log.
@@ -96,12 +107,13 @@ class Servers:
 
         Raises:
             HarnessError: it did not start.
-            NotHere: the same was asked for before, and did not start.
+            NotHere: the same was asked for before, and did not start for a reason that lasts.
         """
         asked = spec.model_dump_json(exclude={"limits"})
         if self._running is not None:
             running, _, server = self._running
-            if running == asked and server.running.watch.ended is None:
+            fit = server.running.watch.ended is None and server.weights.unfit is None
+            if running == asked and fit:
                 return server
             self.close()
         if asked in self._failed:
@@ -109,8 +121,9 @@ class Servers:
         try:
             server = Server.start(spec, runtime=self.runtime(), say=say, within=within)
         except HarnessError as error:
-            self._failed[asked] = error.message
-            self._report({"kind": "no server", "asked": asked, "why": error.message})
+            if not _of_this_time(error, within):
+                self._failed[asked] = error.message
+                self._report({"kind": "no server", "asked": asked, "why": error.message})
             if error.log:
                 self._keep_log(key, error.log)
             raise
@@ -144,3 +157,14 @@ class Servers:
             number += 1
             file = folder / f"{key}-server-{number}.log"
         write_whole(file, log)
+
+
+def _of_this_time(error: HarnessError, within: float) -> bool:
+    """Whether a server may start all the same when the next part asks for it.
+
+    Args:
+        within: seconds that it had.
+    """
+    if isinstance(error, StartTimeout):
+        return within < COMES_UP_WITHIN
+    return isinstance(error, DeviceNotIdle | LeaseTaken | TelemetryError)

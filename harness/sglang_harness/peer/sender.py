@@ -110,11 +110,17 @@ class Sender:
                 file.close()
         return time.monotonic() - started
 
-    def ready(self, room: int, shared: bool) -> dict[str, Any]:
-        """Everything slow, before the server waits for the first bucket."""
+    def ready(self, room: int, shared: bool, devices: list[int] | None = None) -> dict[str, Any]:
+        """Everything slow, before the server waits for the first bucket.
+
+        Args:
+            devices: as of ``pack``: CUDA's context takes seconds.
+        """
         started = time.monotonic()
         self._make_room(room, shared)
-        if shared:
+        for device in devices or ():
+            self._room_on(device, room)
+        if shared or devices:
             with self.importing():
                 bucket_module()
         return {"seconds": time.monotonic() - started}
@@ -193,22 +199,31 @@ class Sender:
         }
 
     def _to_device(self, device: int, extent: int, room: int) -> Any:
-        """The bucket on one GPU. Not yet tested on a GPU by this project."""
+        """The bucket on one GPU. Not yet tested on a GPU by this project.
+
+        Its handle names the GPU by its number, which is the same for the server: SGLang takes that
+        as well as a UUID (``srt/utils/patch_torch.py``, 0.5.15 to 0.5.23), and what would name the
+        UUID here takes an import of SGLang, ten seconds and more.
+        """
+        import torch
+
+        there = self._room_on(device, room)
+        there[:extent].copy_(self.room[:extent])
+        torch.cuda.synchronize(device)
+        return there
+
+    def _room_on(self, device: int, room: int) -> Any:
         import torch
 
         if not torch.cuda.is_available():
             raise RuntimeError("no GPU is visible to the peer, and CUDA IPC needs one")
-        if not self.on_device:
-            # Handles that name a GPU by its UUID: its number may be another over there.
-            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-            monkey_patch_torch_reductions()
         there = self.on_device.get(device)
         if there is None or there.numel() < room:
-            there = torch.empty(room, dtype=torch.uint8, device=f"cuda:{device}")
+            # What CUDA's context holds of the host's memory is no part of a bucket.
+            with self.importing():
+                there = torch.empty(room, dtype=torch.uint8, device=f"cuda:{device}")
+                torch.cuda.synchronize(device)
             self.on_device[device] = there
-        there[:extent].copy_(self.room[:extent])
-        torch.cuda.synchronize(device)
         return there
 
     def _metadata(self, slots: list[Any]) -> list[Any]:

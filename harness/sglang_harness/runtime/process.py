@@ -39,6 +39,13 @@ from sglang_harness.runtime.warm.protocol import Recipe
 from sglang_harness.runtime.warm.server import WarmServer, alike, warm_or
 from sglang_harness.spec import ServerSpec, command_line
 
+#: Variables of this process that a server has as well: where programs, libraries and the compiler
+#: of its kernels are, and which GPUs it may use.
+BASICS = (
+    "PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH",
+    "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+
 NO_CONTAINER = (
     "No container: the server ran as a process of this machine, with the rights of the harness."
 )
@@ -424,11 +431,7 @@ def environment_of(
     }
     cpu = cpu if device == "cpu" else {}
     offline = {"HF_HUB_OFFLINE": "1"} if has_model else {}
-    basics = {
-        n: os.environ[n]
-        for n in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-        if n in os.environ
-    }
+    basics = {n: os.environ[n] for n in BASICS if n in os.environ}
     devices = cuda_environment(spec.gpus) if device == "gpu" else {}
     return {
         **basics, **devices, **cpu, **offline, **passed, **spec.environment,

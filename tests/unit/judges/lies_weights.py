@@ -61,7 +61,7 @@ LIES = [
         "weights/disk",
         "the checksums changed, the old weights are served",
         put({"old_oracle_error": 2e-5}),
-        "distance to the old reference model: expected more than 0.0015",
+        "distance to the old reference model: expected more than 0.001",
     ),
     Alteration(
         "weights/disk",
@@ -215,7 +215,7 @@ HARMLESS = [
         at(
             do=lambda e: [
                 e.update(old_oracle_error=0.68),
-                *[answer.update(tolerance=0.12) for answer in e["answers"]],
+                *[answer.update(tolerance=0.3) for answer in e["answers"]],
             ]
         ),
     ),

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 #: far beyond any tolerance, too little to make a model babble.
 STRENGTH = 0.05
 
+#: The same for a server that computes in half precision, or may do: with 5 % a model in bfloat16
+#: moved by 0.68 nats, and a stale prefix of it was not 0.3 off the new weights.
+COARSE_STRENGTH = 0.2
+
+
+def strength_for(dtype: str) -> float:
+    """The strength for a server that computes in ``dtype``, as SGLang names it."""
+    return STRENGTH if dtype.removeprefix("torch.") == "float32" else COARSE_STRENGTH
+
 
 def perturbed(source: Path, target: Path, seed: int, *, strength: float = STRENGTH) -> Path:
     """Writes ``source`` with seeded noise on every floating-point tensor to the new ``target``.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,9 @@ PROCESSES, EACH_BYTES = 14, 4 << 30
 #: Seconds that are kept for writing down what was seen.
 KEPT = 5.0
 
-#: Rounds in which what a broken kernel kept from running is run again.
-ROUNDS = 6
+#: Rounds in which what a broken kernel kept from running is run again, and seconds without which
+#: another one is not begun: it imports torch and compiles.
+ROUNDS, ANOTHER_ROUND = 6, 25.0
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -80,36 +82,58 @@ def processes(cpus: int, available: int) -> int:
 
 def compare(context: Context) -> dict[str, Any]:
     """The part ``kernels``: a row for each kernel, compiled and compared in several processes."""
-    began, rows, plan = time.monotonic(), list[dict[str, Any]](), dict[int, str]()
+    began, seen = time.monotonic(), Compared()
     count = processes(os.cpu_count() or 1, headroom.memory().available)
     context.put("processes", count)
     orders: list[list[str]] = [["--share", f"{n}/{count}"] for n in range(count)]
-    for again in range(ROUNDS):
-        orders = _round(context, orders, again, plan, rows)
-        context.put("rows", sorted(rows, key=lambda row: int(row["number"])))
-        if not orders:
-            break
-    for number in unfinished(plan, rows):
-        rows.append(blamed(number, plan[number], "was not run again: too many kernels broke it"))
-    rows.sort(key=lambda row: int(row["number"]))
+    again = 0
+    while orders and again < ROUNDS and (again == 0 or context.left() > ANOTHER_ROUND):
+        orders = _round(context, orders, again, seen)
+        context.put("rows", seen.ordered())
+        again += 1
+    for number in unfinished(seen.plan, seen.rows):
+        row = {"number": number, "kernel": seen.plan[number], "outcome": "not run"}
+        seen.rows.append(row | {"why": "kernels broke the processes that were to run it"})
+    rows = seen.ordered()
     context.put("rows", rows)
     seconds = time.monotonic() - began
     context.put("seconds_in_all", round(seconds, 1))
     context.headline(line := in_one_line(rows, seconds))
     context.note("kernels", "beside torch", line)
     wrong, lacking = judged(rows)
+    if seen.broken:
+        wrong = "; ".join([*([wrong] if rows and wrong else []), seen.broken[0]])
     assert not wrong, wrong
     if lacking:
         raise NotHere(lacking)
     return {}
 
 
+@dataclass
+class Compared:
+    """What is known so far.
+
+    Attributes:
+        plan: names of kernels by their numbers.
+        rows: how each did.
+        broken: processes that ended before they had said what they will compare.
+    """
+
+    plan: dict[int, str] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    def ordered(self) -> list[dict[str, Any]]:
+        return sorted(self.rows, key=lambda row: int(row["number"]))
+
+
+def _visible(context: Context) -> dict[str, str]:
+    """CUDA's first device is then the one that NVML is asked about: they count differently."""
+    return {"CUDA_VISIBLE_DEVICES": context.settings.gpus[0]} if context.settings.gpus else {}
+
+
 def _round(
-    context: Context,
-    orders: list[list[str]],
-    again: int,
-    plan: dict[int, str],
-    rows: list[dict[str, Any]],
+    context: Context, orders: list[list[str]], again: int, seen: Compared
 ) -> list[list[str]]:
     """Runs programs side by side until all have ended; returns what has to be run again."""
     until = time.monotonic() + max(1.0, context.left() - KEPT)
@@ -121,6 +145,7 @@ def _round(
             ["--device", device, *words],
             out=context.out,
             name=f"kernels-{again}-{number}",
+            environment=_visible(context),
         )
         for number, words in enumerate(orders)
     ]
@@ -131,14 +156,15 @@ def _round(
             told = program.told()
             its_plan = {int(n): str(k) for each in told for n, k in each.get("plan", {}).items()}
             its_rows = [each for each in told if "number" in each]
-            plan |= its_plan
-            rows += its_rows
+            seen.plan |= its_plan
+            seen.rows += its_rows
             if how:
                 context.say(f"{program.name} {how}\n{program.last_words()}")
+            if how and not its_plan:
+                seen.broken.append(f"{program.name} {how}: {program.last_words(3)}")
             left = unfinished(its_plan, its_rows)
-            assert its_plan or not how, f"{program.name} {how}: {program.last_words(3)}"
             if left and program.process.returncode != UNUSABLE:
-                rows.append(blamed(left[0], its_plan[left[0]], how or "left it out"))
+                seen.rows.append(blamed(left[0], its_plan[left[0]], how or "left it out"))
                 left = left[1:]
             if left:
                 following.append([str(number) for number in left])
@@ -178,6 +204,28 @@ def saver_judged(steps: Sequence[Mapping[str, Any]], size: int) -> str:
     return ""
 
 
+def followed(
+    nvml: Callable[[], int], first: Sequence[Mapping[str, Any]], step: Mapping[str, Any]
+) -> tuple[int, float]:
+    """NVML's figure once it has moved since the first step as the CUDA driver's has, or after
+    ``FOLLOWS_WITHIN`` seconds; and how many seconds that took.
+
+    Args:
+        first: the first step, with both figures; empty where this is the first.
+    """
+    began = time.monotonic()
+    while True:
+        used, took = nvml(), time.monotonic() - began
+        moves = [(int(step["used"]) - int(one["used"]), used - int(one["nvml"])) for one in first]
+        if took > FOLLOWS_WITHIN or all(abs(a - b) <= SIZE // 16 for a, b in moves):
+            return used, round(took, 3)
+        time.sleep(0.01)
+
+
+#: Seconds by which NVML's figure may come after the CUDA driver's.
+FOLLOWS_WITHIN = 2.0
+
+
 #: What ``torch_memory_saver`` preloads is asked of the package itself: the name of its library
 #: differs between versions.
 ENVIRONMENT = """
@@ -199,9 +247,12 @@ def pause(context: Context) -> dict[str, Any]:
         context.release, preloaded, [], out=context.out, name="environment"
     ) as asked:
         how = asked.wait(min(60.0, context.left()))
+        if "No module named 'torch_memory_saver'" in asked.last_words(1):
+            raise NotHere("this SGLang has no torch_memory_saver")
         assert not how, f"torch_memory_saver: asking for its library {how}: {asked.last_words(3)}"
         environment = {k: str(v) for k, v in asked.told()[-1]["environment"].items()}
     context.put("environment", environment)
+    uuid = context.settings.gpus[0]
     steps: list[dict[str, Any]] = []
     with (
         Driver() as driver,
@@ -211,12 +262,13 @@ def pause(context: Context) -> dict[str, Any]:
             ["--memory-saver"],
             out=context.out,
             name="memory-saver",
-            environment=environment,
+            environment={**environment, **_visible(context)},
         ) as program,
     ):
-        uuid = context.settings.gpus[0]
         while (step := program.next_line(len(steps), min(60.0, context.left()))) is not None:
-            step["nvml"] = driver.memory(uuid).used
+            step["nvml"], step["nvml_follows_within"] = followed(
+                lambda: driver.memory(uuid).used, steps[:1], step
+            )
             steps.append(step)
             context.put("steps", steps)
             program.go_on()

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sglang_harness.gpu_check.budget import within_share
 from sglang_harness.gpu_check.part import NotHere, Part
-from sglang_harness.gpu_check.served import MODEL_BYTES, model
+from sglang_harness.gpu_check.served import MODEL_BYTES, memory_share, model
 from sglang_harness.run.qualification import TIME_IS_OVER
 from sglang_harness.verdict import CheckResult, Outcome, ProfileName, Verdict
 
@@ -23,8 +24,8 @@ KEPT = 25.0
 #: Seconds without which a run of the suite is not started: a start, and a check.
 LEAST = 45.0
 
-#: Share of the free memory that a server takes: checks start servers beside the first one.
-MEMORY = 0.4
+#: Share of what is left of the budget that a quick run may take.
+SHARE = 0.4
 
 #: Of profile ``full``, most valuable first: what only a GPU shows, then what needs most servers.
 SUBJECTS = ("memory", "weights", "architectures", "lora", "hostile", "parallel")
@@ -195,9 +196,7 @@ def qualify(
 
 def _spec(context: Context, run: float, **fields: Any) -> ServerSpec:
     slow = context.settings.slow
-    args = dict(fields.pop("server_args", {}))
-    if context.on_gpu and "mem-fraction-static" not in context.settings.server_args:
-        args["mem-fraction-static"] = MEMORY
+    args = {**fields.pop("server_args", {}), **memory_share(context)}
     limits = {"run": max(1.0, run), "check": 90 * slow}
     return context.spec(server_args=args, start="auto", limits=limits, **fields)
 
@@ -215,8 +214,11 @@ def _figures(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _quick(context: Context, name: str, served: str, **server_args: Any) -> dict[str, Any]:
-    run = context.left() - KEPT * context.settings.slow
+def _quick(
+    context: Context, name: str, served: str, share: float, **server_args: Any
+) -> dict[str, Any]:
+    left = within_share(context, share, least=LEAST + KEPT)
+    run = left - KEPT * context.settings.slow
     spec = _spec(context, run, model=served, server_args=server_args)
     verdict = qualify(context, name, spec)
     told = Told()
@@ -231,12 +233,12 @@ def _quick(context: Context, name: str, served: str, **server_args: Any) -> dict
 
 def tiny(context: Context) -> dict[str, Any]:
     """The part ``qualify-tiny``: profile quick on the tiny model."""
-    return _quick(context, "qualify-tiny", "tiny")
+    return _quick(context, "qualify-tiny", "tiny", SHARE)
 
 
 def large(context: Context) -> dict[str, Any]:
     """The part ``qualify-large``: profile quick on the bf16 model that is made here."""
-    return _quick(context, "qualify-large", model(context), dtype="bfloat16")
+    return _quick(context, "qualify-large", model(context), SHARE, dtype="bfloat16")
 
 
 def full(context: Context) -> dict[str, Any]:

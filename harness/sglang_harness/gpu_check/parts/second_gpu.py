@@ -102,7 +102,10 @@ def run(context: Context) -> dict[str, Any]:
     both_gpus = f"{first},{others[0]}"
     # One rank, on the first of them: the peer sends from the other.
     alone = context.server(
-        model=served.model(context), gpus=both_gpus, limits=served.limits(context)
+        model=served.model(context),
+        gpus=both_gpus,
+        server_args=served.memory_share(context),
+        limits=served.limits(context),
     )
     (nccl,) = pushes.observe(
         alone,
@@ -116,7 +119,7 @@ def run(context: Context) -> dict[str, Any]:
     both = context.server(
         model=served.model(context),
         gpus=both_gpus,
-        server_args={"tp-size": 2},
+        server_args={"tp-size": 2, **served.memory_share(context)},
         limits=served.limits(context),
     )
     asked = context_of(both, served.scratch(context))

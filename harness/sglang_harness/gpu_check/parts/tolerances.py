@@ -4,15 +4,15 @@ Small models give most of the tokens: their references take milliseconds an answ
 The bf16 model made here gives fewer (its reference took 1.1 s an answer of 32 tokens on two cores):
 rounding adds up over its 20 layers, of which the small ones' 2 to 4 say nothing.
 
-The tiny model is saved in float32, so a server in half precision rounds its weights. SGLang does
-that by itself to float16, so the bound for float16 has to cover it. To bfloat16 it does so only
-where it is told to, and that alone takes a tiny model further off than the bound (0.18 nats at most
-over 3072 tokens on a CPU, against 0.064 of a model that is saved in bfloat16): measured, written
-down, and not judged.
+The tiny model is saved in float32, so a server in half precision rounds its weights: to float16
+by itself, to bfloat16 where it is told to. Tokens of prompts are judged by the same bounds as
+generated ones, and are further off: the error of a probable token's logit is in the sum over all
+tokens too, where it cancels; that of an improbable one's is not.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_harness.errors import HarnessError
 from sglang_harness.gpu_check import distances
+from sglang_harness.gpu_check.budget import within_share
 from sglang_harness.gpu_check.distances import Condition, Measured, Token
 from sglang_harness.gpu_check.part import NotHere, Part
 from sglang_harness.gpu_check.served import MODEL_BYTES, model
@@ -35,6 +36,9 @@ BATCH, SINGLE, TOKENS = 32, 16, 32
 
 #: Seconds for a start and one condition, without which another server is not started.
 LEAST = 30.0
+
+#: Share of what is left of the budget that all of it may take.
+SHARE = 0.6
 
 #: Seconds that are kept for writing down what was seen.
 KEPT = 5.0
@@ -135,6 +139,27 @@ def ask(client: Client, asked: Sequence[Sequence[int]], batch: int, cached: bool
     return found
 
 
+def of_prompts(
+    client: Client, oracle: Oracle, asked: Sequence[Sequence[int]], within: float
+) -> list[Token]:
+    """The tokens of as many prompts as can be scored within that time (seconds), one at least; not
+    their first ones, which follow nothing."""
+    until, found = time.monotonic() + within, list[Token]()
+    for prompt in asked:
+        if found and time.monotonic() > until:
+            break
+        got = client.generate(
+            list(prompt), sampling={"temperature": 0, "max_new_tokens": 1}, prompt_logprobs_from=0
+        )
+        expected = oracle.prompt_logprobs(prompt)
+        served = [math.nan if each is None else each for each in got.prompt_logprobs[1:]]
+        assert len(served) == len(expected), (
+            f"expected {len(expected)} log-probabilities of a prompt, got {len(served)}"
+        )
+        found += [Token(s, e, 0.0) for s, e in zip(served, expected, strict=True)]
+    return found
+
+
 class Scoring:
     """The reference model's scores, each answer once.
 
@@ -170,6 +195,11 @@ def measure(context: Context) -> dict[str, Any]:
     rows: list[Measured] = []
     models = {"tiny": "tiny", "small": "random-small", "large": model(context)}
     starts = STARTS[context.settings.device]
+    until = time.monotonic() + within_share(context, SHARE, least=LEAST)
+
+    def left() -> float:
+        return min(until - time.monotonic(), context.left()) - KEPT
+
     for number, (name, dtype) in enumerate(starts):
         rounded = name == "tiny" and dtype != "float32"
         conditions = [
@@ -177,9 +207,10 @@ def measure(context: Context) -> dict[str, Any]:
             for batch in (1, BATCH)
             for cached in (False, True)
         ]
-        fair = (context.left() - KEPT) / (len(starts) - number)
-        if context.left() < LEAST * context.settings.slow:
-            why = f"{context.left():.0f} s left"
+        conditions.append(Condition(name, dtype, 1, False, rounded, prompt=True))
+        fair = left() / (len(starts) - number)
+        if left() < LEAST * context.settings.slow:
+            why = f"{max(0.0, left()):.0f} s left"
             rows += [Measured(each, why_not=why) for each in conditions]
             continue
         rows += _of_one_server(context, models[name], conditions, fair)
@@ -219,14 +250,20 @@ def _of_one_server(
     asked = prompts(BATCH, len(reference.tokenizer.all_special_ids), vocabulary)
     scoring = Scoring(reference)
     for number, condition in enumerate(conditions):
+        left = min(fair - (time.monotonic() - began), context.left() - KEPT)
+        within = left / (len(conditions) - number)
         these = asked if condition.batch > 1 else asked[:SINGLE]
+        if condition.prompt:
+            tokens = of_prompts(server.client, reference, these, within)
+            found.append(distances.measured(condition, tokens, 0))
+            context.say(f"{condition}: {found[-1].tokens} tokens, {found[-1].largest:.3g} at most")
+            continue
         answers = ask(server.client, these, condition.batch, condition.cached)
         cached = sum(answer.cached for answer in answers)
         if why := why_not_cached(answers, condition.cached):
             found.append(Measured(condition, why_not=why, cached_tokens=cached))
             continue
-        left = min(fair - (time.monotonic() - began), context.left() - KEPT)
-        tokens = scoring.score(answers, left / (len(conditions) - number))
+        tokens = scoring.score(answers, within)
         found.append(distances.measured(condition, tokens, cached))
         context.say(f"{condition}: {found[-1].tokens} tokens, {found[-1].largest:.3g} at most")
     context.put(

@@ -300,10 +300,11 @@ def unpack(kit: dict[str, Any], host: dict[str, Any], folder: Path, device: str)
             _write(folder / COMPLETE, owner + "\n")
             _say(f"unpacked in {time.monotonic() - began:.0f} s")
         # What follows is made anew each time: this Python may be another one than last time.
-        shutil.copyfile(HERE / "kit.json", folder / "kit.json")
+        _write(folder / "kit.json", (HERE / "kit.json").read_text(encoding="utf-8"))
         for release in kit["releases"]:
             _make_python(kit, release, host, folder, device)
     return {
+        **_caches(folder),
         **(_only_with_kernels(kit["made_for"], host) if device == "gpu" else {}),
         **{k: v for k, v in os.environ.items() if k not in NOT_HANDED_ON},
         "LD_LIBRARY_PATH": _joined(*_libraries(), os.environ.get("LD_LIBRARY_PATH", "")),
@@ -639,19 +640,26 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _wrapper(
-    release: dict[str, Any], host: dict[str, Any], folder: Path, more: dict[str, str]
-) -> str:
-    """A script of the shell. What whoever runs it has set wins; the search paths are completed."""
+def _caches(folder: Path) -> dict[str, str]:
+    """Variables that keep what is compiled on this host with the kit."""
     compiled = folder / "compiled"
-    variables = {
-        # What is compiled on this host stays with the kit.
+    places = {
         "TVM_FFI_CACHE_DIR": compiled / "tvm-ffi",
         "TRITON_CACHE_DIR": compiled / "triton",
         "TORCHINDUCTOR_CACHE_DIR": compiled / "inductor",
         "TORCH_EXTENSIONS_DIR": compiled / "torch-extensions",
         "SGLANG_CACHE_DIR": compiled / "sglang",
         "SGLANG_JIT_CACHE_DIR": compiled / "sglang" / "jit",  # SGLang 0.5.23's own, for tvm-ffi's
+    }
+    return {name: str(place) for name, place in places.items()}
+
+
+def _wrapper(
+    release: dict[str, Any], host: dict[str, Any], folder: Path, more: dict[str, str]
+) -> str:
+    """A script of the shell. What whoever runs it has set wins; the search paths are completed."""
+    variables = {
+        **_caches(folder),
         **({"CUDA_HOME": home} if (home := _cuda_home(host)) else {}),
         **more,
         **release["environment"],

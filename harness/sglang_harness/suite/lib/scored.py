@@ -14,9 +14,9 @@ from sglang_harness.suite.check import Mismatch
 from sglang_harness.suite.lib.prompts import greedy
 
 #: Two sets of weights can be told apart by an answer of one that is further off the other than so
-#: many tolerances: of the right ones it is one off at most. More would ask too much of half
-#: precision: noise of 5 % on every tensor moved a model in bfloat16 by 0.68 nats, 5.6 tolerances.
-APART = 3.0
+#: many tolerances: of the weights that it is of, it is one off at most. More would ask too much of
+#: half precision: noise of 5 % on every tensor moved a model in bfloat16 by 0.68 nats.
+APART = 2.0
 
 
 class Scored(BaseModel):

@@ -16,6 +16,9 @@ from sglang_harness.weights.routes.buckets import Bucket
 from sglang_harness.weights.routes.gpu_places import of_ranks
 from sglang_harness.weights.routes.in_body import TENSOR_UPDATE, fields
 
+#: Seconds at least for a peer to import torch, and for CUDA's context in it.
+OPENS_WITHIN = 60.0
+
 
 class Text:
     """A body that is small enough to be held whole."""
@@ -30,16 +33,22 @@ class Text:
         yield self._text
 
 
-def open_in_peer(job: Job, inside: PurePosixPath, *, shared: bool) -> Peer:
+def open_in_peer(
+    job: Job, inside: PurePosixPath, *, shared: bool, devices: list[int] | None = None
+) -> Peer:
     """The peer, with the checkpoint open in it and room for the largest bucket.
 
     Args:
         inside: the checkpoint's folder, as the peer sees it.
         shared: the room is to be in ``/dev/shm``.
+        devices: numbers of GPUs on which it needs room too.
     """
     peer = job.peer()
-    peer.ask("open", folder=str(inside), timeout=job.timeout)
-    peer.ask("ready", room=largest(job.buckets), shared=shared, timeout=job.timeout)
+    # Not the time of one bucket: it imports torch, and opens CUDA.
+    within = max(OPENS_WITHIN, job.timeout)
+    peer.ask("open", folder=str(inside), timeout=within)
+    room = largest(job.buckets)
+    peer.ask("ready", room=room, shared=shared, devices=devices, timeout=within)
     return peer
 
 
@@ -72,7 +81,7 @@ class SharedMemory(Route):
         self._inside = job.stage(reader="peer")
 
     def open(self, job: Job) -> None:
-        self._peer = open_in_peer(job, self._inside, shared=not self.cuda)
+        self._peer = open_in_peer(job, self._inside, shared=not self.cuda, devices=self._devices)
 
     def send(self, bucket: Bucket) -> Sent:
         job = self._job

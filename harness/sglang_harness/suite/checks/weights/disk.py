@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_harness import oracle as oracles
 from sglang_harness.checkpoint import footprint
 from sglang_harness.checkpoint.footprint import Size
-from sglang_harness.checkpoint.made.perturb import perturbed
+from sglang_harness.checkpoint.made.perturb import perturbed, strength_for
 from sglang_harness.checkpoint.writing import disk_may_be_full
 from sglang_harness.client import Update
 from sglang_harness.errors import EngineError, PeerFailed, Refused
@@ -95,14 +95,16 @@ def variant(context: Context) -> Variant:
             target,
             less="take a smaller model, or select checks without it by -k",
         )
-        context.variants[context.seed] = _made(server, server.model, target, context.seed)
+        strength = strength_for(context.dtype)
+        made = _made(server, server.model, target, context.seed, strength)
+        context.variants[context.seed] = made
     found = context.variants[context.seed]
     assert isinstance(found, Variant)
     return found
 
 
-def _made(server: Server, model: Path, target: Path, seed: int) -> Variant:
-    folder = perturbed(model, target, seed)
+def _made(server: Server, model: Path, target: Path, seed: int, strength: float) -> Variant:
+    folder = perturbed(model, target, seed, strength=strength)
     try:
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         with disk_may_be_full(target):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from sglang_harness.checkpoint.made.perturb import perturbed
+from sglang_harness.checkpoint.made.perturb import perturbed, strength_for
 from sglang_harness.errors import DidNotComeUp
 from sglang_harness.server import Server
 from sglang_harness.suite.check import (
@@ -14,6 +14,7 @@ from sglang_harness.suite.check import (
     Context,
     Mismatch,
     Observation,
+    dtype_of,
     expect,
     register,
 )
@@ -57,7 +58,8 @@ class _Pushed(Check[PushedByRoutes]):
                 client = server.client
                 folder = context.scratch / f"variant-of-{self.model}"
                 if not folder.exists():
-                    perturbed(server.model, folder, context.seed)
+                    strength = strength_for(dtype_of(server))
+                    perturbed(server.model, folder, context.seed, strength=strength)
                 first, made = client.checksums(), None
                 seen.ranks = len(first.ranks)
                 seen.routes = self.routes(server)
