@@ -13,7 +13,7 @@ import pytest
 import nvml_mock
 from nvml_mock import GIB, Device, Scenario
 from sglang_harness.errors import KitError
-from sglang_harness.kit import describe
+from sglang_harness.kit import describe, request
 from sglang_harness.kit.record import KitRecord
 from sglang_harness.kit.target import Target, capability, shipped
 
@@ -54,6 +54,20 @@ def test_the_description_runs_under_other_pythons(minor: str):
     assert str(told["python"]).startswith(minor)
 
 
+def test_a_torch_in_the_users_own_site_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    minor = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    torch = tmp_path / "lib" / f"python{minor}" / "site-packages" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").write_text("")
+    (torch / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda = '13.0'\n")
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path))
+    base = Path(sys._base_executable)  # type: ignore[attr-defined]
+    told = json.loads(request.described(base))
+    assert (told["torch"], told["cuda"]) == ("2.11.0+cu130", "13.0")
+
+
 def test_gpus_are_told_by_the_driver(tmp_path: Path):
     if reason := nvml_mock.why_not():
         pytest.skip(reason)
@@ -62,10 +76,33 @@ def test_gpus_are_told_by_the_driver(tmp_path: Path):
     told = described(**nvml_mock.environment(scenario))
     assert told["driver"] == "570.86.15"
     assert told["driver_trouble"] is None
+    mock = {"name": "NVIDIA Mock 80GB"}
     assert told["gpus"] == [
-        {"name": "NVIDIA Mock 80GB", "capability": "9.0", "memory_bytes": 80 * GIB},
-        {"name": "NVIDIA Mock 80GB", "capability": "8.6", "memory_bytes": 24 * GIB},
+        {**mock, "capability": "9.0", "memory_bytes": 80 * GIB, "uuid": "GPU-a"},
+        {**mock, "capability": "8.6", "memory_bytes": 24 * GIB, "uuid": "GPU-b"},
     ]
+
+
+def test_a_gpu_whose_memory_the_driver_does_not_tell_is_there_all_the_same(tmp_path: Path):
+    if reason := nvml_mock.why_not():
+        pytest.skip(reason)
+    # NVML_ERROR_NO_PERMISSION: a GPU with MIG, seen without privileges.
+    scenario = Scenario(tmp_path / "scenario", [Device("GPU-a")])
+    scenario.rules = ["fail nvmlDeviceGetMemoryInfo 4"]
+    told = described(**nvml_mock.environment(scenario))
+    (gpu,) = told["gpus"]  # type: ignore[misc]
+    assert (gpu["uuid"], gpu["memory_bytes"], told["driver_trouble"]) == ("GPU-a", None, None)
+    Target.model_validate_json(json.dumps(told))
+
+
+def test_a_gpu_that_is_lost_does_not_hide_the_others(tmp_path: Path):
+    if reason := nvml_mock.why_not():
+        pytest.skip(reason)
+    scenario = Scenario(tmp_path / "scenario", [Device("GPU-a"), Device("GPU-b")])
+    scenario.rules = ["fail nvmlDeviceGetCudaComputeCapability 15 GPU-a"]
+    told = described(**nvml_mock.environment(scenario))
+    assert [gpu["uuid"] for gpu in told["gpus"]] == ["GPU-b"]  # type: ignore[attr-defined]
+    assert str(told["driver_trouble"]).startswith("GPU 0: nvmlDeviceGetCudaComputeCapability")
 
 
 def test_a_driver_that_fails_is_not_taken_for_a_host_without_gpus(tmp_path: Path):
