@@ -481,6 +481,65 @@ def test_every_route_is_asked_and_those_first_whose_speed_a_gpu_is_for():
     assert tuple(pushes.names()[: len(pushes.FIRST)]) == pushes.FIRST
 
 
+class Clock:
+    """Time that only pushes take."""
+
+    def __init__(self, left: float) -> None:
+        self.left = left
+        self.made: list[tuple[str, str]] = []
+
+    def push(
+        self, _: Any, checkpoint: Path, route: str, *, scored: bool, timeout: float
+    ) -> OnePush:
+        took = {"tensor": 20.0, "tensor-bucket": 25.0}.get(route, 2.0)
+        self.left -= took
+        self.made.append((route, checkpoint.name))
+        return replace(SCORED if scored else PUSH, to=checkpoint.name, seconds=took, staged=0.0)
+
+
+def pushed_within(left: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[RouteSeen]]:
+    clock = Clock(left)
+    monkeypatch.setattr(pushes, "_push", clock.push)
+    monkeypatch.setattr(pushes, "_checksum_seconds", lambda _: 0.1)
+    monkeypatch.setattr(routes, "make", lambda _: SimpleNamespace(lacking=lambda _: None))
+    server: Any = SimpleNamespace(
+        model=Path("first"),
+        spec=SimpleNamespace(limits=SimpleNamespace(check=100.0)),
+        raise_if_dead=lambda: None,
+    )
+    asked = ["disk", "tensor-bucket", "tensor"]
+    seen = pushes.observe(
+        server, Path("other"), left=lambda: clock.left, asked=asked, round_trips=1
+    )
+    return clock, seen
+
+
+def test_every_route_is_taken_there_and_back_where_there_is_time(monkeypatch: pytest.MonkeyPatch):
+    clock, seen = pushed_within(150.0, monkeypatch)
+    assert [len(each.pushes) for each in seen] == [2, 2, 2]
+    assert pushes.not_pushed(seen) == []
+    assert clock.made[-1] == ("tensor", "first")
+
+
+def test_a_route_that_takes_longer_than_what_is_left_is_not_begun(monkeypatch: pytest.MonkeyPatch):
+    """The part was killed in the middle of it, and had failed with every route right."""
+    clock, seen = pushed_within(60.0, monkeypatch)
+    assert [len(each.pushes) for each in seen] == [2, 2, 0]
+    assert pushes.not_pushed(seen) == ["tensor: 6 s were left"]
+    assert clock.left > 0
+
+
+def test_the_way_back_is_a_quick_one_where_there_is_no_time_for_the_routes_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    clock, seen = pushed_within(45.0, monkeypatch)
+    assert [len(each.pushes) for each in seen] == [2, 1, 0]
+    assert "back by disk" in seen[1].stopped
+    assert clock.made[-1] == ("disk", "first")
+    assert clock.left > 0
+    assert [pushes.wrong(each) for each in seen] == [[], [], []]
+
+
 # --- the fused layout --------------------------------------------------------------------------
 
 SUMS = {"model.norm.weight": "aa", "qkv_proj.weight": "bb"}

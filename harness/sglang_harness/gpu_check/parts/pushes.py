@@ -27,7 +27,9 @@ ROUND_TRIPS = 3
 #: Seconds for the answer to one bucket, however little time is left.
 LEAST_LIMIT = 15.0
 #: First those whose speed a GPU host is for. Others follow by name.
-FIRST = ("cuda-ipc", "disk", "tensor-bucket", "shared-memory", "tensor")
+FIRST = ("cuda-ipc", "disk", "shared-memory", "tensor-bucket", "tensor")
+#: The way back to the first weights where there is no time for the route's own.
+QUICKEST = "disk"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class OnePush:
     gpu_after: int | None
     unfit: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def took(self) -> float:
+        """Without what was computed here beside it."""
+        return self.seconds + self.staged
 
     @property
     def rate(self) -> float:
@@ -123,8 +130,15 @@ def observe(
     found: list[RouteSeen] = []
     wanted = list(names() if asked is None else asked)
     for number, route in enumerate(wanted):
-        share = left() / (len(wanted) - number)
-        seen = _by(route, server, server.model, other, share, say, round_trips)
+        seen = RouteSeen(route, routes.make(route).lacking(server), 2 * round_trips)
+        slowest = max((push.took for each in found for push in each.pushes), default=0.0)
+        if seen.lacking is not None:
+            say(f"{route}: {seen.lacking}")
+        elif left() < 2 * slowest:
+            seen = replace(seen, stopped=f"{left():.0f} s were left")
+        else:
+            share = left() / (len(wanted) - number)
+            seen = _by(seen, server, server.model, other, share, left, say)
         found.append(seen)
         each_seen(seen)
         server.raise_if_dead()
@@ -137,18 +151,15 @@ def observe(
 
 
 def _by(
-    route: str,
+    seen: RouteSeen,
     server: Server,
     first: Path,
     other: Path,
     share: float,
+    left: Callable[[], float],
     say: Callable[[str], None],
-    round_trips: int,
 ) -> RouteSeen:
-    seen = RouteSeen(route, routes.make(route).lacking(server), 2 * round_trips)
-    if seen.lacking is not None:
-        say(f"{route}: {seen.lacking}")
-        return seen
+    route = seen.route
     until = time.monotonic() + share
     longest = 0.0
     for number in range(seen.meant):
@@ -157,15 +168,21 @@ def _by(
         if number and there and time.monotonic() + 2 * longest > until:
             return replace(seen, stopped=f"{share:.0f} s for this route were used up")
         began = time.monotonic()
+        by = route
+        if not there and left() < seen.pushes[-1].took:
+            by = QUICKEST if routes.make(QUICKEST).lacking(server) is None else route
         try:
             limit = min(server.spec.limits.check, max(LEAST_LIMIT, until - began))
-            push = _push(
-                server, other if there else first, route, scored=number == 0, timeout=limit
-            )
+            push = _push(server, other if there else first, by, scored=number == 0, timeout=limit)
         except (ServerDied, ServerLost):
             raise
         except HarnessError as error:
             return replace(seen, error=f"{type(error).__name__}: {error.message}")
+        if by != route:
+            say(f"back by {by}: {_line(push)}")
+            if push.outcome == "failed":
+                return replace(seen, error=f"the way back by {by}: {push.reason}")
+            return replace(seen, stopped=f"no time for the way back by it: back by {by}")
         if number:  # the first one asks the reference models, and loads them
             longest = max(longest, time.monotonic() - began)
         seen.pushes.append(push)
