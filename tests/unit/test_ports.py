@@ -167,16 +167,17 @@ def test_a_high_port_is_served_by_other_versions_and_told_where_the_version_is_n
 
 
 def test_a_port_that_something_listens_at_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = reserve()
+    number = chosen.number
     with socket.socket() as listens:
-        listens.bind(("127.0.0.1", 0))
+        listens.bind(("127.0.0.1", number))
         listens.listen()
-        number = listens.getsockname()[1]
+        chosen.release()
         with pytest.raises(EngineError, match="is in use"):
             reserve(number)
         monkeypatch.setattr(ports, "CANDIDATES", range(number, number + 1))
         with pytest.raises(EngineError, match="None of 1 ports"):
             reserve()
-    reserve().release()
 
 
 def process(tmp_path: Path, port: int | None, command: str = "exec sleep 30") -> SGLangProcess:
