@@ -101,6 +101,13 @@ def checked(tmp_path: Path) -> Checked:
 # --- how a part can end --------------------------------------------------------------------------
 
 
+def test_a_part_fails_where_python_is_told_to_remove_assertions(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    assert checked.run("asserts-nothing")["asserts-nothing"].outcome == "failed"
+
+
 def test_each_way_to_end_has_its_outcome_and_its_message(checked: Checked):
     parts = checked.run(
         *("holds", "asserts", "asserts-nothing", "is-not-here", "breaks"),

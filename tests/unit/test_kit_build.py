@@ -387,6 +387,9 @@ def test_a_folder_that_is_not_there_is_said_before_anything_is_fetched(
     monkeypatch.setattr(building.wheels, "fetch", lambda *_: pytest.fail("fetched"))
     with pytest.raises(KitError, match=r"The folder of .* is not there"):
         build(shelf.request(tmp_path / "nowhere" / "kit.tar"))
+    monkeypatch.setattr(building.os, "access", lambda *_: False)
+    with pytest.raises(KitError, match=r".* cannot be written"):
+        build(shelf.request(tmp_path / "kit.tar"))
 
 
 def test_the_shipped_record_is_json_with_the_schema(shelf: Shelf, tmp_path: Path):

@@ -283,6 +283,57 @@ def test_one_gpu_with_kernels_is_enough_and_the_other_is_a_caveat(kit: Kit):
     assert "No kernels for NVIDIA A100-SXM4-40GB (sm80)." in caveats.splitlines()
 
 
+def test_where_gpus_differ_those_without_kernels_are_left_out(kit: Kit):
+    kit.host["gpus"] = [{**A100, "uuid": "GPU-a"}, {**H100, "uuid": "GPU-b"}]
+    told = kit.started()
+    assert told["environment"]["CUDA_VISIBLE_DEVICES"] == "GPU-b", "the first one has no kernels"
+    python = kit.folder / "unpacked" / "python-0.0.1"
+    assert told_by(python, "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])") == "GPU-b"
+    told = kit.started(CUDA_VISIBLE_DEVICES="GPU-a")
+    assert told["environment"]["CUDA_VISIBLE_DEVICES"] == "GPU-a", "a person's choice counts"
+
+
+def test_where_every_gpu_has_kernels_none_is_chosen(kit: Kit):
+    kit.host["gpus"] = [{**H100, "uuid": "GPU-a"}, {**H100, "uuid": "GPU-b"}]
+    assert "CUDA_VISIBLE_DEVICES" not in kit.started()["environment"]
+
+
+# --- the host's packages --------------------------------------------------------------------------
+
+
+def host_package(tmp_path: Path, version: str) -> dict[str, str]:
+    """A path of the host that has an old package in this version."""
+    about = tmp_path / "path" / f"old_one-{version}.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: old_one\nVersion: {version}\n")
+    return {"PYTHONPATH": str(tmp_path / "path")}
+
+
+SGLANG = """Metadata-Version: 2.1
+Name: sglang
+Version: 0.0.1
+Requires-Dist: Old.One>=2
+Requires-Dist: old-one<1; python_version < "3"
+Requires-Dist: left-out==7
+"""
+
+
+@pytest.mark.parametrize(("version", "fits"), [("1.5", False), ("2.1+local", True)])
+def test_a_package_of_the_host_in_an_unfit_version_is_a_caveat_with_what_is_required(
+    kit: Kit, tmp_path: Path, version: str, fits: bool
+):
+    kit.pack({**PAYLOAD, "site-0.0.1/sglang-0.0.1.dist-info/METADATA": SGLANG})
+    kit.record["needs"] = ["old-one", "packaging"]
+    done = kit.run(**host_package(tmp_path, version))
+    assert done.returncode == 0, done.stderr
+    unfit = "sglang 0.0.1 requires Old.One>=2, and this host has 1.5"
+    folder = kit.folder / "unpacked"
+    caveats = (folder / "python-0.0.1.caveats").read_text()
+    assert ("requires" not in caveats) if fits else (f"S{unfit[1:]}.\n" in caveats)
+    assert "requires" not in (folder / "python-0.0.2.caveats").read_text()
+    assert (f"gpu-check: {unfit}" in done.stderr.splitlines()) is not fits
+
+
 # --- which torch there is -------------------------------------------------------------------------
 
 
@@ -336,6 +387,13 @@ def test_a_python_without_torch_is_one_line(kit: Kit, tmp_path: Path):
     kit.record["needs"] = []
     line = kit.refused("--python", str(bare / "bin" / "python"))
     assert "bare/bin/python has no torch, and the kit was made for torch 2.11.0" in line
+
+
+def test_what_a_python_prints_as_it_starts_does_not_hide_the_host(kit: Kit, tmp_path: Path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text("print('welcome')")
+    done = kit.run("--no-run", PYTHONPATH=str(tmp_path / "path"))
+    assert done.returncode == 0, done.stderr
 
 
 # --- which Python ---------------------------------------------------------------------------------
@@ -410,6 +468,60 @@ def test_gpu_check_is_started_in_the_primary_releases_python(kit: Kit):
     assert "PYTHONPATH" not in environment, "it would be looked into before the kit's packages"
     assert "SGLANG_ANSWER" not in environment, "another release's servers would have it"
     assert json.loads((folder / "kit.json").read_text()) == kit.record
+
+
+def test_variables_that_would_hide_the_kit_or_remove_assertions_do_not_reach_it(kit: Kit):
+    kit.record["needs"] = []
+    base: str = sys._base_executable  # type: ignore[attr-defined]
+    words = {"PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}", "PYTHONOPTIMIZE": "1"}
+    told = kit.started("--python", base, **words)
+    folder = kit.folder / "unpacked"
+    assert told["prefix"] == str(folder / "venv-0.0.1")
+    assert not {"PYTHONHOME", "PYTHONOPTIMIZE"} & set(told["environment"])
+    done = subprocess.run(
+        [folder / "python-0.0.1", "-c", "import sglang, sys; print(sys.flags.optimize)"],
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+        env={**os.environ, **words},
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_gpu_check_is_found_from_another_folder_with_cdpath(kit: Kit):
+    words = kit.words("--no-run")
+    for path in (".", str(kit.folder.parent)):
+        done = subprocess.run(
+            [f"{kit.folder.name}/gpu-check", *words[1:]],
+            capture_output=True,
+            text=True,
+            timeout=SOON,
+            cwd=kit.folder.parent,
+            env={**os.environ, "CDPATH": path},
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["unpack.py", "describe.py", "kit.json"])
+def test_a_kit_that_was_not_copied_whole_is_one_line(kit: Kit, name: str):
+    words = kit.words()
+    (kit.folder / name).write_text("")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SOON)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"not run: there is no {name} in {kit.folder}: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_no_library_can_be_loaded_from_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = os.statvfs(tmp_path)
+    flags = real.f_flag | os.ST_NOEXEC
+    mounted = os.statvfs_result((*tuple(real)[:8], flags, real.f_namemax))
+    monkeypatch.setattr(os, "statvfs", lambda _: mounted)
+    with pytest.raises(unpack.NotRun, match=r"mounted noexec.*--unpack-to"):
+        unpack._make_folder(tmp_path / "unpacked")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "unpacked"]
 
 
 def test_each_release_has_its_own_packages_before_those_of_all_and_of_the_host(kit: Kit):

@@ -62,10 +62,33 @@ def test_gpus_are_told_by_the_driver(tmp_path: Path):
     told = described(**nvml_mock.environment(scenario))
     assert told["driver"] == "570.86.15"
     assert told["driver_trouble"] is None
+    mock = {"name": "NVIDIA Mock 80GB"}
     assert told["gpus"] == [
-        {"name": "NVIDIA Mock 80GB", "capability": "9.0", "memory_bytes": 80 * GIB},
-        {"name": "NVIDIA Mock 80GB", "capability": "8.6", "memory_bytes": 24 * GIB},
+        {**mock, "capability": "9.0", "memory_bytes": 80 * GIB, "uuid": "GPU-a"},
+        {**mock, "capability": "8.6", "memory_bytes": 24 * GIB, "uuid": "GPU-b"},
     ]
+
+
+def test_a_gpu_whose_memory_the_driver_does_not_tell_is_there_all_the_same(tmp_path: Path):
+    if reason := nvml_mock.why_not():
+        pytest.skip(reason)
+    # NVML_ERROR_NO_PERMISSION: a GPU with MIG, seen without privileges.
+    scenario = Scenario(tmp_path / "scenario", [Device("GPU-a")])
+    scenario.rules = ["fail nvmlDeviceGetMemoryInfo 4"]
+    told = described(**nvml_mock.environment(scenario))
+    (gpu,) = told["gpus"]  # type: ignore[misc]
+    assert (gpu["uuid"], gpu["memory_bytes"], told["driver_trouble"]) == ("GPU-a", None, None)
+    Target.model_validate_json(json.dumps(told))
+
+
+def test_a_gpu_that_is_lost_does_not_hide_the_others(tmp_path: Path):
+    if reason := nvml_mock.why_not():
+        pytest.skip(reason)
+    scenario = Scenario(tmp_path / "scenario", [Device("GPU-a"), Device("GPU-b")])
+    scenario.rules = ["fail nvmlDeviceGetCudaComputeCapability 15 GPU-a"]
+    told = described(**nvml_mock.environment(scenario))
+    assert [gpu["uuid"] for gpu in told["gpus"]] == ["GPU-b"]  # type: ignore[attr-defined]
+    assert str(told["driver_trouble"]).startswith("GPU 0: nvmlDeviceGetCudaComputeCapability")
 
 
 def test_a_driver_that_fails_is_not_taken_for_a_host_without_gpus(tmp_path: Path):

@@ -55,6 +55,8 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(its_end,),
+                # It would remove the assertions that parts are made of: nothing could fail.
+                env={k: v for k, v in os.environ.items() if k != "PYTHONOPTIMIZE"},
                 # Ctrl-C on a terminal goes to this process alone, which ends the child in order.
                 start_new_session=True,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import tarfile
 import zipfile
 from collections import Counter
@@ -218,8 +219,11 @@ def _room(out: Path | None) -> None:
             f"Packing a kit takes {PACKING_TAKES / MIB:.0f} MiB of memory, and "
             f"{memory.limited_by} has {memory.available / MIB:.0f} MiB left."
         )
-    if out is not None and not out.absolute().parent.is_dir():
+    folder = (out or Path("kit.tar")).absolute().parent
+    if not folder.is_dir():
         raise KitError(f"The folder of {out} is not there.")
+    if not os.access(folder, os.W_OK):
+        raise KitError(f"{folder} cannot be written.", advice="Name another place with --out.")
 
 
 def _verified(

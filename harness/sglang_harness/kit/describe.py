@@ -40,8 +40,9 @@ def describe(folder: str = ".") -> dict[str, Any]:
         ``schema``, ``python`` (``3.12.3``), ``implementation`` (``cpython``), ``machine``
         (``x86_64``), ``glibc`` (``2.39``; ``None`` with another C library), ``torch``
         (``2.11.0+cu130``) and ``cuda``, torch's own (``13.0``), both ``None`` where there is
-        none; ``gpus``, a list of ``name``, ``capability`` (``9.0``) and ``memory_bytes``;
-        ``driver``; ``driver_trouble``, why the GPUs are not known (``None``: they are);
+        none; ``gpus``, a list of ``name``, ``capability`` (``9.0``), ``memory_bytes`` (``None``
+        where the driver does not tell: of a GPU with MIG it takes a privilege) and ``uuid``;
+        ``driver``; ``driver_trouble``, why GPUs are not known (``None``: they all are);
         ``packages``, versions by normalised name (``None``: no version is stated); ``tools``,
         paths by name; ``disk_free_bytes``, ``memory_bytes``, ``cpus``, ``kernel``, ``os``.
     """
@@ -112,8 +113,7 @@ def gpus_and_driver() -> tuple[list[dict[str, Any]], str | None, str | None]:
 
     def ask() -> None:
         try:
-            found, driver = _by_nvml(ctypes.CDLL("libnvidia-ml.so.1"))
-            answers.append((found, driver, None))
+            answers.append(_by_nvml(ctypes.CDLL("libnvidia-ml.so.1")))
         except (OSError, AttributeError) as error:
             answers.append(([], None, str(error)))
 
@@ -135,8 +135,11 @@ class _Memory(ctypes.Structure):
     )
 
 
-def _by_nvml(library: ctypes.CDLL) -> tuple[list[dict[str, Any]], str]:
-    """Raises OSError where NVML answers with an error, AttributeError where it lacks a function."""
+def _by_nvml(library: ctypes.CDLL) -> tuple[list[dict[str, Any]], str, str | None]:
+    """The GPUs that answer, the driver, and why one does not.
+
+    Raises OSError where NVML answers with an error, AttributeError where it lacks a function.
+    """
 
     def call(name: str, *words: Any) -> None:
         code = getattr(library, name)(*words)
@@ -148,33 +151,38 @@ def _by_nvml(library: ctypes.CDLL) -> tuple[list[dict[str, Any]], str]:
         call(name, *words, buffer, ctypes.c_uint(len(buffer)))
         return buffer.value.decode(errors="replace")
 
+    def gpu(index: int) -> dict[str, Any]:
+        device = ctypes.c_void_p()
+        call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(device))
+        major, minor, memory = ctypes.c_int(), ctypes.c_int(), _Memory()
+        call("nvmlDeviceGetCudaComputeCapability", device, ctypes.byref(major), ctypes.byref(minor))
+        try:
+            call("nvmlDeviceGetMemoryInfo", device, ctypes.byref(memory))
+        except OSError:
+            memory.total = 0
+        return {
+            "name": text("nvmlDeviceGetName", device),
+            "capability": f"{major.value}.{minor.value}",
+            "memory_bytes": memory.total or None,
+            "uuid": text("nvmlDeviceGetUUID", device),
+        }
+
     call("nvmlInit_v2")
     try:
         driver = text("nvmlSystemGetDriverVersion")
         count = ctypes.c_uint()
         call("nvmlDeviceGetCount_v2", ctypes.byref(count))
-        gpus = []
+        gpus: list[dict[str, Any]] = []
+        trouble: str | None = None
         for index in range(count.value):
-            device = ctypes.c_void_p()
-            call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(device))
-            major, minor, memory = ctypes.c_int(), ctypes.c_int(), _Memory()
-            call(
-                "nvmlDeviceGetCudaComputeCapability",
-                device,
-                ctypes.byref(major),
-                ctypes.byref(minor),
-            )
-            call("nvmlDeviceGetMemoryInfo", device, ctypes.byref(memory))
-            gpus.append(
-                {
-                    "name": text("nvmlDeviceGetName", device),
-                    "capability": f"{major.value}.{minor.value}",
-                    "memory_bytes": memory.total,
-                }
-            )
+            try:
+                gpus.append(gpu(index))
+            except OSError as error:
+                # One that fell off its bus does not hide the others.
+                trouble = f"GPU {index}: {error}"
     finally:
         library.nvmlShutdown()
-    return gpus, driver
+    return gpus, driver, trouble
 
 
 def _version(package: str) -> str | None:

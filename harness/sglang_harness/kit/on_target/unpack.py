@@ -38,12 +38,18 @@ HERE = Path(__file__).resolve().parent
 NOT_RUN = 3
 MIB = 1 << 20
 
+#: Variables of Python that do not reach what runs from the kit. PYTHONPATH: its folders are behind
+#: the kit's. PYTHONHOME: a virtual environment is not one with it. PYTHONOPTIMIZE: it removes the
+#: assertions that checks are made of.
+NOT_HANDED_ON = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
+
 #: Beside the payload itself: what Python compiles of it, and what SGLang compiles while it serves.
 BESIDE_PAYLOAD = 512 * MIB
 
 #: Seconds for what can hang: a driver in trouble, an import of torch from a slow disk, another
 #: unpacking into the same folder.
 DESCRIBE_WITHIN, TORCH_WITHIN, OTHER_WITHIN, COMPILE_WITHIN = 60.0, 300.0, 600.0, 120.0
+FITS_WITHIN = 60.0
 
 #: What unpacking writes into its folder, beside what the payload has.
 LOCK, COMPLETE, UNPACKING = "payload.lock", "complete", "unpacking"
@@ -82,7 +88,11 @@ def main(words: list[str]) -> NoReturn:
     primary = _venv(folder, kit["releases"][0]["version"]) / "bin" / "python"
     command = [str(primary), "-m", "sglang_harness", "gpu-check", "--kit", str(folder), *others]
     if not asked.no_run:
-        os.execve(primary, command, environment)  # noqa: S606
+        try:
+            os.execve(primary, command, environment)  # noqa: S606
+        except OSError as error:
+            print(f"not run: {primary} cannot be started ({error.strerror}).", file=sys.stderr)
+            sys.exit(NOT_RUN)
     sys.exit(0)
 
 
@@ -143,7 +153,11 @@ def describe() -> dict[str, Any]:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise NotRun(f"{script} could not describe this host ({last}).")
-    host = json.loads(done.stdout)
+    try:
+        # What starts with this Python may print as well, before.
+        host = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        raise NotRun(f"{script} described this host in words that are not JSON.") from None
     assert isinstance(host, dict)
     if host["torch"] is None or host["cuda"] is None:
         host["torch"], host["cuda"] = _torch_by_import(host["torch"], host["cuda"])
@@ -174,7 +188,10 @@ def _torch_by_import(torch: str | None, cuda: str | None) -> tuple[str | None, s
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise NotRun(f"torch cannot be imported by {sys.executable} ({last}).")
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        told = json.loads((done.stdout.strip().splitlines() or [""])[-1])
+    except ValueError:
+        raise NotRun(f"torch of {sys.executable} did not tell its version.") from None
     return (told[0] or torch, told[1] or cuda)
 
 
@@ -242,6 +259,18 @@ def _refuse_gpus(made: dict[str, Any], host: dict[str, Any]) -> None:
         )
 
 
+def _only_with_kernels(made: dict[str, Any], host: dict[str, Any]) -> dict[str, str]:
+    """The variable that leaves the GPUs that the kit has kernels for, where others are there too;
+    empty where all have, or where this host's driver told no UUIDs."""
+    without = _without_kernels(made, host)
+    uuids = [
+        g.get("uuid") for g in host["gpus"] if not _without_kernels(made, {**host, "gpus": [g]})
+    ]
+    if not without or not all(uuids):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, uuids))}
+
+
 def _without_kernels(made: dict[str, Any], host: dict[str, Any]) -> list[str]:
     """The GPUs that the kit has no kernels for, such as ``NVIDIA A100 (sm80)``."""
     named = [(g["name"], "sm" + g["capability"].replace(".", "")) for g in host["gpus"]]
@@ -276,7 +305,8 @@ def unpack(kit: dict[str, Any], host: dict[str, Any], folder: Path, device: str)
             _make_python(kit, release, host, folder, device)
     return {
         **_caches(folder),
-        **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        **(_only_with_kernels(kit["made_for"], host) if device == "gpu" else {}),
+        **{k: v for k, v in os.environ.items() if k not in NOT_HANDED_ON},
         "LD_LIBRARY_PATH": _joined(*_libraries(), os.environ.get("LD_LIBRARY_PATH", "")),
         "PATH": _joined(os.environ.get("PATH", os.defpath), *_tools(host)),
         "HF_HUB_OFFLINE": "1",
@@ -298,6 +328,11 @@ def _refuse_odd_names(folder: Path) -> None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            raise NotRun(
+                f"{folder} is on a file system that is mounted noexec, from which no library can "
+                "be loaded: name a folder on another with --unpack-to."
+            )
         names = {path.name for path in folder.iterdir()}
         # The lock is the first thing that unpacking writes.
         if names and LOCK not in names:
@@ -343,7 +378,7 @@ def _locked(lock: IO[str]) -> bool:
         return False
     except OSError as error:
         # A file system without locks: what is complete can still be used, and two at once cannot.
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise NotRun(f"{lock.name} cannot be locked ({error.strerror}).") from None
     return True
 
@@ -467,7 +502,7 @@ def _make_python(
     if not (made / "pyvenv.cfg").exists() or not link.exists() or _moved(link):
         try:
             venv.EnvBuilder(with_pip=False, symlinks=True, clear=True).create(made)
-        except (OSError, subprocess.CalledProcessError, SystemExit) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError, SystemExit) as error:
             raise NotRun(f"{sys.executable} cannot make a virtual environment ({error}).") from None
     places = [release.get("site"), "site", "stand_ins", "harness"]
     lines = [str(folder / place) for place in places if place and (folder / place).is_dir()]
@@ -478,8 +513,61 @@ def _make_python(
     # As venv makes it. Debian's own Python would state another folder for itself.
     packages = made / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     _write(packages / "kit.pth", "".join(f"{line}\n" for line in [*lines, *_path_of_host()]))
-    _write(folder / f"python-{version}.caveats", "".join(_caveats(kit, release, host, device)))
-    _write(folder / f"python-{version}", _wrapper(release, host, folder), mode=0o755)
+    unfit = _unfit(link, [str(folder / place) for place in places if place], kit["needs"])
+    caveats = _caveats(kit, release, host, device, unfit)
+    _write(folder / f"python-{version}.caveats", "".join(caveats))
+    only = _only_with_kernels(kit["made_for"], host) if device == "gpu" else {}
+    _write(folder / f"python-{version}", _wrapper(release, host, folder, only), mode=0o755)
+
+
+#: Prints what the kit's packages require of the host's, and is not there in such a version.
+_FITS = """
+import importlib.metadata as metadata, json, re, sys
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+places, needs = json.loads(sys.argv[1])
+unfit = set()
+for package in metadata.distributions(path=places):
+    for line in package.requires or ():
+        wanted = Requirement(line)
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        if name not in needs or wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        there = metadata.version(name)
+        try:
+            fits = wanted.specifier.contains(Version(there).public, prereleases=True)
+        except InvalidVersion:
+            fits = not wanted.specifier
+        if not fits:
+            by = package.metadata["Name"] + " " + package.version
+            unfit.add(f"{by} requires {wanted.name}{wanted.specifier}, and this host has {there}")
+print(json.dumps(sorted(unfit)))
+"""
+
+
+def _unfit(python: Path, places: list[str], needs: list[str]) -> list[str]:
+    """What the kit's packages require of this host's and do not find, a sentence each. A kit that
+    was made by names alone does not know their versions."""
+    try:
+        done = subprocess.run(
+            [str(python), "-c", _FITS, json.dumps([places, needs])],
+            capture_output=True,
+            text=True,
+            timeout=FITS_WITHIN,
+            env={k: v for k, v in os.environ.items() if k not in NOT_HANDED_ON},
+            cwd="/",
+        )
+        if done.returncode == 0:
+            unfit = [str(line) for line in json.loads(done.stdout.strip().splitlines()[-1])]
+        else:
+            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            unfit = [f"whether this host's packages fit the kit's is not known ({why})"]
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired) as error:
+        why = type(error).__name__
+        unfit = [f"whether this host's packages fit the kit's is not known ({why})"]
+    for line in unfit:
+        _say(line)
+    return unfit
 
 
 def _venv(folder: Path, version: str) -> Path:
@@ -566,11 +654,14 @@ def _caches(folder: Path) -> dict[str, str]:
     return {name: str(place) for name, place in places.items()}
 
 
-def _wrapper(release: dict[str, Any], host: dict[str, Any], folder: Path) -> str:
+def _wrapper(
+    release: dict[str, Any], host: dict[str, Any], folder: Path, more: dict[str, str]
+) -> str:
     """A script of the shell. What whoever runs it has set wins; the search paths are completed."""
     variables = {
         **_caches(folder),
         **({"CUDA_HOME": home} if (home := _cuda_home(host)) else {}),
+        **more,
         **release["environment"],
     }
     libraries, tools = shlex.quote(_joined(*_libraries())), shlex.quote(_joined(*_tools(host)))
@@ -578,6 +669,7 @@ def _wrapper(release: dict[str, Any], host: dict[str, Any], folder: Path) -> str
     lines = [
         "#!/bin/sh",
         f"# Made by unpack.py: the Python of this kit that has SGLang {release['version']}.",
+        "unset PYTHONHOME PYTHONOPTIMIZE",
         f"libraries={libraries}",
         'libraries="$libraries${LD_LIBRARY_PATH:+${libraries:+:}$LD_LIBRARY_PATH}"',
         '[ -z "$libraries" ] || export LD_LIBRARY_PATH="$libraries"',
@@ -589,11 +681,15 @@ def _wrapper(release: dict[str, Any], host: dict[str, Any], folder: Path) -> str
 
 
 def _caveats(
-    kit: dict[str, Any], release: dict[str, Any], host: dict[str, Any], device: str
+    kit: dict[str, Any],
+    release: dict[str, Any],
+    host: dict[str, Any],
+    device: str,
+    unfit: list[str],
 ) -> list[str]:
     """One sentence a line."""
     told = [f"a stand-in for {s['name']}: {s['reason']}" for s in release["stand_ins"]]
-    told += release["caveats"]
+    told += [*release["caveats"], *unfit]
     if device == "cpu":
         told.append("a rehearsal on the CPU: sgl_kernel is a stand-in, and no GPU was seen")
     else:
