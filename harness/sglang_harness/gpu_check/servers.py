@@ -107,7 +107,8 @@ class Servers:
 
         Raises:
             HarnessError: it did not start.
-            NotHere: the same was asked for before, and did not start for a reason that lasts.
+            NotHere: it did not start in less time than one may need; or the same was asked for
+                before, and did not start for a reason that lasts.
         """
         asked = spec.model_dump_json(exclude={"limits"})
         if self._running is not None:
@@ -121,14 +122,28 @@ class Servers:
         try:
             server = Server.start(spec, runtime=self.runtime(), say=say, within=within)
         except HarnessError as error:
-            if not _of_this_time(error, within):
+            if not self._of_this_time(error, within):
                 self._failed[asked] = error.message
                 self._report({"kind": "no server", "asked": asked, "why": error.message})
             if error.log:
                 self._keep_log(key, error.log)
+            if isinstance(error, StartTimeout) and self._of_this_time(error, within):
+                raise NotHere(
+                    f"the server did not start in the {within:.0f} s that were left for it"
+                ) from error
             raise
         self._running = asked, key, server
         return server
+
+    def _of_this_time(self, error: HarnessError, within: float) -> bool:
+        """Whether a server may start all the same when the next part asks for it.
+
+        Args:
+            within: seconds that it had.
+        """
+        if isinstance(error, StartTimeout):
+            return within < COMES_UP_WITHIN * self._settings.slow
+        return isinstance(error, DeviceNotIdle | LeaseTaken | TelemetryError)
 
     def close(self) -> None:
         """Ends the server, if one runs, and keeps its log; reports what it left."""
@@ -157,14 +172,3 @@ class Servers:
             number += 1
             file = folder / f"{key}-server-{number}.log"
         write_whole(file, log)
-
-
-def _of_this_time(error: HarnessError, within: float) -> bool:
-    """Whether a server may start all the same when the next part asks for it.
-
-    Args:
-        within: seconds that it had.
-    """
-    if isinstance(error, StartTimeout):
-        return within < COMES_UP_WITHIN
-    return isinstance(error, DeviceNotIdle | LeaseTaken | TelemetryError)
