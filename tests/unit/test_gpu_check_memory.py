@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gpu_check_contexts import context, figures
 
 from sglang_harness.errors import NotProvided, Refused
 from sglang_harness.gpu_check import bounds, planter, served
@@ -505,7 +506,8 @@ def pushed_within(left: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, 
     server: Any = SimpleNamespace(
         model=Path("first"),
         spec=SimpleNamespace(limits=SimpleNamespace(check=100.0)),
-        raise_if_dead=lambda: None,
+        running=SimpleNamespace(watch=SimpleNamespace(ended=None)),
+        weights=SimpleNamespace(unfit=None),
     )
     asked = ["disk", "tensor-bucket", "tensor"]
     seen = pushes.observe(
@@ -538,6 +540,44 @@ def test_the_way_back_is_a_quick_one_where_there_is_no_time_for_the_routes_own(
     assert clock.made[-1] == ("disk", "first")
     assert clock.left > 0
     assert [pushes.wrong(each) for each in seen] == [[], [], []]
+
+
+def test_a_server_that_dies_of_a_push_takes_no_other_route_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """CUDA IPC comes first, and where a host has none the server dies of it."""
+    started: list[Any] = []
+
+    def fresh(_: Any) -> Any:
+        watch = SimpleNamespace(ended=None)
+        watch.wait = lambda _: setattr(watch, "ended", "it died")
+        limits = SimpleNamespace(check=100.0)
+        server = SimpleNamespace(
+            model=Path("first"),
+            spec=SimpleNamespace(limits=limits),
+            running=SimpleNamespace(watch=watch),
+            weights=SimpleNamespace(unfit=None),
+        )
+        started.append(server)
+        return server
+
+    def push(server: Any, checkpoint: Path, route: str, *, scored: bool, timeout: float) -> OnePush:
+        if route == "cuda-ipc":
+            raise Refused("POST /update_weights_from_tensor", 500, "invalid device context")
+        return replace(SCORED if scored else PUSH, to=checkpoint.name)
+
+    monkeypatch.setattr(served, "shared", fresh)
+    monkeypatch.setattr(served, "other_checkpoint", lambda _: Path("other"))
+    monkeypatch.setattr(pushes, "_push", push)
+    monkeypatch.setattr(pushes, "_checksum_seconds", lambda _: 0.1)
+    monkeypatch.setattr(routes, "make", lambda _: SimpleNamespace(lacking=lambda _: None))
+    given, reports = context(tmp_path, device="gpu", gpus=["GPU-1"], seconds=300.0)
+    with pytest.raises(AssertionError, match=r"^cuda-ipc: Refused: .*invalid device context"):
+        pushes.run(given)
+    rows = figures(reports)["routes"]
+    assert set(rows) == set(routes.names())
+    assert {name for name, row in rows.items() if not row["held"]} == {"cuda-ipc"}
+    assert len(started) == 2
 
 
 # --- the fused layout --------------------------------------------------------------------------
