@@ -13,7 +13,7 @@ import pytest
 import nvml_mock
 from nvml_mock import GIB, Device, Scenario
 from sglang_harness.errors import KitError
-from sglang_harness.kit import describe
+from sglang_harness.kit import describe, request
 from sglang_harness.kit.record import KitRecord
 from sglang_harness.kit.target import Target, capability, shipped
 
@@ -52,6 +52,20 @@ def test_the_description_runs_under_other_pythons(minor: str):
         pytest.skip(f"no Python {minor} here")
     told = described(python=python, PATH="/usr/bin")
     assert str(told["python"]).startswith(minor)
+
+
+def test_a_torch_in_the_users_own_site_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    minor = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    torch = tmp_path / "lib" / f"python{minor}" / "site-packages" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").write_text("")
+    (torch / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda = '13.0'\n")
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path))
+    base = Path(sys._base_executable)  # type: ignore[attr-defined]
+    told = json.loads(request.described(base))
+    assert (told["torch"], told["cuda"]) == ("2.11.0+cu130", "13.0")
 
 
 def test_gpus_are_told_by_the_driver(tmp_path: Path):

@@ -175,6 +175,15 @@ def test_a_broken_lock_is_refused_with_its_line(change: tuple[str, str], message
         Lock.parse(lock.text().replace(*change), "it")
 
 
+def test_a_builder_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wheels.sys, "executable", "/env/bin/python")
+    told = wheels.refused(
+        "/env/bin/python: No module named pip\n", Target.read("h100-python3.12-torch2.11-cuda13")
+    )
+    assert told.message == "/env/bin/python has no pip."
+    assert "ensurepip" in str(told.advice)
+
+
 def test_a_lock_of_another_target_is_refused():
     releases = catalogue().choose("2.11.0", ["0.5.15"])
     lock = Lock("cpython 3.12, torch 2.11.0, x86_64", ("0.5.15",), ())

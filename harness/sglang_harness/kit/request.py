@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -138,7 +139,9 @@ def described(python: Path | None) -> str:
     program = sys.executable if python is None else str(python)
     file = resources.files(__package__) / "describe.py"
     try:
-        ended = bounded.run([program, "-I", str(file)], within=DESCRIBE_WITHIN)
+        # As a person runs it there: torch may be in the user's own site. Not from this folder.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        ended = bounded.run([program, str(file)], within=DESCRIBE_WITHIN, environment=environment)
     except OSError as error:
         raise KitError(f"{program} cannot be started: {error.strerror}.") from None
     except subprocess.TimeoutExpired:

@@ -160,6 +160,11 @@ def _pip(words: list[str], target: Target, to: Path) -> None:
 
 def refused(text: str, target: Target) -> KitError:
     """What the words of pip or uv mean, without the addresses that are in them."""
+    if re.search(r"No module named '?pip\b", text):
+        return KitError(
+            f"{sys.executable} has no pip.",
+            advice="A kit's wheels are fetched by pip: install it with 'python -m ensurepip'.",
+        )
     if found := re.search(r"DO NOT MATCH THE HASHES.*?\n\s*(\S+==\S+|\S+) from", text, re.DOTALL):
         return KitError(
             f"The wheel of {found[1]} has another hash than the lock: it was replaced on its way "

@@ -100,7 +100,8 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = argparse.ArgumentParser(
         prog="gpu-check",
         description="Unpacks this kit once and runs gpu-check from it.",
-        epilog="Every other option goes to 'sglang-harness gpu-check'.",
+        epilog="Every other option goes to 'sglang-harness gpu-check': --budget SECONDS, "
+        "--out FOLDER, --part NAME, --release VERSION, --slow FACTOR, --list and others.",
         allow_abbrev=False,
     )
     options.add_argument("--python", help="the Python that has torch (default: python3)")
@@ -144,7 +145,14 @@ def describe() -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=DESCRIBE_WITHIN,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            env={
+                **os.environ,
+                "PYTHONDONTWRITEBYTECODE": "1",
+                # NVML lies where the driver's other libraries do.
+                "LD_LIBRARY_PATH": _joined(
+                    os.environ.get("LD_LIBRARY_PATH", ""), *_folder_of_driver()
+                ),
+            },
         )
     except subprocess.TimeoutExpired:
         raise NotRun(f"{script} did not describe this host in {DESCRIBE_WITHIN:g} s.") from None
@@ -540,7 +548,7 @@ for package in metadata.distributions(path=places):
             fits = not wanted.specifier
         if not fits:
             by = package.metadata["Name"] + " " + package.version
-            unfit.add(f"{by} requires {wanted.name}{wanted.specifier}, and this host has {there}")
+            unfit.add(f"this host has {name} {there}, and {by} requires {name}{wanted.specifier}")
 print(json.dumps(sorted(unfit)))
 """
 
@@ -592,9 +600,15 @@ def _libraries() -> list[str]:
     """Folders of libraries that the kit's kernels and the memory saver link to: those of NVIDIA's
     wheels, and the driver's where the loader does not find it."""
     found = [str(p) for place in _path_of_host() for p in Path(place).glob("nvidia/*/lib")]
-    if not _loads("libcuda.so.1"):
-        found += [p for p in DRIVER_FOLDERS if Path(p, "libcuda.so.1").exists()][:1]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *_folder_of_driver()]))
+
+
+def _folder_of_driver() -> list[str]:
+    """The folder of the driver's libraries; empty where the loader finds them, or they are not
+    there."""
+    if _loads("libcuda.so.1"):
+        return []
+    return [p for p in DRIVER_FOLDERS if Path(p, "libcuda.so.1").exists()][:1]
 
 
 def _tools(host: dict[str, Any]) -> list[str]:
