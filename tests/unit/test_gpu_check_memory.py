@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gpu_check_contexts import context, figures
 
 from sglang_harness.errors import NotProvided, Refused
 from sglang_harness.gpu_check import bounds, planter, served
@@ -479,6 +480,104 @@ def test_a_route_for_which_no_time_was_left_is_no_route_that_held():
 def test_every_route_is_asked_and_those_first_whose_speed_a_gpu_is_for():
     assert sorted(pushes.names()) == routes.names()
     assert tuple(pushes.names()[: len(pushes.FIRST)]) == pushes.FIRST
+
+
+class Clock:
+    """Time that only pushes take."""
+
+    def __init__(self, left: float) -> None:
+        self.left = left
+        self.made: list[tuple[str, str]] = []
+
+    def push(
+        self, _: Any, checkpoint: Path, route: str, *, scored: bool, timeout: float
+    ) -> OnePush:
+        took = {"tensor": 20.0, "tensor-bucket": 25.0}.get(route, 2.0)
+        self.left -= took
+        self.made.append((route, checkpoint.name))
+        return replace(SCORED if scored else PUSH, to=checkpoint.name, seconds=took, staged=0.0)
+
+
+def pushed_within(left: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, list[RouteSeen]]:
+    clock = Clock(left)
+    monkeypatch.setattr(pushes, "_push", clock.push)
+    monkeypatch.setattr(pushes, "_checksum_seconds", lambda _: 0.1)
+    monkeypatch.setattr(routes, "make", lambda _: SimpleNamespace(lacking=lambda _: None))
+    server: Any = SimpleNamespace(
+        model=Path("first"),
+        spec=SimpleNamespace(limits=SimpleNamespace(check=100.0)),
+        running=SimpleNamespace(watch=SimpleNamespace(ended=None)),
+        weights=SimpleNamespace(unfit=None),
+    )
+    asked = ["disk", "tensor-bucket", "tensor"]
+    seen = pushes.observe(
+        server, Path("other"), left=lambda: clock.left, asked=asked, round_trips=1
+    )
+    return clock, seen
+
+
+def test_every_route_is_taken_there_and_back_where_there_is_time(monkeypatch: pytest.MonkeyPatch):
+    clock, seen = pushed_within(150.0, monkeypatch)
+    assert [len(each.pushes) for each in seen] == [2, 2, 2]
+    assert pushes.not_pushed(seen) == []
+    assert clock.made[-1] == ("tensor", "first")
+
+
+def test_a_route_that_takes_longer_than_what_is_left_is_not_begun(monkeypatch: pytest.MonkeyPatch):
+    """The part was killed in the middle of it, and had failed with every route right."""
+    clock, seen = pushed_within(60.0, monkeypatch)
+    assert [len(each.pushes) for each in seen] == [2, 2, 0]
+    assert pushes.not_pushed(seen) == ["tensor: 6 s were left"]
+    assert clock.left > 0
+
+
+def test_the_way_back_is_a_quick_one_where_there_is_no_time_for_the_routes_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    clock, seen = pushed_within(45.0, monkeypatch)
+    assert [len(each.pushes) for each in seen] == [2, 1, 0]
+    assert "back by disk" in seen[1].stopped
+    assert clock.made[-1] == ("disk", "first")
+    assert clock.left > 0
+    assert [pushes.wrong(each) for each in seen] == [[], [], []]
+
+
+def test_a_server_that_dies_of_a_push_takes_no_other_route_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """CUDA IPC comes first, and where a host has none the server dies of it."""
+    started: list[Any] = []
+
+    def fresh(_: Any) -> Any:
+        watch = SimpleNamespace(ended=None)
+        watch.wait = lambda _: setattr(watch, "ended", "it died")
+        limits = SimpleNamespace(check=100.0)
+        server = SimpleNamespace(
+            model=Path("first"),
+            spec=SimpleNamespace(limits=limits),
+            running=SimpleNamespace(watch=watch),
+            weights=SimpleNamespace(unfit=None),
+        )
+        started.append(server)
+        return server
+
+    def push(server: Any, checkpoint: Path, route: str, *, scored: bool, timeout: float) -> OnePush:
+        if route == "cuda-ipc":
+            raise Refused("POST /update_weights_from_tensor", 500, "invalid device context")
+        return replace(SCORED if scored else PUSH, to=checkpoint.name)
+
+    monkeypatch.setattr(served, "shared", fresh)
+    monkeypatch.setattr(served, "other_checkpoint", lambda _: Path("other"))
+    monkeypatch.setattr(pushes, "_push", push)
+    monkeypatch.setattr(pushes, "_checksum_seconds", lambda _: 0.1)
+    monkeypatch.setattr(routes, "make", lambda _: SimpleNamespace(lacking=lambda _: None))
+    given, reports = context(tmp_path, device="gpu", gpus=["GPU-1"], seconds=300.0)
+    with pytest.raises(AssertionError, match=r"^cuda-ipc: Refused: .*invalid device context"):
+        pushes.run(given)
+    rows = figures(reports)["routes"]
+    assert set(rows) == set(routes.names())
+    assert {name for name, row in rows.items() if not row["held"]} == {"cuda-ipc"}
+    assert len(started) == 2
 
 
 # --- the fused layout --------------------------------------------------------------------------

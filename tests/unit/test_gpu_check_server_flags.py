@@ -14,7 +14,8 @@ from scripted_runtime import GENERATED, ScriptedRunning, ScriptedRuntime
 from scripted_server import Answer, Seen
 
 from sglang_harness.checkpoint import locate
-from sglang_harness.errors import EngineError
+from sglang_harness.errors import DeviceNotIdle, EngineError, HarnessError, StartTimeout
+from sglang_harness.gpu_check.outcomes import NotHere
 from sglang_harness.gpu_check.parts import server_flags as part
 from sglang_harness.gpu_check.parts.server_flags import LADDER, TOKENS, wrong_answer
 from sglang_harness.oracle import Oracle, Scores
@@ -125,6 +126,28 @@ def test_none_that_comes_up_fails_with_the_reason_of_each(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("ladder")
+@pytest.mark.usefixtures("ladder")
+@pytest.mark.parametrize(
+    "error", [StartTimeout("No generation within 20 s."), DeviceNotIdle("GPU-1 is not idle.")]
+)
+def test_what_other_flags_do_not_change_is_tried_once_and_no_failure(
+    tmp_path: Path, error: HarnessError
+):
+    """Eight starts on a GPU that another had took the time of every part, and blamed SGLang."""
+
+    def refusing(running: ScriptedRunning) -> None:
+        def start() -> None:
+            raise error
+
+        running.start = start  # type: ignore[method-assign]
+
+    runtime = ScriptedRuntime(refusing)
+    given, reports = context(tmp_path, runtime=runtime, seconds=40.0)
+    with pytest.raises(NotHere, match=error.message):
+        part.choose(given)
+    assert len(figures(reports)["tried"]) == 1
+
+
 def test_a_flag_of_the_command_line_wins(tmp_path: Path, right: list[int]):
     runtime = ScriptedRuntime(answering(right))
     given, _ = context(tmp_path, runtime=runtime, server_args={"enable-memory-saver": False})

@@ -19,7 +19,7 @@ import pytest
 from sglang_harness.checkpoint.reading import TensorInfo
 from sglang_harness.errors import EngineError, PeerFailed
 from sglang_harness.peer import Peer
-from sglang_harness.runtime.attached import AttachedProcess, remove_segments
+from sglang_harness.runtime.attached import AttachedProcess, Lines, remove_segments
 from sglang_harness.weights.routes.buckets import plan
 from sglang_harness.weights.routes.peer import largest, slots
 
@@ -323,3 +323,13 @@ def test_other_peoples_segments_are_left_alone(tmp_path: Path):
         (tmp_path / name).touch()
     remove_segments([12], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sem.x", "torch_123_a_0"]
+
+
+def test_a_line_of_its_errors_that_comes_in_two_pieces_is_one_line():
+    """The last line is what a person is told of a program that ended."""
+    said = Lines()
+    for piece in (b"Traceback:\nAssertion", "Error: 3 \u20ac".encode()[:-1], b"\xac"):
+        said.errors(piece)
+    assert said.words().splitlines() == ["Traceback:", "AssertionError: 3 \u20ac"]
+    said.errors(b" less\n")
+    assert said.words().splitlines()[-1] == "AssertionError: 3 \u20ac less"

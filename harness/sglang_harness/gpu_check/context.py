@@ -170,7 +170,8 @@ class Context:
 
         Raises:
             HarnessError: it did not start.
-            NotHere: the same was asked for before, and did not start.
+            NotHere: it did not start, and too little time was left for it; or the same was asked
+                for before, and did not start.
         """
         spec = self.spec(model=model, server_args=server_args, environment=environment, **fields)
         within = max(1.0, self.left() - 5.0)

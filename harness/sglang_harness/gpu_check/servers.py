@@ -33,6 +33,19 @@ COMES_UP_WITHIN = 90.0
 Report = Callable[[dict[str, Any]], None]
 
 
+def passes(error: HarnessError, within: float, slow: float) -> bool:
+    """Whether a server that did not start because of this may start all the same when it is asked
+    for again.
+
+    Args:
+        within: seconds that it had.
+        slow: factor of what it may need.
+    """
+    if isinstance(error, StartTimeout):
+        return within < COMES_UP_WITHIN * slow
+    return isinstance(error, DeviceNotIdle | LeaseTaken | TelemetryError)
+
+
 class TellingRuntime:
     """A runtime that reports the key of each server before it starts, so that it is written
     nowhere, whatever becomes of the server."""
@@ -107,7 +120,8 @@ class Servers:
 
         Raises:
             HarnessError: it did not start.
-            NotHere: the same was asked for before, and did not start for a reason that lasts.
+            NotHere: it did not start in less time than one may need; or the same was asked for
+                before, and did not start for a reason that lasts.
         """
         asked = spec.model_dump_json(exclude={"limits"})
         if self._running is not None:
@@ -121,11 +135,15 @@ class Servers:
         try:
             server = Server.start(spec, runtime=self.runtime(), say=say, within=within)
         except HarnessError as error:
-            if not _of_this_time(error, within):
+            if not passes(error, within, self._settings.slow):
                 self._failed[asked] = error.message
                 self._report({"kind": "no server", "asked": asked, "why": error.message})
             if error.log:
                 self._keep_log(key, error.log)
+            if isinstance(error, StartTimeout) and passes(error, within, self._settings.slow):
+                raise NotHere(
+                    f"the server did not start in the {within:.0f} s that were left for it"
+                ) from error
             raise
         self._running = asked, key, server
         return server
@@ -157,14 +175,3 @@ class Servers:
             number += 1
             file = folder / f"{key}-server-{number}.log"
         write_whole(file, log)
-
-
-def _of_this_time(error: HarnessError, within: float) -> bool:
-    """Whether a server may start all the same when the next part asks for it.
-
-    Args:
-        within: seconds that it had.
-    """
-    if isinstance(error, StartTimeout):
-        return within < COMES_UP_WITHIN
-    return isinstance(error, DeviceNotIdle | LeaseTaken | TelemetryError)

@@ -28,6 +28,8 @@ from sglang_harness.runtime.process_family import ProcessFamily
 
 #: Lines of its error output that are kept.
 KEPT = 200
+#: Bytes of one that has not ended.
+LONGEST = 64 << 10
 
 #: Seconds from the end of a program's output to the end of its error output.
 ERRORS_WITHIN = 1.0
@@ -42,7 +44,8 @@ class Lines:
     def __init__(self) -> None:
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._rest = b""
-        self._errors: collections.deque[str] = collections.deque(maxlen=KEPT)
+        self._errors: collections.deque[bytes] = collections.deque(maxlen=KEPT)
+        self._rest_of_errors = b""
         self._ended = False
 
     def output(self, data: bytes) -> None:
@@ -51,7 +54,9 @@ class Lines:
             self._lines.put(line)
 
     def errors(self, data: bytes) -> None:
-        self._errors.extend(data.decode(errors="replace").splitlines())
+        *lines, rest = (self._rest_of_errors + data).split(b"\n")
+        self._rest_of_errors = rest[-LONGEST:]
+        self._errors.extend(lines)
 
     def over(self) -> None:
         self._lines.put(None)
@@ -67,7 +72,8 @@ class Lines:
         return line
 
     def words(self) -> str:
-        return "\n".join(self._errors)
+        rest = [self._rest_of_errors] if self._rest_of_errors else []
+        return b"\n".join([*self._errors, *rest]).decode(errors="replace")
 
 
 class AttachedContainer:

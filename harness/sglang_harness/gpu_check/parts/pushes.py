@@ -6,12 +6,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sglang_harness.errors import HarnessError, ServerDied, ServerLost
+from sglang_harness.errors import HarnessError, ServerLost
 from sglang_harness.gpu_check import served
 from sglang_harness.gpu_check.device_timeline import DeviceTimeline, in_mib
 from sglang_harness.gpu_check.part import Context, NotHere, Part
@@ -27,7 +27,11 @@ ROUND_TRIPS = 3
 #: Seconds for the answer to one bucket, however little time is left.
 LEAST_LIMIT = 15.0
 #: First those whose speed a GPU host is for. Others follow by name.
-FIRST = ("cuda-ipc", "disk", "tensor-bucket", "shared-memory", "tensor")
+FIRST = ("cuda-ipc", "disk", "shared-memory", "tensor-bucket", "tensor")
+#: Seconds from a call that a server dies of to its end (about six in SGLang 0.5.23).
+DIES_WITHIN = 10.0
+#: The way back to the first weights where there is no time for the route's own.
+QUICKEST = "disk"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class OnePush:
     gpu_after: int | None
     unfit: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def took(self) -> float:
+        """Without what was computed here beside it."""
+        return self.seconds + self.staged
 
     @property
     def rate(self) -> float:
@@ -116,39 +125,43 @@ def observe(
         each_seen: told of each route when it is done.
         asked: routes; ``None``: all.
 
-    Raises:
-        ServerDied, ServerLost: with what was seen until then told to ``each_seen``.
+    Returns:
+        What became of each; of fewer where the server died of one, or must not be used after it.
     """
     assert server.model is not None, "the first weights have to be on this machine"
     found: list[RouteSeen] = []
     wanted = list(names() if asked is None else asked)
     for number, route in enumerate(wanted):
-        share = left() / (len(wanted) - number)
-        seen = _by(route, server, server.model, other, share, say, round_trips)
+        seen = RouteSeen(route, routes.make(route).lacking(server), 2 * round_trips)
+        slowest = max((push.took for each in found for push in each.pushes), default=0.0)
+        if seen.lacking is not None:
+            say(f"{route}: {seen.lacking}")
+        elif left() < 2 * slowest:
+            seen = replace(seen, stopped=f"{left():.0f} s were left")
+        else:
+            share = left() / (len(wanted) - number)
+            seen = _by(seen, server, server.model, other, share, left, say)
         found.append(seen)
         each_seen(seen)
-        server.raise_if_dead()
-        if unfit := [push.unfit for push in seen.pushes if push.unfit]:
-            why = f"the server must not be used any more: {unfit[0]}"
-            for later in wanted[number + 1 :]:
-                found.append(RouteSeen(later, None, 2 * round_trips, stopped=why))
+        if seen.error or any(push.outcome == "failed" for push in seen.pushes):
+            # The next route must not be blamed for its end.
+            with suppress(ServerLost):
+                server.running.watch.wait(min(DIES_WITHIN, left()))
+        if server.running.watch.ended is not None or server.weights.unfit is not None:
             break
     return found
 
 
 def _by(
-    route: str,
+    seen: RouteSeen,
     server: Server,
     first: Path,
     other: Path,
     share: float,
+    left: Callable[[], float],
     say: Callable[[str], None],
-    round_trips: int,
 ) -> RouteSeen:
-    seen = RouteSeen(route, routes.make(route).lacking(server), 2 * round_trips)
-    if seen.lacking is not None:
-        say(f"{route}: {seen.lacking}")
-        return seen
+    route = seen.route
     until = time.monotonic() + share
     longest = 0.0
     for number in range(seen.meant):
@@ -157,15 +170,19 @@ def _by(
         if number and there and time.monotonic() + 2 * longest > until:
             return replace(seen, stopped=f"{share:.0f} s for this route were used up")
         began = time.monotonic()
+        by = route
+        if not there and left() < seen.pushes[-1].took:
+            by = QUICKEST if routes.make(QUICKEST).lacking(server) is None else route
         try:
             limit = min(server.spec.limits.check, max(LEAST_LIMIT, until - began))
-            push = _push(
-                server, other if there else first, route, scored=number == 0, timeout=limit
-            )
-        except (ServerDied, ServerLost):
-            raise
+            push = _push(server, other if there else first, by, scored=number == 0, timeout=limit)
         except HarnessError as error:
             return replace(seen, error=f"{type(error).__name__}: {error.message}")
+        if by != route:
+            say(f"back by {by}: {_line(push)}")
+            if push.outcome == "failed":
+                return replace(seen, error=f"the way back by {by}: {push.reason}")
+            return replace(seen, stopped=f"no time for the way back by it: back by {by}")
         if number:  # the first one asks the reference models, and loads them
             longest = max(longest, time.monotonic() - began)
         seen.pushes.append(push)
@@ -341,24 +358,34 @@ _END = 5.0
 def run(context: Context) -> dict[str, Any]:
     """The part ``pushes``."""
     other = served.other_checkpoint(context)
-    server = served.shared(context)
     if not context.on_gpu:
         # Without the first witness no push is proven, and on a GPU that is a failure.
         with served.not_run_where_not_provided():
-            checksums(server)
+            checksums(served.shared(context))
     rows: dict[str, Any] = {}
 
     def each_seen(route: RouteSeen) -> None:
         rows[route.route] = told(route)
         context.put("routes", rows)
 
-    seen = observe(
-        server,
-        other,
-        left=lambda: max(0.0, context.left() - _END),
-        say=context.say,
-        each_seen=each_seen,
-    )
+    seen: list[RouteSeen] = []
+    while waiting := [route for route in names() if route not in rows]:
+        # After a push that a server died of another one is started for the routes behind it.
+        try:
+            server = served.shared(context)
+        except (HarnessError, NotHere) as error:
+            if not seen:
+                raise
+            seen += [RouteSeen(n, None, 2 * ROUND_TRIPS, stopped=f"{error}") for n in waiting]
+            break
+        seen += observe(
+            server,
+            other,
+            left=lambda: max(0.0, context.left() - _END),
+            say=context.say,
+            each_seen=each_seen,
+            asked=waiting,
+        )
     for route in seen:
         rows[route.route] = told(route)
         rate = rows[route.route].get("gb_per_s")

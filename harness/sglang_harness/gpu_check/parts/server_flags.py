@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from sglang_harness.errors import HarnessError
-from sglang_harness.gpu_check.part import Part
+from sglang_harness.gpu_check.part import NotHere, Part
 from sglang_harness.spec import Argument
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Tried:
         outcome: ``right``: it came up, and its answer is the reference model's.
         phases: seconds of the start, by phase.
         last_lines: of the log of one that failed.
+        passes: it failed for want of time, or because of its GPU: other flags change nothing.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Tried:
     phases: dict[str, float] = field(default_factory=dict)
     why: str = ""
     last_lines: list[str] = field(default_factory=list)
+    passes: bool = False
     server: dict[str, Any] = field(default_factory=dict)
 
 
@@ -166,7 +168,10 @@ def choose(context: Context) -> dict[str, Any]:
         context.put("tried", tried)
         if tried[-1].outcome == "right":
             chosen = tried[-1]
+        if chosen or tried[-1].passes:
             break
+    if len(tried) == 1 and tried[0].passes:
+        raise NotHere(f"the server had no chance to start: {tried[0].why}")
     assert chosen is not None, _why_none(tried)
     context.put("server_args", chosen.server_args)
     if _takes_long(context, chosen):
@@ -196,6 +201,7 @@ def _takes_long(context: Context, chosen: Tried) -> bool:
 
 
 def _try(context: Context, name: str, flags: dict[str, Argument], number: int) -> Tried:
+    from sglang_harness.gpu_check.servers import passes
     from sglang_harness.server import Server
 
     given = context.settings.server_args
@@ -203,9 +209,9 @@ def _try(context: Context, name: str, flags: dict[str, Argument], number: int) -
     began = time.monotonic()
     slow = context.settings.slow
     context.say(f"{name}: {row.server_args}")
+    within = max(1.0, min(context.left() - 5.0, ONE_START * slow))
     try:
         spec = context.spec(server_args={**row.server_args, **given})
-        within = max(1.0, min(context.left() - 5.0, ONE_START * slow))
         with Server.start(
             spec, runtime=context.runtime(), say=context.say, within=within
         ) as server:
@@ -216,6 +222,7 @@ def _try(context: Context, name: str, flags: dict[str, Argument], number: int) -
             (context.out / f"server-{number}.log").write_text(server.logs(), encoding="utf-8")
     except HarnessError as error:
         row.outcome, row.why = "did not start", error.message
+        row.passes = passes(error, within, slow)
         row.seconds = round(time.monotonic() - began, 2)
         if log := getattr(error, "log", ""):
             row.last_lines = log.strip().splitlines()[-LAST_LINES:]

@@ -8,8 +8,9 @@ from typing import Any
 
 GIB = 1 << 30
 
-#: SGLang rounds its figures to thousandths of a GiB (0.5.20 to 0.5.23), so this is their error.
-ROUNDED_BY = GIB // 2000
+#: SGLang rounds its figures to hundredths of a GiB (0.5.15; 0.5.23 to thousandths), so this is the
+#: error of each at most.
+ROUNDED_BY = GIB // 200
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Explained:
 
 
 def said(server_info: Mapping[str, Any]) -> Said:
-    """Reads ``internal_states[0].memory_usage`` of ``/server_info`` (SGLang 0.5.20 to 0.5.23):
+    """Reads ``internal_states[0].memory_usage`` of ``/server_info`` (SGLang 0.5.15 to 0.5.23):
     GiB of rank 0, graphs as one number or by phase."""
     states = server_info.get("internal_states")
     first = states[0] if isinstance(states, list) and states else {}
