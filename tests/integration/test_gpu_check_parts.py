@@ -223,13 +223,8 @@ RELEASE_LIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [
-        "frees half of the cache",
-        *(pytest.param(n, marks=pytest.mark.nightly) for n in RELEASE_LIES if "half" not in n),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("lie", RELEASE_LIES)
 def test_a_release_that_is_none_fails_the_part(asked: Ask, lie: str) -> None:
     conduct, words = RELEASE_LIES[lie]
     context, reports = asked(conduct)
@@ -302,6 +297,7 @@ def test_a_second_run_is_refused_until_the_gpu_is_given_back(asked: Ask) -> None
     assert "memory/gpu/guard.py IDLE_BELOW" in reports.notes
 
 
+@pytest.mark.nightly
 def test_a_gpu_that_is_not_given_back_fails_the_part(asked: Ask) -> None:
     context, _ = asked(Conduct(leaves=False))
     with pytest.raises(AssertionError, match=r"after the server's end.*the next run: expected"):
