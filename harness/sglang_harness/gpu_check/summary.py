@@ -60,11 +60,12 @@ def _about(results: Results) -> list[str]:
     rows.append(("harness", results.harness))
     if results.kit is not None:
         made_for = results.kit["made_for"]
+        kernels = ", ".join(made_for["architectures"]) or "without kernels"
         rows.append(
             (
                 "kit",
                 f"{results.kit['name']}, made for Python {made_for['python']}, torch "
-                f"{made_for['torch']}, {', '.join(made_for['architectures'])}",
+                f"{made_for['torch']}, {kernels}",
             )
         )
     wide = max(len(name) for name, _ in rows)
