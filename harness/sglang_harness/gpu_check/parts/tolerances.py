@@ -284,9 +284,10 @@ def _tell(context: Context, rows: list[Measured], found: list[distances.Proposal
     for row in rows:
         told = row.why_not or (
             f"p50 {row.percentiles['p50']:.2g}, p99.9 {row.percentiles['p99.9']:.2g}, max "
-            f"{row.largest:.3g} over {row.tokens} tokens, {row.not_best} not the most probable "
-            f"(by {row.furthest_behind:.2g} at most)"
+            f"{row.largest:.3g} over {row.tokens} tokens"
         )
+        if not row.why_not and not row.condition.prompt:  # nobody chose the tokens of a prompt
+            told += f", {row.not_best} not the most probable (by {row.furthest_behind:.2g} at most)"
         context.note("tolerances", where + str(row.condition), told)
     for each in found:
         context.note("tolerances", f"{where}proposed bound for {each.dtype}", f"{each.proposed:g}")
