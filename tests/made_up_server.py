@@ -22,7 +22,8 @@ if "--takes-its-time" in sys.argv:
     time.sleep(10)
 below = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print("scheduler", below.pid, flush=True)
-open("/dev/shm/sglang_loads_test_%d.shm" % os.getpid(), "w").close()
+# Open for as long as it lives, as SGLang has it.
+shared = open("/dev/shm/sglang_loads_%s_%x.shm" % (os.urandom(6).hex(), os.getpid()), "w")
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -107,7 +107,7 @@ def test_a_server_whose_part_was_killed_is_killed_too_and_its_log_is_kept_withou
     for figures in (first, fresh):
         assert not lives_as(figures["pid"])
         assert not lives_as(figures["scheduler"])
-        assert not list(Path("/dev/shm").glob(f"sglang_loads_*_{figures['pid']}.shm"))
+        assert not list(Path("/dev/shm").glob(f"sglang_loads_*_{figures['pid']:x}.shm"))
     assert list(Path(tempfile.gettempdir()).iterdir()) == []
     logs = checked.texts()
     (kept,) = (text for text in logs.values() if f"scheduler {first['scheduler']}" in text)

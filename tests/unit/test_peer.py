@@ -19,7 +19,8 @@ import pytest
 from sglang_harness.checkpoint.reading import TensorInfo
 from sglang_harness.errors import EngineError, PeerFailed
 from sglang_harness.peer import Peer
-from sglang_harness.runtime.attached import AttachedProcess, Lines, remove_segments
+from sglang_harness.runtime.attached import AttachedProcess, Lines
+from sglang_harness.runtime.shared_memory import remove_torchs
 from sglang_harness.weights.routes.buckets import plan
 from sglang_harness.weights.routes.peer import largest, slots
 
@@ -321,7 +322,7 @@ def test_the_sender_names_sglangs_class_without_importing_sglang(monkeypatch, tm
 def test_other_peoples_segments_are_left_alone(tmp_path: Path):
     for name in ("torch_12_a_0", "torch_123_a_0", "sem.x"):
         (tmp_path / name).touch()
-    remove_segments([12], tmp_path)
+    remove_torchs([12], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sem.x", "torch_123_a_0"]
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -241,18 +242,22 @@ def test_a_sidecar_that_fails_keeps_the_server_from_nothing(start: Start):
 
 
 def test_shared_memory_of_a_killed_server_is_removed(start: Start):
-    server = start("echo ready; sleep 600")
-    wait_until(lambda: "ready" in server.logs(), "its start")
-    (pid, *_) = server.host_pids()
-    theirs = Path(f"/dev/shm/sglang_loads_test_{pid}_1.shm")
-    others = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}_1.shm")
+    # As SGLang and Python name theirs: nothing in a name says whose it is.
+    name = uuid.uuid4().hex[:12]
+    theirs = [Path(f"/dev/shm/sglang_loads_{name}_4c3df8a2.shm"), Path(f"/dev/shm/sem.mp-{name}")]
+    others, older = (Path(f"/dev/shm/sglang_loads_{kind}{name}.shm") for kind in "ab")
     try:
-        for each in (theirs, others):
-            each.touch()
-        server.end(at_once=True)
-        assert (theirs.exists(), others.exists()) == (False, True)
+        older.touch()
+        wait_until(lambda: time.time() > older.stat().st_ctime + 1.5, "a second to pass")
+        server = start(f"exec 8>{theirs[0]} 9>{theirs[1]}; echo ready; sleep 600")
+        wait_until(lambda: "ready" in server.logs(), "its start")
+        with others.open("w"):
+            server.end(at_once=True)
+            assert not [each for each in theirs if each.exists()]
+            assert others.exists(), "another process has it open"
+            assert older.exists(), "it was there before this server"
     finally:
-        for each in (theirs, others):
+        for each in (*theirs, others, older):
             each.unlink(missing_ok=True)
 
 

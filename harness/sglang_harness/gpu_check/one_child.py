@@ -40,12 +40,14 @@ class Child:
         first: key of its first part's log.
 
     Attributes:
+        started_at: seconds since the epoch, not after its start.
         seen: numbers of the processes that it had started, as far as a look found them.
     """
 
     def __init__(self, job: Job, logs: PartLogs, first: str) -> None:
         self._before = {p.pid for p in _descendants()}
         self.seen: set[int] = set()
+        self.started_at = time.time()
         reports, its_end = os.pipe()
         self._reports: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         try:

@@ -26,7 +26,7 @@ from sglang_harness.gpu_check.part import Part
 from sglang_harness.gpu_check.part_log import PartLogs
 from sglang_harness.gpu_check.results import PARTS, Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Job, Order, Release, Settings
-from sglang_harness.runtime.process import remove_shared_memory
+from sglang_harness.runtime import shared_memory
 from sglang_harness.upkeep.sweep import sweep
 
 #: The module whose ``PARTS`` is the table of parts.
@@ -334,7 +334,7 @@ class Run:
         """Ends a child, and removes what it left on this machine; the log of its server is kept."""
         for each in child.end():
             self._saw(each, step)
-        remove_shared_memory({child.pid, *child.seen})
+        shared_memory.remove({child.pid, *child.seen}, child.started_at)
         for folder in temporary.left_by(child.pid):
             log = folder / "server.log"
             if log.exists():

@@ -11,7 +11,7 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from docker.utils.socket import frames_iter
 
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
-from sglang_harness.runtime import engine
+from sglang_harness.runtime import engine, shared_memory
 from sglang_harness.runtime.process_family import ProcessFamily
 
 #: Lines of its error output that are kept.
@@ -252,7 +252,7 @@ class AttachedProcess:
             # torch's shared-memory manager makes itself a daemon, and outlives who started it.
             down.step(self.name, lambda: self._family.kill(within=5.0))
             down.step(self.name, self._reap)
-            down.step("shared memory", lambda: remove_segments(self._family.pids()))
+            down.step("shared memory", lambda: shared_memory.remove_torchs(self._family.pids()))
             down.collect(self.name, self.left_behind)
         return down.failures
 
@@ -273,10 +273,3 @@ def _read(stream: Any, put: Callable[[bytes], None]) -> None:
     with suppress(OSError, ValueError):
         while data := stream.read1(1 << 16):
             put(data)
-
-
-def remove_segments(pids: Iterable[int], folder: Path = Path("/dev/shm")) -> None:  # noqa: S108
-    """Removes torch's shared memory of processes that have gone (``torch_PID_...``)."""
-    for pid in pids:
-        for segment in folder.glob(f"torch_{pid}_*"):
-            segment.unlink(missing_ok=True)

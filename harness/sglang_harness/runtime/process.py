@@ -10,7 +10,6 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Collection
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +25,17 @@ from sglang_harness._base.temporary import temporary_folder
 from sglang_harness.errors import EngineError, SpecError
 from sglang_harness.memory import MemorySource
 from sglang_harness.memory.host.process import ProcessMemory
-from sglang_harness.runtime import Kind, KindOption, Order, Started, cpu_binding, images, log_file
-from sglang_harness.runtime.attached import AttachedProcess, remove_segments
+from sglang_harness.runtime import (
+    Kind,
+    KindOption,
+    Order,
+    Started,
+    cpu_binding,
+    images,
+    log_file,
+    shared_memory,
+)
+from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
@@ -89,6 +97,7 @@ class SGLangProcess:
         self._log = self._folder / "server.log"
         self._port: Port | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = time.time()
         self._watch: DeathWatch | None = None
         self._family: ProcessFamily | None = None
         self._exit_code: int | None = None
@@ -228,7 +237,9 @@ class SGLangProcess:
                 down.step("server process", lambda: family.kill(within=5.0))
                 self._exit_code = down.step("exit code", lambda: _told(process.wait(timeout=5)))
                 down.step("log", self._keep_log)
-                down.step("shared memory", lambda: remove_shared_memory(family.pids()))
+                down.step(
+                    "shared memory", lambda: shared_memory.remove(family.pids(), self._started_at)
+                )
             down.collect("the server's folder", lambda: temporary.remove(self._folder))
             if self._port is not None:
                 down.step("port", self._port.release)
@@ -442,17 +453,3 @@ def environment_of(
 def _told(exit_code: int) -> int:
     """As shells and containers report it: 128 plus the number of the signal that ended it."""
     return exit_code if exit_code >= 0 else 128 - exit_code
-
-
-def remove_shared_memory(pids: Collection[int]) -> None:
-    """Removes what SGLang (``sglang_loads_*``, 0.5.23) and torch leave in ``/dev/shm`` when they
-    are killed.
-
-    Args:
-        pids: of processes that have ended.
-    """
-    remove_segments(pids)
-    numbers = {str(pid) for pid in pids}
-    for segment in Path("/dev/shm").glob("sglang_loads_*"):  # noqa: S108
-        if numbers & set(segment.stem.replace(".", "_").split("_")):
-            segment.unlink(missing_ok=True)
