@@ -159,7 +159,7 @@ def test_a_part_that_hangs_is_killed_with_all_that_it_started_and_keeps_its_figu
     assert hung.figures.keys() == {"before"}
     assert not lives_as(hung.figures["before"])
     assert [note.what for note in hung.notes] == ["seen before it hung"]
-    assert 3.0 <= hung.seconds < 4.0
+    assert 3.0 <= hung.seconds < 15.0
     # Where it hung is in its log.
     assert "made_up_parts.py" in checked.log("hangs")
     assert "in hangs" in checked.log("hangs")
@@ -205,7 +205,7 @@ def test_a_crash_fails_its_part_alone_and_names_the_signal(checked: Checked):
     }
     assert parts["is-killed"].message == "its process was ended by SIGKILL"
     assert parts["is-killed"].figures == {"before": 1}
-    assert parts["segfaults"].message.startswith("its process was ended by SIGSEGV; its last words")
+    assert parts["segfaults"].message.startswith("its process was ended by SIGSEGV; the last line")
     assert "Fatal Python error: Segmentation fault" in checked.log("segfaults")
     assert parts["exits-at-once"].message == "its process ended with exit code 0"
 
@@ -232,7 +232,7 @@ def test_a_process_that_cannot_begin_says_why(
     monkeypatch.setattr(sys, "executable", broken)
     (part,) = checked.run("pid").values()
     assert part.message == (
-        "its process ended with exit code 1; its last words: No module named 'pydantic'"
+        "its process ended with exit code 1; the last line of its log: No module named 'pydantic'"
     )
 
 

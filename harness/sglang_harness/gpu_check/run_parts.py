@@ -264,7 +264,7 @@ class Run:
         if died:
             last = self._logs.last_line(step.key)
             result.message = f"its process {child.how_it_ended()}"
-            result.message += f"; its last words: {last[:300]}" if last else ""
+            result.message += f"; the last line of its log: {last[:300]}" if last else ""
         self._running = None
         self._done(step, result)
         return ended
