@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,10 +19,11 @@ import pytest
 
 from sglang_harness._base import bounded
 from sglang_harness._base.descent import adopting_orphans
+from sglang_harness._base.living import lives, lives_as, until_gone
 from sglang_harness.errors import SpecError
-from sglang_harness.runtime import registry
+from sglang_harness.runtime import registry, shared_memory
 from sglang_harness.runtime.process import NO_CONTAINER, ProcessRuntime, SGLangProcess
-from sglang_harness.runtime.process_family import ProcessFamily, lives, lives_as, until_gone
+from sglang_harness.runtime.process_family import ProcessFamily
 from sglang_harness.spec import ServerSpec
 
 #: Seconds for anything that takes a fraction of one.
@@ -241,24 +241,26 @@ def test_a_sidecar_that_fails_keeps_the_server_from_nothing(start: Start):
     assert server.left_behind() == ["sidecar peer: OSError: disk full"]
 
 
-def test_shared_memory_of_a_killed_server_is_removed(start: Start):
+def test_shared_memory_of_a_killed_server_is_removed(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # A folder of its own: in the machine's, a server of another test would remove what nobody has
+    # open, such as the older one here.
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(shared_memory, "FOLDER", folder)
     # As SGLang and Python name theirs: nothing in a name says whose it is.
-    name = uuid.uuid4().hex[:12]
-    theirs = [Path(f"/dev/shm/sglang_loads_{name}_4c3df8a2.shm"), Path(f"/dev/shm/sem.mp-{name}")]
-    others, older = (Path(f"/dev/shm/sglang_loads_{kind}{name}.shm") for kind in "ab")
-    try:
-        older.touch()
-        wait_until(lambda: time.time() > older.stat().st_ctime + 1.5, "a second to pass")
-        server = start(f"exec 8>{theirs[0]} 9>{theirs[1]}; echo ready; sleep 600")
-        wait_until(lambda: "ready" in server.logs(), "its start")
-        with others.open("w"):
-            server.end(at_once=True)
-            assert not [each for each in theirs if each.exists()]
-            assert others.exists(), "another process has it open"
-            assert older.exists(), "it was there before this server"
-    finally:
-        for each in (*theirs, others, older):
-            each.unlink(missing_ok=True)
+    theirs = [folder / "sglang_loads_87b7a455032c_4c3df8a2.shm", folder / "sem.mp-ekoj4ui8"]
+    others, older = (folder / f"sglang_loads_{kind}7b7a455032c.shm" for kind in "ab")
+    older.touch()
+    wait_until(lambda: time.time() > older.stat().st_ctime + 1.5, "a second to pass")
+    server = start(f"exec 8>{theirs[0]} 9>{theirs[1]}; echo ready; sleep 600")
+    wait_until(lambda: "ready" in server.logs(), "its start")
+    with others.open("w"):
+        server.end(at_once=True)
+        assert not [each for each in theirs if each.exists()]
+        assert others.exists(), "another process has it open"
+        assert older.exists(), "it was there before this server"
 
 
 # --- what a Python's maker says of it -------------------------------------------------------------
