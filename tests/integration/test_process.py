@@ -13,10 +13,10 @@ import pytest
 from secret_watch import SecretWatch
 
 from sglang_harness import Server, ServerDied, ServerSpec
+from sglang_harness._base.living import lives_as
 from sglang_harness.errors import SpecError
 from sglang_harness.runtime import Order
 from sglang_harness.runtime.process import ProcessRuntime
-from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.verdict import Verdict
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

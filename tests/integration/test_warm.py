@@ -19,12 +19,12 @@ import pytest
 from commands import COMMAND_LIMIT, names_on_engine
 
 from sglang_harness._base import paths
+from sglang_harness._base.living import lives_as
 from sglang_harness.checkpoint.made import tiny
 from sglang_harness.errors import RequestFailed, ServerDied, ServerLost
 from sglang_harness.runtime.death import Death
 from sglang_harness.runtime.docker import DockerRuntime
 from sglang_harness.runtime.process import ProcessRuntime
-from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.runtime.warm import kept_parents
 from sglang_harness.runtime.warm.server import WarmServer
 from sglang_harness.server import Server

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 import made_up_parts
+from sglang_harness._base.living import lives_as, until_gone
 from sglang_harness._base.signals import interruptions
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import HarnessError, Interrupted, SpecError
@@ -25,7 +26,6 @@ from sglang_harness.gpu_check import one_child, record, run_parts, summary
 from sglang_harness.gpu_check.part_log import KEPT, LAST
 from sglang_harness.gpu_check.results import Note, PartResult, Results
 from sglang_harness.gpu_check.settings import Release, Settings
-from sglang_harness.runtime.process_family import lives_as, until_gone
 from sglang_harness.upkeep.sweep import Swept
 
 TESTS = Path(__file__).parents[1]

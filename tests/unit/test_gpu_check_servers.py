@@ -13,6 +13,7 @@ import pytest
 
 import made_up_server
 from sglang_harness._base.file_lease import LeaseTaken
+from sglang_harness._base.living import lives_as
 from sglang_harness._base.signals import interruptions
 from sglang_harness.errors import (
     DeviceNotIdle,
@@ -25,7 +26,6 @@ from sglang_harness.gpu_check.outcomes import NotHere
 from sglang_harness.gpu_check.results import PartResult, Results
 from sglang_harness.gpu_check.servers import Servers
 from sglang_harness.gpu_check.settings import Release, Settings
-from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.server import Server
 from sglang_harness.spec import ServerSpec
 

@@ -18,9 +18,9 @@ from typing import IO, Any
 import psutil
 
 from sglang_harness._base import bounded
+from sglang_harness._base.living import lives, until_gone
 from sglang_harness.gpu_check.part_log import PartLogs
 from sglang_harness.gpu_check.settings import Job, Order
-from sglang_harness.runtime.process_family import lives, until_gone
 
 #: Seconds from SIGTERM to SIGKILL.
 ENDS_WITHIN = 5.0

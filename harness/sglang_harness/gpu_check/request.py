@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sglang_harness._base import assets, bounded, temporary
+from sglang_harness._base import assets, temporary
 from sglang_harness._base.signals import Interruptions, interruptions
 from sglang_harness.errors import SpecError
 from sglang_harness.gpu_check import machine, record, run_parts
@@ -22,6 +22,7 @@ from sglang_harness.gpu_check.results import Results
 from sglang_harness.gpu_check.settings import Release, Settings
 from sglang_harness.kit.record import KitRecord
 from sglang_harness.memory.gpu.guard import MIB, OWN_BOUND
+from sglang_harness.runtime.process import ask_for_sglang
 from sglang_harness.spec import Argument, from_options
 
 #: Seconds for a Python to say which SGLang it has.
@@ -208,18 +209,17 @@ def _version_of(python: Path) -> str:
     Raises:
         SpecError: it cannot be run, or has none.
     """
-    asks = "import importlib.metadata as m; print(m.version('sglang'))"
     try:
-        done = bounded.run([str(python), "-c", asks], within=ANSWERS_WITHIN)
+        version = ask_for_sglang(python, within=ANSWERS_WITHIN)
     except OSError as error:
         raise SpecError(f"{python} cannot be run: {error.strerror}.") from None
     except subprocess.TimeoutExpired:
         raise SpecError(f"{python} did not answer within {ANSWERS_WITHIN:g} s.") from None
-    if done.code or not done.output:
+    if version is None:
         raise SpecError(
             f"{python} has no SGLang.", advice="Name a Python that has it with --python."
         )
-    return done.output[-1].strip()
+    return version
 
 
 def _kernels_for(here: Machine, kit: KitRecord) -> None:

@@ -19,6 +19,7 @@ import psutil
 
 from sglang_harness._base import assets, bounded, temporary
 from sglang_harness._base.descent import ending_with_parent
+from sglang_harness._base.living import until_gone
 from sglang_harness._base.secrets import new_api_key
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.temporary import temporary_folder
@@ -40,7 +41,7 @@ from sglang_harness.runtime.death import Death, DeathWatch, read_death
 from sglang_harness.runtime.device import cuda_environment, gpus
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.runtime.ports import GRPC, HIGHEST, Port, reserve, why_unusable
-from sglang_harness.runtime.process_family import ProcessFamily, until_gone
+from sglang_harness.runtime.process_family import ProcessFamily
 from sglang_harness.runtime.warm import kept_parents, parent_process
 from sglang_harness.runtime.warm.parents import Parents
 from sglang_harness.runtime.warm.protocol import Recipe
@@ -415,11 +416,21 @@ def pinned_version(spec: ServerSpec) -> str:
 
 def sglang_of(python: Path) -> str | None:
     """The version of SGLang that is installed for ``python``; ``None``: it does not say."""
-    words = [str(python), "-c", "import importlib.metadata as m; print(m.version('sglang'))"]
     try:
-        told = bounded.run(words, within=30.0)
+        return ask_for_sglang(python, within=30.0)
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def ask_for_sglang(python: Path, *, within: float) -> str | None:
+    """The version of SGLang that is installed for ``python``; ``None``: none is.
+
+    Raises:
+        OSError: it cannot be run.
+        subprocess.TimeoutExpired: it did not answer within so many seconds.
+    """
+    words = [str(python), "-c", "import importlib.metadata as m; print(m.version('sglang'))"]
+    told = bounded.run(words, within=within)
     return told.output[-1].strip() if told.code == 0 and told.output else None
 
 

@@ -9,9 +9,7 @@ from contextlib import suppress
 
 import psutil
 
-from sglang_harness._base.living import is_zombie, lives, lives_as, until_gone
-
-__all__ = ["ProcessFamily", "lives", "lives_as", "until_gone"]
+from sglang_harness._base.living import is_zombie, lives, until_gone
 
 
 class ProcessFamily:

@@ -11,10 +11,10 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sglang_harness._base import paths, temporary
+from sglang_harness._base.living import until_gone
 from sglang_harness._base.teardown import Teardown
 from sglang_harness._base.whole_file import write_whole
 from sglang_harness.errors import EngineError
-from sglang_harness.runtime.process_family import until_gone
 from sglang_harness.runtime.warm import parent_container, parent_process
 from sglang_harness.runtime.warm.parents import Folders, Parent, Say
 from sglang_harness.runtime.warm.protocol import Preloaded, Recipe, SocketLink

@@ -11,13 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sglang_harness._base import assets
+from sglang_harness._base.living import lives_as
 from sglang_harness._base.teardown import Teardown
 from sglang_harness.errors import EngineError
 from sglang_harness.runtime import cpu_binding
 from sglang_harness.runtime.attached import AttachedProcess
 from sglang_harness.runtime.path_map import SameMachine
 from sglang_harness.runtime.ports import Port, reserve
-from sglang_harness.runtime.process_family import lives_as
 from sglang_harness.runtime.warm.parents import (
     Folders,
     Parent,
